@@ -1,0 +1,238 @@
+"""One factorisation per profile layer: the spectrum from which every fit, strength and adapter is solved.
+
+With X [n, d] (centred, scaled rows), the dual Gram X Xᵀ = U diag(e) Uᵀ serves n <= d and the primal Xᵀ X = V diag(e) Vᵀ
+serves n > d. A regularised pseudo-inverse is X⁺ = Xᵀ U diag(f) Uᵀ = V diag(f) Vᵀ Xᵀ with the filter f(e) = 1/(e + lambda)
+for ridge and 1/e (0 below a cut) for least squares.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.linalg
+import torch
+
+from commandv.convert.rows import Rows
+
+# Strengths tried, relative to the mean eigenvalue.
+STRENGTHS = 10.0 ** np.arange(-3.0, 2.76, 0.25)
+SKETCH = 24  # random projections of the targets on which the strength is chosen
+EIGH_FLOAT32_FLOOR = 1e-4  # of the largest eigenvalue: a strength above it forgives float32 rounding
+EXACT_RTOL = 1e-7  # of the largest singular value, when the exact solve meets rank deficiency
+
+
+class Solver(Protocol):
+    """Applies X⁺ from either side without forming it."""
+
+    def right(self, targets: np.ndarray) -> np.ndarray:
+        """Return X⁺ T [d, k] for targets T [n, k]."""
+
+    def left(self, weights: np.ndarray) -> np.ndarray:
+        """Return W X⁺ [k, n] for weights W [k, d]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """The spectrum of X: eigenvalues descending, and eigenvectors of its smaller Gram matrix.
+
+    Attributes:
+        rows: X.
+        values: e, [k] with k = min(n, d), clipped at 0.
+        vectors: U [n, k] (dual) or V [d, k] (primal).
+    """
+
+    rows: Rows
+    values: np.ndarray
+    vectors: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Rows, dtype: type) -> Factor:
+        """Factorise in float32 or float64."""
+        gram = torch.from_numpy(rows.gram(dtype))
+        values, vectors = torch.linalg.eigh(gram)
+        flipped = np.ascontiguousarray(vectors.numpy()[:, ::-1])
+        return cls(rows, np.maximum(values.numpy()[::-1].astype(np.float64), 0.0), flipped)
+
+    @property
+    def dual(self) -> bool:
+        """True when the vectors are U [n, k]."""
+        return self.rows.n <= self.rows.d
+
+    def left_vectors(self) -> np.ndarray:
+        """Return U [n, k]; columns of zero eigenvalues are zero in the primal case."""
+        if self.dual:
+            return self.vectors
+        roots = np.sqrt(self.values)
+        inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=self.values > 1e-12 * self.values[0])
+        return self.rows.times(self.vectors) * inverse.astype(self.vectors.dtype)
+
+    def solver(self, gains: np.ndarray) -> Spectral:
+        """Return the pseudo-inverse with the spectral filter `gains` [k]."""
+        return Spectral(self, gains.astype(self.vectors.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Spectral:
+    """X⁺ with a spectral filter."""
+
+    factor: Factor
+    gains: np.ndarray
+
+    def right(self, targets: np.ndarray) -> np.ndarray:
+        """Return X⁺ T [d, k]."""
+        x, basis = self.factor.rows, self.factor.vectors
+        targets = targets.astype(basis.dtype)
+        if self.factor.dual:
+            return x.transposed_times(basis @ (self.gains[:, None] * (basis.T @ targets)))
+        return basis @ (self.gains[:, None] * (basis.T @ x.transposed_times(targets)))
+
+    def left(self, weights: np.ndarray) -> np.ndarray:
+        """Return W X⁺ [k, n]."""
+        x, basis = self.factor.rows, self.factor.vectors
+        weights = weights.astype(basis.dtype)
+        if self.factor.dual:
+            return (basis @ (self.gains[:, None] * (basis.T @ x.times(weights.T)))).T
+        return x.times(basis @ (self.gains[:, None] * (basis.T @ weights.T))).T
+
+
+@dataclass(frozen=True, eq=False)
+class Cholesky:
+    """X⁺ of full-rank X in float64: the Gram's Cholesky factor and one step of iterative refinement.
+
+    Refinement with products of X itself recovers the digits that squaring the condition number costs.
+    """
+
+    rows: Rows
+    lower: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Rows) -> Cholesky | None:
+        """Factorise, or return None when the rows (or columns) are not linearly independent."""
+        gram = rows.gram(np.float64)
+        try:
+            lower = np.linalg.cholesky(gram)
+        except np.linalg.LinAlgError:
+            return None
+        diagonal = np.abs(np.diag(lower))
+        return cls(rows, lower) if diagonal.min() > EXACT_RTOL * diagonal.max() else None
+
+    def _solve(self, right: np.ndarray) -> np.ndarray:
+        return scipy.linalg.cho_solve((self.lower, True), right, check_finite=False)
+
+    def _apply(self, right: np.ndarray) -> np.ndarray:
+        """Return (X Xᵀ)⁻¹ right in the dual case, (Xᵀ X)⁻¹ right in the primal one, refined once."""
+        x = self.rows
+        first = self._solve(right)
+        if x.n <= x.d:
+            residual = right - x.times(x.transposed_times(first))
+        else:
+            residual = right - x.transposed_times(x.times(first))
+        return first + self._solve(residual)
+
+    def right(self, targets: np.ndarray) -> np.ndarray:
+        """Return X⁺ T [d, k]."""
+        x, targets = self.rows, targets.astype(np.float64)
+        return x.transposed_times(self._apply(targets)) if x.n <= x.d else self._apply(x.transposed_times(targets))
+
+    def left(self, weights: np.ndarray) -> np.ndarray:
+        """Return W X⁺ [k, n]."""
+        x, weights = self.rows, weights.astype(np.float64)
+        return self._apply(x.times(weights.T)).T if x.n <= x.d else x.times(self._apply(weights.T)).T
+
+
+def least_squares_gains(factor: Factor, rtol: float) -> np.ndarray:
+    """Return 1/e where the singular value exceeds `rtol` of the largest, else 0: the minimum-norm solution."""
+    keep = np.sqrt(factor.values) > rtol * np.sqrt(factor.values[0])
+    return np.divide(1.0, factor.values, out=np.zeros_like(factor.values), where=keep & (factor.values > 0))
+
+
+def choose_strength(factor: Factor, targets: np.ndarray, groups: np.ndarray, method: str) -> float:
+    """Choose the ridge strength lambda in closed form from the spectrum.
+
+    `loo` minimises the leave-one-out error (PRESS; Allen 1974): residuals r = (I - H) T with the hat matrix
+    H = 11ᵀ/n + U diag(e/(e+lambda)) Uᵀ, each divided by what its own row contributed. Rows of one prompt are left out
+    together: r_g -> (I - H_gg)⁻¹ r_g, or the strength would be chosen on near-copies. `gcv` (Golub, Heath and
+    Wahba 1979) replaces each leverage by their mean.
+
+    Args:
+        factor: of the predictors, centred.
+        targets: T, [n, k], centred.
+        groups: prompt number of each row, int64 [n].
+        method: `"loo"` or `"gcv"`.
+
+    Returns:
+        lambda in units of the eigenvalues.
+    """
+    values, n = factor.values, factor.rows.n
+    grid = STRENGTHS * values.sum() / len(values)
+    if method == "gcv":
+        if factor.dual:
+            spread = factor.vectors.T @ targets
+            energy = (spread.astype(np.float64) ** 2).sum(1)
+        else:
+            spread = factor.vectors.T @ factor.rows.transposed_times(targets)
+            energy = np.divide(
+                (spread.astype(np.float64) ** 2).sum(1), values, where=values > 0, out=np.zeros_like(values)
+            )
+        outside = max(0.0, float((targets.astype(np.float64) ** 2).sum()) - float(energy.sum()))
+        shrink = grid[:, None] / (values + grid[:, None])
+        trace = n - 1 - (1 - shrink).sum(1)
+        scores = ((shrink**2 * energy).sum(1) + outside) / np.maximum(trace, 1e-9) ** 2
+        return float(grid[np.argmin(scores)])
+    u = factor.left_vectors()
+    spread = u.T @ targets
+    order = np.argsort(groups, kind="stable")
+    sizes = np.unique(groups[order], return_counts=True)[1]
+    scores = [
+        _press(u, spread, targets, (values / (values + strength)).astype(u.dtype), order, sizes) for strength in grid
+    ]
+    return float(grid[np.argmin(scores)])
+
+
+def _press(
+    u: np.ndarray, spread: np.ndarray, targets: np.ndarray, keep: np.ndarray, order: np.ndarray, sizes: np.ndarray
+) -> float:
+    """Return the sum of squared residuals with each group of rows left out in turn."""
+    residual = targets - u @ (keep[:, None] * spread)
+    n = len(targets)
+    if sizes.max() == 1:
+        leverage = (u * u) @ keep + 1.0 / n
+        return float(((residual / np.maximum(1 - leverage, 1e-6)[:, None]).astype(np.float64) ** 2).sum())
+    total, start = 0.0, 0
+    for size in sizes:
+        rows = order[start : start + size]
+        start += size
+        own = (u[rows] * keep) @ u[rows].T + 1.0 / n
+        left_out = np.linalg.solve(np.eye(size) * (1 + 1e-6) - own, residual[rows])
+        total += float((left_out**2).sum())
+    return total
+
+
+def sketch(rows: Rows, dtype: type) -> np.ndarray:
+    """Project rows [n, d] on `SKETCH` fixed random directions, so that sums of squares keep their proportions."""
+    generator = np.random.default_rng(0)
+    directions = generator.standard_normal((rows.d, SKETCH)).astype(dtype) / np.sqrt(SKETCH)
+    return rows.times(directions)
+
+
+@dataclass
+class FactorStore:
+    """Factorisations kept in memory, so that a second adapter over the same profiles costs almost nothing.
+
+    Hand the same store to several `paste` calls; it belongs to the caller and dies with it.
+    """
+
+    entries: dict[Any, Any] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def get(self, key: Any, make: Any) -> Any:
+        """Return the entry for `key`, made by `make()` the first time."""
+        with self.lock:
+            if key in self.entries:
+                return self.entries[key]
+        value = make()
+        with self.lock:
+            return self.entries.setdefault(key, value)

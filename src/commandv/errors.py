@@ -1,0 +1,25 @@
+"""The errors that commandv raises on purpose; each says what was got, what was expected and what to do next."""
+
+
+class CommandVError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class InputError(CommandVError, ValueError):
+    """A value from the user (prompt, layer, option, data file) cannot be used as it is."""
+
+
+class MismatchError(CommandVError, ValueError):
+    """Two things that must belong together do not: profile and model, adapter and model, two profiles."""
+
+
+class FormatError(CommandVError, ValueError):
+    """A file is not what it should be: truncated, tampered with, unknown version, unsafe, or another format."""
+
+
+class ModelError(CommandVError, RuntimeError):
+    """A model cannot be loaded, or has a structure that commandv cannot attach to."""
+
+
+class StorageError(CommandVError, OSError):
+    """A file could not be written (disk full, no permission); what was complete before is kept."""

@@ -1,0 +1,119 @@
+"""Which donor layer goes to which recipient layer, and on which layers a pasted adapter acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from commandv.errors import InputError
+from commandv.profiles import Profile
+
+
+class LayerPair(NamedTuple):
+    """A donor layer and the recipient layer that takes its place, both 0-based block outputs."""
+
+    donor: int
+    recipient: int
+
+
+Matcher = Callable[[Profile, Profile, Iterable[int]], list[LayerPair]]
+LayerChoice = Callable[[int], list[int]]
+
+
+def proportional(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
+    """Match l to floor(alpha · l) with alpha = recipient depth / donor depth (arXiv 2506.19140, section 3.1)."""
+    return [LayerPair(layer, layer * recipient.n_layers // donor.n_layers) for layer in layers]
+
+
+def nearest(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
+    """Match l to the layer nearest to alpha · l, as the paper's released code does.
+
+    Where alpha · l lies half-way between two layers the lower one wins. The released map comes out wrong for models
+    of equal depth; here those match one to one.
+    """
+    pairs = []
+    for layer in layers:
+        exact = layer * recipient.n_layers / donor.n_layers
+        best = min(range(recipient.n_layers), key=lambda own: (abs(own - exact), own))
+        pairs.append(LayerPair(layer, best))
+    return pairs
+
+
+def explicit(pairs: Mapping[int, int]) -> Matcher:
+    """Return a matcher that follows a given map from donor layer to recipient layer.
+
+    Raises:
+        InputError: when used, if an adapter's layer is not in the map or a layer does not exist.
+    """
+
+    def matcher(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
+        found = []
+        for layer in layers:
+            if layer not in pairs:
+                raise InputError(f"the layer map says nothing of donor layer {layer}; it has {sorted(pairs)}")
+            if not 0 <= pairs[layer] < recipient.n_layers:
+                raise InputError(
+                    f"the layer map sends {layer} to {pairs[layer]}, outside 0 .. {recipient.n_layers - 1}"
+                )
+            found.append(LayerPair(layer, pairs[layer]))
+        return found
+
+    return matcher
+
+
+def all_layers(n_layers: int) -> list[int]:
+    """Every layer."""
+    return list(range(n_layers))
+
+
+def last_third(n_layers: int) -> list[int]:
+    """The last third of the layers, where pasted adapters compound least."""
+    return list(range(n_layers - n_layers // 3, n_layers))
+
+
+def last_half(n_layers: int) -> list[int]:
+    """The last half of the layers."""
+    return list(range(n_layers - n_layers // 2, n_layers))
+
+
+def middle_third(n_layers: int) -> list[int]:
+    """The middle third of the layers."""
+    return list(range(n_layers // 3, n_layers - n_layers // 3))
+
+
+def every_other(n_layers: int) -> list[int]:
+    """Layers 0, 2, 4, ...: where the paper trains its adapters."""
+    return list(range(0, n_layers, 2))
+
+
+MATCHERS: dict[str, Matcher] = {"proportional": proportional, "nearest": nearest}
+LAYER_CHOICES: dict[str, LayerChoice] = {
+    "all_layers": all_layers,
+    "last_third": last_third,
+    "last_half": last_half,
+    "middle_third": middle_third,
+    "every_other": every_other,
+}
+
+
+def choose_layers(choice: LayerChoice | str | Iterable[int], n_layers: int) -> list[int]:
+    """Return the layers that a choice names: a function, a name in `LAYER_CHOICES`, or the layers themselves.
+
+    Raises:
+        InputError: an unknown name, or a layer that does not exist.
+    """
+    if isinstance(choice, str):
+        if choice not in LAYER_CHOICES:
+            try:
+                choice = [int(part) for part in choice.split(",")]
+            except ValueError:
+                raise InputError(
+                    f"layers {choice!r}: expected layer numbers like '4,8,12' or one of {', '.join(LAYER_CHOICES)}"
+                ) from None
+        else:
+            choice = LAYER_CHOICES[choice]
+    chosen = choice(n_layers) if callable(choice) else [int(layer) for layer in choice]
+    outside = [layer for layer in chosen if not 0 <= layer < n_layers]
+    if outside or not chosen:
+        raise InputError(f"layers {outside or chosen}: expected some among 0 .. {n_layers - 1}")
+    return sorted(set(chosen))

@@ -1,0 +1,333 @@
+"""Pasting: carry a donor's adapter into a recipient by folding it through fitted converters.
+
+With into(h) = h A + a (recipient -> donor) and back(d) = d B (donor -> recipient, differences), an intervention
+act(h Rᵀ + b) W of the donor becomes act(h (R Aᵀ)ᵀ + b + R a) (W B), the same form in the recipient's space. Only the
+2 · rank right-hand sides that matter are solved; no converter is formed or applied when the model runs.
+
+Source: arXiv 2506.19140, section 3, equations 3 to 5; folding, regularisation and separate rows are ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import threadpoolctl
+import torch
+from torch import Tensor
+
+from commandv.adapter import Adapter, Intervention
+from commandv.convert import FITTERS, Converter, FactorStore, Fitter, ReducedRank, Ridge
+from commandv.errors import InputError
+from commandv.match import LayerChoice, LayerPair, Matcher, choose_layers, last_third, proportional
+from commandv.profiles import Profile, Rows, paired_rows
+
+HOLDOUT = 0.1  # share of the prompts that no converter sees, so that fidelity can be told
+
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def paste(
+    adapter: Adapter,
+    donor: Profile,
+    recipient: Profile,
+    *,
+    fit: Fitter = Ridge(),
+    match: Matcher = proportional,
+    layers: LayerChoice | str | Iterable[int] = last_third,
+    scale: float = 1.0,
+    read_rows: Rows = "end",
+    write_rows: Rows | None = None,
+    holdout: float = HOLDOUT,
+    shuffle: int | None = None,
+    store: FactorStore | None = None,
+) -> Adapter:
+    """Carry an adapter of the donor into the recipient.
+
+    Several donor layers that meet in one recipient layer add up there.
+
+    Args:
+        adapter: the donor's adapter.
+        donor: profile of the model the adapter is for.
+        recipient: profile of the model to carry it into, over the same prompts.
+        fit: how converters are fitted; `Pinv()` is the published way.
+        match: which donor layer goes where.
+        layers: recipient layers on which the pasted adapter may act; the default is the last third, where layers
+            disturb each other least.
+        scale: factor on the result's deltas.
+        read_rows: rows for the reading converter (recipient -> donor).
+        write_rows: rows for the writing converter (donor -> recipient); None takes text rows where both profiles
+            have them, else last-token rows.
+        holdout: share of the prompts kept from every fit, so that `fidelity` can be told on them.
+        shuffle: a control: pair the rows wrongly, by a permutation with this seed.
+        store: keeps factorisations for the next adapter over the same profiles.
+
+    Returns:
+        An adapter of the recipient.
+
+    Raises:
+        MismatchError: the adapter is not the donor profile's, or the profiles are of different prompts.
+        InputError: too few shared rows, an empty layer choice, or rows that are not finite.
+    """
+    adapter.model.require(donor.model, f"adapter {adapter.name}")
+    if not np.isfinite(scale):
+        raise InputError(f"scale={scale}: expected a finite number")
+    allowed = set(choose_layers(layers, recipient.n_layers))
+    pairs = [pair for pair in match(donor, recipient, adapter.layers) if pair.recipient in allowed]
+    if not pairs:
+        raise InputError(
+            f"adapter {adapter.name} acts on donor layers {adapter.layers}; none is matched to the chosen recipient "
+            f"layers {sorted(allowed)}"
+        )
+    bridge = Bridge(donor, recipient, fit, read_rows, write_rows, holdout, shuffle, store)
+
+    def carry(pair: LayerPair) -> tuple[tuple[Intervention, ...], dict[str, Any]]:
+        into, back = bridge.into(pair), bridge.back(pair)
+        carried = tuple(fold(one, into, back, scale) for one in adapter.interventions[pair.donor])
+        return carried, {"pair": list(pair), "read": into.facts, "write": back.facts}
+
+    interventions: dict[int, tuple[Intervention, ...]] = {}
+    facts = []
+    for pair, (carried, fact) in zip(pairs, parallel(carry, pairs), strict=True):
+        interventions[pair.recipient] = (*interventions.get(pair.recipient, ()), *carried)
+        facts.append(fact)
+    provenance = {
+        "made_by": "paste",
+        "donor": asdict(donor.model),
+        "donor_adapter": {"name": adapter.name, **dict(adapter.provenance)},
+        "prompts": donor.prompts,
+        "link": bridge.settings(),
+        "scale": scale,
+        "layers": facts,
+    }
+    return Adapter(interventions, recipient.model, adapter.name, provenance, donor=adapter)
+
+
+def fold(one: Intervention, into: Converter, back: Converter, scale: float = 1.0) -> Intervention:
+    """Return the recipient's intervention with R' = R Aᵀ, b' = b + R a, W' = scale · W B."""
+    read, shift = into.pull(one.read)
+    return replace(
+        one,
+        read=read.float(),
+        bias=(one.bias.double() + shift).float(),
+        write=(scale * back.push(one.write)).float(),
+    )
+
+
+class Bridge:
+    """The converters between two profiled models, fitted on demand."""
+
+    def __init__(
+        self,
+        donor: Profile,
+        recipient: Profile,
+        fit: Fitter,
+        read_rows: Rows,
+        write_rows: Rows | None,
+        holdout: float,
+        shuffle: int | None,
+        store: FactorStore | None,
+    ) -> None:
+        if not 0 <= holdout < 1:
+            raise InputError(f"holdout={holdout}: expected a share from 0 up to, not including, 1")
+        self.donor, self.recipient, self.fit = donor, recipient, fit
+        self.holdout, self.shuffle, self.store = holdout, shuffle, store
+        if write_rows is None:
+            write_rows = "text" if all((one.keys[:, 1] >= 0).any() for one in (donor, recipient)) else "end"
+        self.sides = {"read": read_rows, "write": write_rows}
+        self._rows = {rows: paired_rows(donor, recipient, rows) for rows in {read_rows, write_rows}}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what is needed to fit the same converters again, JSON-able."""
+        options = asdict(self.fit)  # type: ignore[call-overload]
+        return {
+            "fit": {"name": self.fit.name, **options},
+            "rows": self.sides,
+            "holdout": self.holdout,
+            "shuffle": self.shuffle,
+        }
+
+    @classmethod
+    def again(cls, donor: Profile, recipient: Profile, settings: dict[str, Any]) -> Bridge:
+        """Return the bridge that `settings` describes."""
+        options = dict(settings["fit"])
+        kind = FITTERS[options.pop("name")]
+        if kind is ReducedRank:
+            options["ridge"] = Ridge(**options["ridge"])
+        rows = settings["rows"]
+        return cls(
+            donor,
+            recipient,
+            kind(**options),
+            rows["read"],
+            rows["write"],
+            settings["holdout"],
+            settings["shuffle"],
+            None,
+        )
+
+    def rows(self, side: str, pair: LayerPair, *, held_out: bool = False) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Return (donor rows, recipient rows, prompt numbers) of one side's fit, or of its held-out prompts."""
+        i, j, prompts = self._rows[self.sides[side]]  # type: ignore[index]
+        unseen = held_out_prompts(prompts, self.holdout)
+        keep = unseen if held_out else ~unseen
+        i, j, prompts = i[keep], j[keep], prompts[keep]
+        if self.shuffle is not None and not held_out:
+            i = np.random.default_rng(self.shuffle).permutation(i)
+        donor, recipient = self.donor.layer(pair.donor), self.recipient.layer(pair.recipient)
+        return donor[torch.from_numpy(i)], recipient[torch.from_numpy(j)], prompts
+
+    def into(self, pair: LayerPair) -> Converter:
+        """Fit recipient -> donor, for reading."""
+        donor, recipient, prompts = self.rows("read", pair)
+        key = ("into", pair.recipient, self.sides["read"], self.holdout)
+        return self.fit(recipient, donor, groups=prompts, store=self.store, key=(*key, pair.donor))
+
+    def back(self, pair: LayerPair) -> Converter:
+        """Fit donor -> recipient, for writing."""
+        donor, recipient, prompts = self.rows("write", pair)
+        key = ("back", pair.donor, self.sides["write"], self.holdout, self.shuffle)
+        return self.fit(donor, recipient, groups=prompts, store=self.store, key=(*key, pair.recipient))
+
+
+def held_out_prompts(prompts: np.ndarray, share: float) -> np.ndarray:
+    """Mark a fixed share of the prompts, the same whichever rows or models are asked about; bool like `prompts`."""
+    scattered = (prompts.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    return scattered.astype(np.float64) / float(1 << 24) < share
+
+
+def parallel(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """Map over items with one single-threaded worker per core: faster than threaded linear algebra at these sizes."""
+    workers = min(os.cpu_count() or 1, len(items))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with (
+            threadpoolctl.threadpool_limits(1),
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# -- controls ---------------------------------------------------------------------------------------------------------
+
+
+def random_like(adapter: Adapter, seed: int) -> Adapter:
+    """Return a control that reads the same and writes as much, in random directions.
+
+    Each intervention's written subspace is turned by a random rotation, so that on every state its delta has exactly
+    the norm of the original's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def turn(one: Intervention) -> Intervention:
+        shape = torch.linalg.qr(one.write.double().T).R  # write = shapeᵀ · orthonormal rows
+        basis = torch.linalg.qr(torch.randn(one.d_model, len(shape), generator=generator, dtype=torch.float64)).Q
+        return replace(one, write=(shape.T @ basis.T).float())
+
+    return adapter.map(turn, name=f"random of the norm of {adapter.name}", donor=None)
+
+
+# -- fidelity ---------------------------------------------------------------------------------------------------------
+
+
+class Fidelity(NamedTuple):
+    """How well one layer pair's converters work on prompts they have not seen; 1 is perfect, 0 as good as the mean.
+
+    Attributes:
+        donor: donor layer.
+        recipient: recipient layer.
+        n: held-out rows of the reading side.
+        read_r2: standardised R² of the reading converter (recipient -> donor), averaged over dimensions.
+        write_r2: the same of the writing converter (donor -> recipient).
+        read_cosine: mean cosine of centred, standardised rows, predicted against true.
+        write_cosine: the same of the writing converter.
+        cycle_error: ||back(into(x)) - x||² / ||x||² of centred, standardised recipient rows; says little alone.
+        adapter_read_r2: R² of exactly what the adapter reads, h Rᵀ.
+        adapter_write_r2: R² along exactly the directions it writes, h W'ᵀ.
+    """
+
+    donor: int
+    recipient: int
+    n: int
+    read_r2: float
+    write_r2: float
+    read_cosine: float
+    write_cosine: float
+    cycle_error: float
+    adapter_read_r2: float
+    adapter_write_r2: float
+
+
+def fidelity(
+    pasted: Adapter, donor: Profile, recipient: Profile, *, donor_adapter: Adapter | None = None
+) -> list[Fidelity]:
+    """Measure a pasted adapter's converters on the prompts that they were not fitted on, per layer pair.
+
+    Args:
+        pasted: a result of `paste`.
+        donor: the profiles it was pasted with.
+        recipient: likewise.
+        donor_adapter: the adapter that was pasted; needed for one that was loaded from disk.
+
+    Raises:
+        InputError: not a pasted adapter, nothing held out, or the donor's adapter is not at hand.
+    """
+    original = donor_adapter or pasted.donor
+    if pasted.provenance.get("made_by") != "paste" or original is None:
+        raise InputError("fidelity is told of a pasted adapter; after loading one, give donor_adapter= as well")
+    bridge = Bridge.again(donor, recipient, pasted.provenance["link"])
+    if not bridge.holdout:
+        raise InputError("the adapter was pasted with holdout=0: no prompts are left to measure on")
+    pairs = [LayerPair(*fact["pair"]) for fact in pasted.provenance["layers"]]
+
+    def measure(pair: LayerPair) -> Fidelity:
+        into, back = bridge.into(pair), bridge.back(pair)
+        y, x, _ = (t.double() if isinstance(t, Tensor) else t for t in bridge.rows("read", pair, held_out=True))
+        y_text, x_text, _ = (
+            t.double() if isinstance(t, Tensor) else t for t in bridge.rows("write", pair, held_out=True)
+        )
+        read, write = into(x), back(y_text)
+        scale = x.std(0).clamp(min=1e-12)
+        cycled = back(read)
+        centred = (x - x.mean(0)) / scale
+        error = (cycled - cycled.mean(0)) / scale - centred
+        reads = torch.cat([one.read for one in original.interventions[pair.donor]]).double()
+        writes = torch.cat([one.write for one in original.interventions[pair.donor]]).double()
+        into_directions = back.push(writes).T
+        return Fidelity(
+            pair.donor,
+            pair.recipient,
+            len(x),
+            r2(read, y),
+            r2(write, x_text),
+            cosine(read, y),
+            cosine(write, x_text),
+            float(error.square().sum() / centred.square().sum()),
+            r2(read @ reads.T, y @ reads.T),
+            r2(write @ into_directions, x_text @ into_directions),
+        )
+
+    return parallel(measure, pairs)
+
+
+def r2(predicted: Tensor, true: Tensor) -> float:
+    """Standardised R²: 1 - mean over dimensions of squared error over variance; rows [n, d]."""
+    variance = true.var(0, correction=0)
+    keep = variance > 1e-12 * variance.max()
+    error = (predicted - true).square().mean(0)
+    return float(1 - (error[keep] / variance[keep]).mean()) if keep.any() else float("nan")
+
+
+def cosine(predicted: Tensor, true: Tensor) -> float:
+    """Mean cosine of rows [n, d] after centring by the true mean and dividing by the true standard deviation."""
+    mean, scale = true.mean(0), true.std(0).clamp(min=1e-12)
+    return float(torch.nn.functional.cosine_similarity((predicted - mean) / scale, (true - mean) / scale).mean())

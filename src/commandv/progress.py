@@ -1,0 +1,46 @@
+"""Progress of long work: a bar with ETA on a terminal, log lines otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY = 15.0  # seconds between log lines when there is no terminal
+
+
+@contextlib.contextmanager
+def track(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances the progress of `title` by so many of `total` steps."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda steps: progress.advance(task, steps)
+        return
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(steps: int) -> None:
+        nonlocal done, last
+        done += steps
+        now = time.monotonic()
+        if now - last >= LOG_EVERY and done:
+            last = now
+            left = (now - started) / done * (total - done)
+            log.info("%s: %d of %d, about %.0f s left", title, done, total, left)
+
+    yield advance

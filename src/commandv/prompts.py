@@ -1,0 +1,189 @@
+"""Prompt sets: the built-in ones, text, CSV and JSONL files, datasets from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import importlib.resources
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from commandv.errors import InputError
+from commandv.paths import digest
+
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "conversations", "input", "goal")
+RESPONSE_COLUMNS = ("response", "output", "answer", "completion")
+
+# Each built-in set is the concatenation of files under data/.
+BUILTIN = {
+    "general": ("prompts/general-1.jsonl", "prompts/general-2.jsonl"),
+    "text": ("prompts/text-1.jsonl", "prompts/text-2.jsonl"),
+    "drift": ("prompts/drift.jsonl",),
+    "numbered-list": ("behaviours/numbered-list.jsonl",),
+    "pirate": ("behaviours/pirate.jsonl",),
+    "questions-dev": ("behaviours/questions-dev.jsonl",),
+    "questions-test": ("behaviours/questions-test.jsonl",),
+}
+
+
+class Prompt(NamedTuple):
+    """One user turn, with the reply to it where the set has one."""
+
+    text: str
+    response: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """An immutable sequence of prompts with a content hash.
+
+    Attributes:
+        prompts: the prompts in file order.
+        name: where they come from, for messages and provenance.
+    """
+
+    prompts: tuple[Prompt, ...]
+    name: str = "prompts"
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError(f"{self.name}: no prompts. Expected at least one non-empty prompt.")
+        for number, prompt in enumerate(self.prompts, start=1):
+            if not prompt.text.strip():
+                raise InputError(f"{self.name}: prompt {number} is empty. Remove it or give it a text.")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def __getitem__(self, index: slice) -> PromptSet:
+        return PromptSet(self.prompts[index], self.name)
+
+    @property
+    def texts(self) -> list[str]:
+        """The user turns as plain strings."""
+        return [prompt.text for prompt in self.prompts]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hexadecimal characters that depend on every prompt and reply and on their order."""
+        return digest([(prompt.text, prompt.response) for prompt in self.prompts])
+
+
+def as_prompts(prompts: PromptSet | Sequence[str]) -> PromptSet:
+    """Return `prompts` as a `PromptSet`; a sequence of strings becomes a set without replies."""
+    if isinstance(prompts, PromptSet):
+        return prompts
+    if isinstance(prompts, str):
+        raise InputError("got one string where a list of prompts was expected; write [prompt]")
+    return PromptSet(tuple(Prompt(text) for text in prompts))
+
+
+def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> PromptSet:
+    """Load a prompt set.
+
+    Args:
+        source: `builtin:NAME` (general, text, drift, numbered-list, pirate, questions-dev, questions-test);
+            a .txt file (one prompt a line), .csv or .jsonl file; or a hub dataset id, optionally with a split
+            (`GAIR/lima`, `tatsu-lab/alpaca:train`), which needs the `datasets` package. `lima` is short for
+            `GAIR/lima`.
+        column: the column that holds the prompt; found among the usual names when not given.
+        limit: keep the first so many prompts.
+
+    Raises:
+        InputError: unknown name, missing file, malformed row (with its line number), or no prompts.
+    """
+    source = str(source)
+    if source.startswith("builtin:"):
+        rows = _builtin_rows(source.removeprefix("builtin:"))
+    elif Path(source).is_file():
+        rows = _file_rows(Path(source))
+    elif Path(source).suffix in {".txt", ".csv", ".jsonl"}:
+        raise InputError(f"{source}: no such file")
+    else:
+        rows = _hub_rows(source)
+    prompts = []
+    for where, row in rows:
+        prompts.append(_to_prompt(row, column, where))
+        if limit is not None and len(prompts) >= limit:
+            break
+    return PromptSet(tuple(prompts), source)
+
+
+def _builtin_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if name not in BUILTIN:
+        raise InputError(f"builtin:{name}: no such built-in prompt set; there are {', '.join(sorted(BUILTIN))}")
+    for file in BUILTIN[name]:
+        text = (importlib.resources.files("commandv") / "data" / file).read_text("utf-8")
+        yield from _jsonl_rows(text, file)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if path.suffix == ".jsonl":
+        yield from _jsonl_rows(text, str(path))
+    elif path.suffix == ".csv":
+        for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), start=2):
+            yield f"{path}, line {number}", row
+    else:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                yield f"{path}, line {number}", {"prompt": line.strip()}
+
+
+def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not valid JSON ({error.msg})") from error
+        if isinstance(row, str):
+            row = {"prompt": row}
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object with a prompt, got {type(row).__name__}")
+        yield where, row
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    name, _, split = source.partition(":")
+    name = {"lima": "GAIR/lima"}.get(name.lower(), name)
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{source}: not a file, and reading it from the hub needs the datasets package: pip install 'commandv[hub]'"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
+        raise InputError(f"{source}: neither a file nor a hub dataset that can be loaded: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{source}, row {number}", row
+
+
+def _to_prompt(row: dict[str, Any], column: str | None, where: str) -> Prompt:
+    wanted = (column,) if column else PROMPT_COLUMNS
+    key = next((name for name in wanted if name in row), None)
+    if key is None:
+        raise InputError(f"{where}: no column {' / '.join(wanted)}; the row has {', '.join(map(str, row))}")
+    value = row[key]
+    response = next((row[name] for name in RESPONSE_COLUMNS if row.get(name)), "")
+    if isinstance(value, list) and value:  # LIMA keeps a conversation as a list of turns
+        value, response = value[0], value[1] if len(value) > 1 else ""
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: the prompt ({key}) is empty or not a text")
+    if not isinstance(response, str):
+        raise InputError(f"{where}: the response is {type(response).__name__}, expected a text")
+    return Prompt(value, response, str(row.get("category") or ""))

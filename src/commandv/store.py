@@ -1,0 +1,171 @@
+"""Our own file format: a directory of `config.json` and `tensors.safetensors`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from commandv.adapter import Adapter, Intervention
+from commandv.errors import FormatError
+from commandv.models import ModelRef
+from commandv.paths import atomic_directory
+from commandv.positions import Positions
+
+FORMAT = "commandv-adapter"
+FORMAT_VERSION = 1
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class _InterventionSpec(_Strict):
+    layer: int
+    kind: str
+    rank: int
+    activation: str
+    positions: str
+
+
+class _ModelSpec(_Strict):
+    id: str
+    revision: str
+    d_model: int
+    n_layers: int
+    template: str
+
+
+class _Config(_Strict):
+    format: str
+    format_version: int
+    commandv: str
+    name: str
+    model: _ModelSpec
+    interventions: list[_InterventionSpec]
+    provenance: dict[str, Any]
+
+
+def save(adapter: Adapter, path: str | Path) -> Path:
+    """Write an adapter as a directory, atomically; an earlier adapter there is replaced.
+
+    Raises:
+        StorageError: not writable or disk full; what was there before is untouched.
+        FormatError: `path` is a directory that holds something else.
+    """
+    path = Path(path)
+    if path.exists() and not (path / "config.json").exists() and (path.is_file() or any(path.iterdir())):
+        raise FormatError(f"{path}: exists and is not an adapter; choose another place")
+    specs, tensors = [], {}
+    for layer in adapter.layers:
+        for one in adapter.interventions[layer]:
+            number = len(specs)
+            specs.append(
+                _InterventionSpec(
+                    layer=layer, kind="affine", rank=one.rank, activation=one.activation, positions=str(one.positions)
+                )
+            )
+            for part in ("read", "bias", "write"):
+                tensors[f"{number}.{part}"] = getattr(one, part).detach().float().cpu().contiguous()
+    config = _Config(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        commandv=importlib.metadata.version("commandv"),
+        name=adapter.name,
+        model=_ModelSpec(**asdict(adapter.model)),
+        interventions=specs,
+        provenance=dict(adapter.provenance),
+    )
+    with atomic_directory(path) as directory:
+        save_file(tensors, directory / "tensors.safetensors")
+        (directory / "config.json").write_text(config.model_dump_json(indent=2) + "\n", "utf-8")
+    return path
+
+
+def read(path: str | Path) -> Adapter:
+    """Read an adapter directory of our format.
+
+    Raises:
+        FormatError: missing or truncated files, another format or version, unknown keys or kinds, tensors whose
+            shapes are not what the config says, or values that are not finite.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: cannot read config.json ({error})") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT or version != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, got "
+            f"{raw.get('format')!r} version {version!r}; a newer version needs a newer commandv"
+            if isinstance(raw, dict)
+            else f"{path}: config.json holds {type(raw).__name__}, expected an object"
+        )
+    try:
+        config = _Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FormatError(
+            f"{path}: config.json, {place}: {first['msg']}; written by a newer commandv, or tampered with"
+        ) from error
+    file = path / "tensors.safetensors"
+    if not file.exists():
+        raise FormatError(f"{path}: config.json is there but tensors.safetensors is missing; copy the whole directory")
+    try:
+        tensors = load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FormatError(f"{file}: truncated or not safetensors ({error}); copy it again") from error
+    return _build(config, tensors, path)
+
+
+def _build(config: _Config, tensors: dict[str, torch.Tensor], path: Path) -> Adapter:
+    interventions: dict[int, tuple[Intervention, ...]] = {}
+    expected = {f"{i}.{part}" for i in range(len(config.interventions)) for part in ("read", "bias", "write")}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise FormatError(f"{path}: tensors {odd[:4]} are missing or not in the config")
+    d_model = config.model.d_model
+    for number, spec in enumerate(config.interventions):
+        if spec.kind != "affine":
+            raise FormatError(f"{path}: intervention {number} is of the unknown kind {spec.kind!r}; upgrade commandv")
+        shapes = {"read": (spec.rank, d_model), "bias": (spec.rank,), "write": (spec.rank, d_model)}
+        parts = {part: tensors[f"{number}.{part}"] for part in shapes}
+        for part, shape in shapes.items():
+            if tuple(parts[part].shape) != shape or parts[part].dtype != torch.float32:
+                raise FormatError(
+                    f"{path}: {number}.{part} is {parts[part].dtype} {tuple(parts[part].shape)}, "
+                    f"the config says float32 {shape}"
+                )
+        try:
+            made = Intervention(**parts, activation=spec.activation, positions=Positions.parse(spec.positions))
+        except ValueError as error:
+            raise FormatError(f"{path}: intervention {number}: {error}") from error
+        interventions[spec.layer] = (*interventions.get(spec.layer, ()), made)
+    try:
+        return Adapter(interventions, ModelRef(**config.model.model_dump()), config.name, config.provenance)
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def builtin_path(name: str) -> Path:
+    """Return the directory of a shipped adapter, `BEHAVIOUR@MODEL`.
+
+    Raises:
+        FormatError: there is no such adapter; the message lists those there are.
+    """
+    folder = Path(str(importlib.resources.files("commandv") / "data" / "adapters"))
+    path = folder / name
+    if not path.is_dir():
+        known = ", ".join(sorted(f"builtin:{one.name}" for one in folder.glob("*@*")))
+        raise FormatError(f"builtin:{name}: no such adapter; there are {known}")
+    return path
