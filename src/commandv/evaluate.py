@@ -17,6 +17,7 @@ from commandv.models import LM, accepts, encode, pad
 from commandv.prompts import PromptSet
 
 Grader = Callable[[str], bool]
+REPLY_TOKENS = 32  # of each passage on which drift is measured
 
 
 class Score(NamedTuple):
@@ -76,7 +77,7 @@ def rate(name: str, outcomes: Sequence[bool]) -> Score:
         raise InputError(f"{name}: no outcomes to take a rate of")
     hits = sum(map(bool, outcomes))
     interval = stats.binomtest(hits, len(outcomes)).proportion_ci(0.95, method="wilson")
-    return Score(name, hits / len(outcomes), interval.low, interval.high, len(outcomes))
+    return Score(name, hits / len(outcomes), float(interval.low), float(interval.high), len(outcomes))
 
 
 def behaviour_rate(
@@ -119,8 +120,8 @@ def drift(
 ) -> Score:
     """Measure what an adapter costs: KL(unmodified || adapted) of the next-token distribution, nats per token.
 
-    The passages are read as replies to their prompts, in the model's own format; the mean is over their tokens, the
-    interval (Student's t, 95 %) over passages.
+    The passages are read as replies to their prompts, in the model's own format; the mean is over the first
+    `REPLY_TOKENS` tokens of each, the interval (Student's t, 95 %) over passages.
 
     Args:
         lm: the model, with nothing attached.
@@ -144,8 +145,9 @@ def drift(
 def reply_log_probs(
     lm: LM, passages: PromptSet, adapter: Adapter | None = None, *, scale: float = 1.0, batch_size: int = 8
 ) -> list[torch.Tensor]:
-    """Return the log-probabilities [reply tokens, vocabulary] at each passage's reply, float16, in order."""
+    """Return the log-probabilities [tokens, vocabulary] of each reply's first `REPLY_TOKENS`, float16, in order."""
     encoded = [encode(lm, one.text, one.response) for one in passages]
+    encoded = [one._replace(ids=one.ids[: one.n_prompt + REPLY_TOKENS]) for one in encoded]
     out: list[torch.Tensor | None] = [None] * len(encoded)
     for members in batches([len(one.ids) for one in encoded], batch_size):
         prompts = pad(lm, [encoded[i].ids[: encoded[i].n_prompt] for i in members], "left")

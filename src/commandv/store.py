@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic_core import PydanticSerializationError
 
 from commandv.adapter import Adapter, Intervention
 from commandv.errors import FormatError
@@ -59,11 +59,10 @@ def save(adapter: Adapter, path: str | Path) -> Path:
 
     Raises:
         StorageError: not writable or disk full; what was there before is untouched.
-        FormatError: `path` is a directory that holds something else.
+        FormatError: `path` holds something else, or the provenance is not plain JSON.
     """
     path = Path(path)
-    if path.exists() and not (path / "config.json").exists() and (path.is_file() or any(path.iterdir())):
-        raise FormatError(f"{path}: exists and is not an adapter; choose another place")
+    require_free(path)
     specs, tensors = [], {}
     for layer in adapter.layers:
         for one in adapter.interventions[layer]:
@@ -74,7 +73,10 @@ def save(adapter: Adapter, path: str | Path) -> Path:
                 )
             )
             for part in ("read", "bias", "write"):
-                tensors[f"{number}.{part}"] = getattr(one, part).detach().float().cpu().contiguous()
+                # A copy each, because safetensors refuses tensors that share memory.
+                tensors[f"{number}.{part}"] = torch.clone(
+                    getattr(one, part).detach().float().cpu(), memory_format=torch.contiguous_format
+                )
     config = _Config(
         format=FORMAT,
         format_version=FORMAT_VERSION,
@@ -84,10 +86,34 @@ def save(adapter: Adapter, path: str | Path) -> Path:
         interventions=specs,
         provenance=dict(adapter.provenance),
     )
+    try:
+        text = config.model_dump_json(indent=2)  # NaN and infinity, which JSON lacks, become null
+    except PydanticSerializationError as error:
+        raise FormatError(f"{path}: the provenance of {adapter.name} is not plain JSON ({error})") from error
     with atomic_directory(path) as directory:
-        save_file(tensors, directory / "tensors.safetensors")
-        (directory / "config.json").write_text(config.model_dump_json(indent=2) + "\n", "utf-8")
+        (directory / "tensors.safetensors").write_bytes(safetensors.torch.save(tensors))
+        (directory / "config.json").write_text(text + "\n", "utf-8")
     return path
+
+
+def require_free(path: Path) -> None:
+    """Raise `FormatError` when saving to `path` would destroy anything but an adapter of ours."""
+    if not path.exists():
+        return
+    names = {one.name for one in path.iterdir()} if path.is_dir() else {"a file"}
+    foreign = sorted(names - {"config.json", "tensors.safetensors"})
+    if not foreign and names:
+        try:
+            config = json.loads((path / "config.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            config = None
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            foreign = ["a config.json of something else"]
+    if foreign:
+        raise FormatError(
+            f"{path}: holds more than an adapter ({', '.join(foreign[:4])}), which saving would delete; "
+            "choose another place"
+        )
 
 
 def read(path: str | Path) -> Adapter:
@@ -122,7 +148,7 @@ def read(path: str | Path) -> Adapter:
     if not file.exists():
         raise FormatError(f"{path}: config.json is there but tensors.safetensors is missing; copy the whole directory")
     try:
-        tensors = load_file(file)
+        tensors = safetensors.torch.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise FormatError(f"{file}: truncated or not safetensors ({error}); copy it again") from error
     return _build(config, tensors, path)

@@ -9,10 +9,11 @@ Source: Wu et al., ReFT, arXiv 2404.03592 (the kinds); arXiv 2506.19140, section
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,7 +116,7 @@ class TrainSettings:
     learning_rate: float = 4e-3
     warmup: float = 0.1
     batch_size: int = 16
-    max_response: int = 48
+    max_response: int = 24
     held_out: float = 0.1
     seed: int = 0
 
@@ -169,7 +170,7 @@ def train(
     if first == 0:
         run.losses.append(run.loss_on(held_out))
     per_epoch = math.ceil(len(learned) / settings.batch_size)
-    with track(f"training {name} on {lm.id}", total=settings.epochs * per_epoch) as advance:
+    with _frozen(lm), track(f"training {name} on {lm.id}", total=settings.epochs * per_epoch) as advance:
         advance(first * per_epoch)
         for epoch in range(first, settings.epochs):
             for batch in run.epoch(epoch):
@@ -189,6 +190,19 @@ def train(
     with torch.no_grad():
         trained = {layer: tuple(map(_detached, module())) for layer, module in run.modules.items()}
     return Adapter(trained, lm.ref, name, provenance)
+
+
+@contextlib.contextmanager
+def _frozen(lm: LM) -> Iterator[None]:
+    """Spare the gradients of the model's own weights, which training does not use."""
+    learning = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _plain(kind: ReFT, lm: LM) -> dict[str, Any]:

@@ -1,0 +1,283 @@
+"""The command line: one thin verb per library call. Heavy imports happen inside the verbs, so that `-h` is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from commandv.errors import CommandVError
+
+if TYPE_CHECKING:
+    from commandv.convert import Fitter
+
+app = typer.Typer(
+    help="Copy a behaviour from one language model, paste it into another.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: what the hardware does fast.")]
+Template = Annotated[str, typer.Option(help="auto, chat, or plain (question and answer).")]
+Device = Annotated[str | None, typer.Option("--device-map", help="auto, cpu, cuda, ...: where the model goes.")]
+PromptsOption = Annotated[str, typer.Option("--prompts", help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+
+
+@app.command()
+def profile(
+    model: Model,
+    prompts: PromptsOption = "builtin:general",
+    text: Annotated[str, typer.Option(help="Passages for text rows; 'none' to leave them out.")] = "builtin:text",
+    limit: Annotated[int | None, typer.Option(help="Use the first so many prompts.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to keep it. Default: the cache.")] = None,
+    batch_size: BatchSize = 16,
+    max_length: Annotated[int | None, typer.Option(help="Cut longer prompts at their beginning.")] = None,
+    dtype: Dtype = None,
+    device_map: Device = None,
+    template: Template = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run prompts through a model and keep its residual stream where another model's can be compared."""
+    import commandv as cv
+
+    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=_template(template))
+    passages = None if text == "none" else cv.load_prompts(text)
+    made = cv.profile(
+        lm,
+        cv.load_prompts(prompts, limit=limit),
+        text=passages,
+        batch_size=batch_size,
+        max_length=max_length,
+        cache=out or True,
+    )
+    facts = {"profile": str(made.path), "model": made.model.id, "rows": len(made), "layers": made.n_layers}
+    _show({**facts, "d_model": made.d_model}, as_json)
+
+
+@app.command()
+def train(
+    model: Model,
+    examples: Annotated[str, typer.Argument(help="{prompt, response} examples: a .jsonl / .csv file or builtin:NAME.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the adapter.")],
+    kind: Annotated[str, typer.Option(help="direft, nodireft, loreft, noreft, consreft, lobireft.")] = "direft",
+    rank: Annotated[int, typer.Option(help="Directions read and written per layer.")] = 8,
+    layers: Annotated[str, typer.Option(help="every_other, all_layers, last_third, ... or 4,8,12.")] = "every_other",
+    positions: Annotated[str, typer.Option(help="l1 (last prompt token), f3+l5, all, ...")] = "l1",
+    epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, in units of each layer's norm.")] = 4e-3,
+    batch_size: BatchSize = 16,
+    seed: Annotated[int, typer.Option(help="Of initial values and of the order of examples.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to resume from after a cut.")] = None,
+    dtype: Dtype = None,
+    device_map: Device = None,
+    template: Template = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train an adapter of the ReFT family on examples."""
+    import commandv as cv
+    from commandv.errors import InputError
+    from commandv.training import TRAINABLE
+
+    if kind not in TRAINABLE:
+        raise InputError(f"kind {kind!r}: expected one of {', '.join(TRAINABLE)}")
+    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=_template(template))
+    rows = cv.load_prompts(examples)
+    settings = cv.TrainSettings(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+    chosen = TRAINABLE[kind](rank=rank, layers=layers, positions=positions)
+    name = rows.name.removeprefix("builtin:")
+    adapter = cv.train(lm, rows, chosen, settings, name=Path(name).stem, checkpoint=checkpoint)
+    cv.save(adapter, out)
+    losses = adapter.provenance["held_out_loss"]
+    _show({"adapter": str(out), "held_out_loss": losses, "parameters": adapter.n_parameters}, as_json)
+
+
+@app.command()
+def paste(
+    adapter: Annotated[str, typer.Argument(help="The donor's adapter: ours, pyreft's, a vector file, or builtin:...")],
+    donor: Annotated[Path, typer.Argument(help="Profile directory of the donor.")],
+    recipient: Annotated[Path, typer.Argument(help="Profile directory of the recipient.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the pasted adapter.")],
+    fit: Annotated[str, typer.Option(help="ridge, pinv (as published), affine, reduced-rank, procrustes.")] = "ridge",
+    match: Annotated[str, typer.Option(help="proportional, nearest, or a map like 2:1,4:3.")] = "proportional",
+    layers: Annotated[
+        str, typer.Option(help="Recipient layers to act on: last_third, all_layers, 4,8.")
+    ] = "last_third",
+    scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
+    layer: Annotated[int | None, typer.Option(help="For a bare vector: the donor layer it acts on.")] = None,
+    with_fidelity: Annotated[bool, typer.Option("--fidelity/--no-fidelity", help="Measure the converters.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Carry a donor's adapter into a recipient, and measure the converters on prompts they have not seen."""
+    import commandv as cv
+
+    one, two = cv.load_profile(donor), cv.load_profile(recipient)
+    original = cv.load_adapter(adapter, layer=layer)
+    pasted = cv.paste(original, one, two, fit=_fitter(fit), match=_matcher(match), layers=layers, scale=scale)
+    cv.save(pasted, out)
+    rows = [row._asdict() for row in cv.fidelity(pasted, one, two)] if with_fidelity else []
+    if as_json:
+        _show({"adapter": str(out), "layers": pasted.layers, "fidelity": rows}, True)
+        return
+    if rows:
+        from commandv.tables import fidelity_table
+
+        _print(fidelity_table(rows))
+    _show({"adapter": str(out), "layers": pasted.layers, "parameters": pasted.n_parameters}, False)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="A prompt set instead.")] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Adapter to attach.")] = None,
+    scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
+    layer: Annotated[int | None, typer.Option(help="For a bare vector: the layer it acts on.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    device_map: Device = None,
+    template: Template = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer prompts greedily, with or without an adapter."""
+    import contextlib
+
+    import commandv as cv
+    from commandv.errors import InputError
+
+    if bool(prompt) == bool(prompts):
+        raise InputError("give prompts as arguments, or --prompts with a set; one of the two")
+    texts = cv.load_prompts(prompts).texts if prompts else list(prompt or [])
+    attached = cv.load_adapter(adapter, layer=layer) if adapter else None
+    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=_template(template))
+    with cv.attach(lm, attached, scale=scale) if attached else contextlib.nullcontext():
+        answers = cv.generate(lm, texts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if as_json:
+        _show({"answers": [{"prompt": a, "answer": b} for a, b in zip(texts, answers, strict=True)]}, True)
+        return
+    for text, answer in zip(texts, answers, strict=True):
+        _print(f"[bold]{_escape(text)}[/bold]\n{_escape(answer)}\n")
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Adapter directory, pyreft directory, vector file, profile, builtin:...")],
+    layer: Annotated[int | None, typer.Option(help="For a bare vector: the layer it acts on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a file or directory is, for which model, and what it holds."""
+    from commandv.inspection import describe
+
+    _show(describe(path, layer=layer), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check versions, cache, disk, devices and packaged models; exit 1 when something is wrong."""
+    from commandv.inspection import check
+
+    checks = check()
+    if as_json:
+        _show({"checks": [one._asdict() for one in checks]}, True)
+    else:
+        for one in checks:
+            mark = "[green]ok[/green]  " if one.ok else "[red]FAIL[/red]"
+            _print(f"{mark} {one.name}: {_escape(one.found)}" + (f" -> {_escape(one.remedy)}" if one.remedy else ""))
+    if not all(one.ok for one in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    n: Annotated[int, typer.Option(help="Held-out prompts per row, at least 16.")] = 64,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the pasted adapters go.")] = Path("commandv-demo"),
+    as_json: Json = False,
+) -> None:
+    """Paste "answer as a numbered list" between two real models, both ways, with every control beside it."""
+    from commandv.demo import run
+
+    results = run(n, out, quiet=as_json)
+    if as_json:
+        _show(results, True)
+
+
+def _template(name: str) -> Any:
+    return name  # load_model checks it
+
+
+def _fitter(name: str) -> Fitter:
+    from commandv.convert import FITTERS
+    from commandv.errors import InputError
+
+    if name not in FITTERS:
+        raise InputError(f"fit {name!r}: expected one of {', '.join(FITTERS)}")
+    return FITTERS[name]()
+
+
+def _matcher(text: str) -> Any:
+    from commandv.errors import InputError
+    from commandv.match import MATCHERS, explicit
+
+    if text in MATCHERS:
+        return MATCHERS[text]
+    try:
+        return explicit({int(a): int(b) for a, b in (part.split(":") for part in text.split(","))})
+    except ValueError:
+        raise InputError(f"match {text!r}: expected one of {', '.join(MATCHERS)}, or a map like 2:1,4:3") from None
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n")
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        _print(f"[dim]{name.ljust(width)}[/dim]  {_escape(str(value))}")
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=isinstance(what, str)).print(what)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers' own bars and notices out of our output."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def main(run: Callable[[], Any] = app) -> None:
+    """Run the command line; an expected error is one line on standard error and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("commandv").setLevel(logging.INFO)
+    _quiet_libraries()
+    try:
+        run()
+    except CommandVError as error:
+        sys.stderr.write(f"commandv: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

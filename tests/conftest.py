@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Every test has a cache directory of its own."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("COMMANDV_CACHE", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """Factory: tiny_lm(arch="llama", seed=0, chat=False, bos=True, ...) -> LM."""
+    return tiny.tiny_lm
+
+
+@pytest.fixture
+def lm():
+    return tiny.tiny_lm()
