@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 torch.set_num_threads(1)
 

@@ -1,22 +1,24 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from torch.testing import assert_close
 
 import commandv as cv
+import tiny
 from commandv.errors import InputError, MismatchError
 from commandv.models import ModelRef, accepts, pad
 
-ARCHS = ("llama", "gpt2", "opt", "bloom", "falcon", "gptj", "gemma3_text", "qwen3_moe")
+ARCHS = ("llama", "gpt2", "opt", "bloom", "falcon", "gptj", "gemma3_text", "qwen3_moe", "llava", "gemma3")
 ROWS = ([5], [1, 40, 41], [1, 7, 8, 9, 10, 11, 12, 13, 14], [1, 99])
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {arch: tiny.tiny_lm(arch, sliding_window=6) if arch.startswith("gemma") else tiny.tiny_lm(arch) for arch in ARCHS}
+    return {
+        arch: tiny.tiny_lm(arch, sliding_window=6) if arch == "gemma3_text" else tiny.tiny_lm(arch) for arch in ARCHS
+    }
 
 
 def forward(lm, rows, side="right"):
@@ -180,7 +182,9 @@ def test_acts_at_its_positions_and_nowhere_else(models, arch, positions, marked)
 def test_interventions_of_a_layer_read_the_same_stream_and_add_up(models, arch):
     lm = models[arch]
     ids = torch.tensor([[1, 20, 21, 22, 23]])
-    parts = [tiny.random_adapter(lm, (1,), p, seed=i).interventions[1][0] for i, p in enumerate(("l2", "l2", "f1", "all"))]
+    parts = [
+        tiny.random_adapter(lm, (1,), p, seed=i).interventions[1][0] for i, p in enumerate(("l2", "l2", "f1", "all"))
+    ]
     parts.append(cv.Intervention(parts[0].read, parts[0].bias, parts[1].write, "tanh", parts[0].positions))
     h = streams(lm, 1, input_ids=ids)
     expected = h.clone()
@@ -266,17 +270,19 @@ def test_bfloat16(arch):
     h = streams(lm, 1, input_ids=ids)
     with cv.attach(lm, adapter):
         after = streams(lm, 1, input_ids=ids)
-        tokens, logits = generated(lm, ROWS)
-    assert after.dtype == logits.dtype == torch.bfloat16
+        generated(lm, ROWS)
+    assert after.dtype == lm.model(input_ids=ids).logits.dtype == torch.bfloat16
     expected = (h[:, -1] + adapter.interventions[1][0].delta(h[:, -1].float())).float()
     assert_close(after[:, -1].float(), expected, rtol=2e-2, atol=2e-2)
 
 
-def test_prefill_only_adapters_leave_decode_steps_alone(lm):
-    seen = []
+def test_prefill_only_adapters_leave_decode_steps_alone(lm, monkeypatch):
+    select, selected, seen = cv.Positions.select, [], []
+    monkeypatch.setattr(cv.Positions, "select", lambda self, *args: selected.append(self) or select(self, *args))
     handle = lm.blocks[1].register_forward_pre_hook(lambda block, _: seen.append(len(block._forward_hooks)))
     with cv.attach(lm, tiny.random_adapter(lm, (1,), "f1+l1")):
         generated(lm, ROWS, steps=4)
+    assert len(selected) == 1
     with cv.attach(lm, tiny.random_adapter(lm, (1,), "l1+g2")):
         generated(lm, ROWS, steps=4)
     handle.remove()
@@ -304,6 +310,31 @@ def test_an_exception_inside_a_pass_leaves_no_block_hooks(lm):
         assert torch.equal(before, after)
 
 
+def test_a_pass_does_not_depend_on_the_one_before(lm):
+    prompts = ["Hi", "Why does Venus spin backwards?"]
+    adapter = tiny.random_adapter(lm, (1,), "f1+l1")
+    with cv.attach(lm, adapter):
+        expected = forward(lm, [[1, 20, 21, 22, 23, 24]])[0]
+    with cv.attach(lm, adapter):
+        through_the_blocks = cv.profile(lm, prompts, cache=False)
+        generated(lm, [[1, 7]])
+        assert torch.equal(forward(lm, [[1, 20, 21, 22, 23, 24]])[0], expected)
+        again = cv.profile(lm, prompts, cache=False)
+    for layer in range(tiny.LAYERS):
+        assert torch.equal(again.layer(layer), through_the_blocks.layer(layer))
+
+
+def test_detaching_in_the_middle_of_a_pass(lm):
+    plain, hooked = forward(lm, ROWS), hooks(lm)
+    attachment = cv.attach(lm, tiny.random_adapter(lm, (2,), "all"))
+    handle = lm.blocks[0].register_forward_hook(lambda *_: attachment.detach())
+    middle = forward(lm, ROWS)
+    handle.remove()
+    assert hooks(lm) == hooked
+    for before, during in zip(plain, middle, strict=True):
+        assert torch.equal(before, during)
+
+
 def test_the_with_block_detaches_when_it_raises(lm):
     hooked = hooks(lm)
     with pytest.raises(KeyError), cv.attach(lm, tiny.random_adapter(lm)):
@@ -326,7 +357,6 @@ def test_another_model_is_refused(lm):
             continue
         with pytest.raises(MismatchError, match=message):
             cv.attach(other, adapter)
-        assert hooks(other) == hooks(other)
         assert "generate" not in vars(other.model)
 
 
@@ -355,4 +385,6 @@ def test_masks_that_hide_the_padding_are_refused(lm):
     with cv.attach(lm, tiny.random_adapter(lm)):
         with pytest.raises(InputError, match="two-dimensional"):
             lm.model(input_ids=ids, attention_mask=mask)
+        with pytest.raises(InputError, match="static caches"):
+            generated(lm, ROWS, cache_implementation="static")
         forward(lm, [[1, 20, 21]])

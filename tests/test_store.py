@@ -18,6 +18,7 @@ from commandv.adapter import ACTIVATIONS, KINDS, Adapter, Intervention
 from commandv.errors import FormatError, StorageError
 from commandv.models import ModelRef
 from commandv.positions import Positions
+from limits import file_size_limit
 
 GOLDEN = Path(__file__).parent / "data" / "v1" / "golden"
 D, RANK = 12, 3
@@ -323,31 +324,13 @@ def test_full_disk_leaves_the_earlier_adapter(saved, monkeypatch):
     assert contents(saved.parent) == {f"adapter/{name}": data for name, data in before.items()}
 
 
-def test_write_error_of_the_operating_system_leaves_the_earlier_adapter(saved, file_size_limit):
+def test_write_error_of_the_operating_system_leaves_the_earlier_adapter(saved):
     """A real failing write, in the middle of the weights."""
     before = contents(saved)
     big = ModelRef(d_model=4096)
     with file_size_limit(8192), pytest.raises(StorageError, match="Free some space"):
         cv.save(Adapter({0: KINDS["steering_vector"](torch.ones(4096))}, big), saved)
     assert contents(saved.parent) == {f"adapter/{name}": data for name, data in before.items()}
-
-
-@pytest.fixture
-def file_size_limit():
-    """Return a context manager under which no file of this process grows beyond so many bytes (EFBIG)."""
-    resource = pytest.importorskip("resource")
-    import contextlib
-
-    @contextlib.contextmanager
-    def limited(n_bytes: int):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limited
 
 
 def test_directory_that_cannot_be_made(tmp_path):

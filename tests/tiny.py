@@ -106,7 +106,9 @@ def tiny_model(arch: str = "llama", *, seed: int = 0, **settings: Any) -> Any:
         special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         sizes = {"vocab_size": VOCAB, "initializer_range": 0.2, **special, **sizes, **settings}
         config = getattr(transformers, name)(**sizes)
-    auto = transformers.AutoModelForImageTextToText if arch in ("llava", "gemma3") else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForImageTextToText if arch in ("llava", "gemma3") else transformers.AutoModelForCausalLM
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(config, dtype=torch.float32).eval()
@@ -151,7 +153,9 @@ def tiny_lm(
 ) -> LM:
     """A tiny random model with its tokenizer; `settings` change the model's config (vocab is the tokenizer's)."""
     model = tiny_model(arch, seed=seed, **{"vocab_size": max(vocab, VOCAB), **settings}).to(dtype)
-    return cv.wrap_model(model, tiny_tokenizer(vocab=vocab, bos=bos, chat=chat), id or f"tiny-{arch}", template=template)
+    return cv.wrap_model(
+        model, tiny_tokenizer(vocab=vocab, bos=bos, chat=chat), id or f"tiny-{arch}", template=template
+    )
 
 
 def random_adapter(
@@ -166,6 +170,8 @@ def random_adapter(
     def one() -> cv.Intervention:
         width = lm.d_model
         where = cv.Positions.parse(positions)
-        return cv.Intervention(normal(rank, width) / width**0.5, normal(rank), size * normal(rank, width), positions=where)
+        return cv.Intervention(
+            normal(rank, width) / width**0.5, normal(rank), size * normal(rank, width), positions=where
+        )
 
     return cv.Adapter({layer: (one(),) for layer in layers}, lm.ref, "random")

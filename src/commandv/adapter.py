@@ -154,10 +154,6 @@ class Adapter:
 # -- the kinds: each returns interventions whose deltas add up --------------------------------------------------------
 
 
-def _zeros(rank: int, like: Tensor) -> Tensor:
-    return torch.zeros(rank, dtype=like.dtype)
-
-
 def loreft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "linear") -> tuple[Intervention, ...]:
     """LoReFT: h + (act(h Wᵀ + b) - h Q) Qᵀ.
 
@@ -169,7 +165,10 @@ def loreft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "li
     """
     if activation == "linear":
         return (Intervention(weight - rotation.T, bias, rotation.T),)
-    return (Intervention(weight, bias, rotation.T, activation), ablation(rotation.T)[0])
+    return (
+        Intervention(weight, bias, rotation.T, activation),
+        Intervention(rotation.T, torch.zeros_like(bias), -rotation.T),
+    )
 
 
 def noreft(
@@ -215,10 +214,17 @@ def ablation(directions: Tensor) -> tuple[Intervention, ...]:
     """Directional ablation: h - (h Uᵀ) U, the projection off the span of `directions` [n, d_model] or [d_model].
 
     Source: Arditi et al., arXiv 2406.11717, eq. 4 (one direction).
+
+    Raises:
+        InputError: directions that are all zero, or not finite.
     """
     rows = directions.float().reshape(-1, directions.shape[-1])
-    basis = torch.linalg.qr(rows.T).Q.T
-    return (Intervention(basis, _zeros(len(basis), basis), -basis),)
+    if not torch.isfinite(rows).all() or not rows.any():
+        raise InputError("ablation: the directions are all zero, or hold NaN or infinity; there is nothing to ablate")
+    rows = torch.nn.functional.normalize(rows)
+    _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
+    basis = basis[singular > max(rows.shape) * torch.finfo(rows.dtype).eps * singular[0]]
+    return (Intervention(basis, torch.zeros(len(basis)), -basis),)
 
 
 KINDS: dict[str, Callable[..., tuple[Intervention, ...]]] = {

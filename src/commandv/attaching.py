@@ -51,6 +51,11 @@ def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None
     return Attachment(lm, adapter, scale, n_prompt)
 
 
+def attached(lm: LM) -> bool:
+    """True while an adapter is attached to the model."""
+    return _TAP in lm.model.__dict__
+
+
 class Attachment:
     """An adapter on a live model; `detach()` (or the end of a `with` block) restores the model exactly."""
 
@@ -59,13 +64,16 @@ class Attachment:
         self._seen = 0  # outside generate: columns of the last pass without a cache
         self._edits = {layer: _group(many, scale) for layer, many in adapter.interventions.items()}
         self._positions = {edit.positions for edits in self._edits.values() for edit in edits}
-        self._signature = inspect.signature(lm.owner.forward)
+        self._owner_forward, self._model_forward = (inspect.signature(m.forward) for m in (lm.owner, lm.model))
+        self._given: dict[str, Any] = {}  # the mask of the pass through the whole model, while one runs
         self._tap = _Tap.of(lm.model)
         self._tap.users += 1
         self._block_handles: list[Any] = []
         # Block hooks exist only during a pass that has something to change, so a decode step of a prefill-only
         # adapter runs the blocks untouched.
         self._handles = [
+            lm.model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+            lm.model.register_forward_hook(self._leave_model, always_call=True),
             lm.owner.register_forward_pre_hook(self._before, with_kwargs=True),
             lm.owner.register_forward_hook(self._after, always_call=True),
         ]
@@ -87,9 +95,15 @@ class Attachment:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def _enter_model(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        # Some models (Gemma 3 with its vision tower) hand the blocks' owner masks that no longer show the padding.
+        self._given = {"attention_mask": _arguments(self._model_forward, args, kwargs).get("attention_mask")}
+
+    def _leave_model(self, *_: Any) -> None:
+        self._given = {}
+
     def _before(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs = self._signature.bind_partial(*args, **kwargs).arguments
-        inputs = {**inputs, **inputs.get("kwargs", {})}
+        inputs = {**_arguments(self._owner_forward, args, kwargs), **self._given}
         tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         assert tokens is not None, "a forward pass without input_ids or inputs_embeds"
         cache = inputs.get("past_key_values")
@@ -113,12 +127,20 @@ class Attachment:
         self._block_handles = []
 
 
+def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return what a call passes by name, whether it was passed by position, by keyword or through `**kwargs`."""
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    return {**bound, **bound.get("kwargs", {})}
+
+
 def _prompt_mask(attention_mask: Any, tokens: Tensor, n_prompt: int) -> Tensor:
     """Return the mask [batch, n_prompt] of real prompt tokens in the batch of this forward pass."""
     if attention_mask is None:
         return torch.ones((tokens.shape[0], n_prompt), dtype=torch.bool, device=tokens.device)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return attention_mask[:, :n_prompt].bool()
+        # Of a prompt fed in chunks, what is still to come is real: padding is at its left.
+        mask = attention_mask[:, :n_prompt].bool()
+        return nn.functional.pad(mask, (0, n_prompt - mask.shape[1]), value=True)
     raise InputError(
         "attach needs the two-dimensional attention mask [batch, sequence]; static caches and prepared "
         "four-dimensional masks hide where the padding is. Use the default dynamic cache"
@@ -136,8 +158,7 @@ class _Tap:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind_partial(*args, **kwargs).arguments
-            bound = {**bound, **bound.get("kwargs", {})}
+            bound = _arguments(signature, args, kwargs)
             names = ("inputs", "input_ids", "inputs_embeds")
             tokens = next((bound[name] for name in names if bound.get(name) is not None), None)
             before, self.n_prompt = self.n_prompt, None if tokens is None else tokens.shape[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -86,8 +85,10 @@ def train(
     """Train an adapter of the ReFT family on examples."""
     import commandv as cv
     from commandv.errors import InputError
+    from commandv.store import require_free
     from commandv.training import TRAINABLE
 
+    require_free(out)
     if kind not in TRAINABLE:
         raise InputError(f"kind {kind!r}: expected one of {', '.join(TRAINABLE)}")
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=_template(template))
@@ -119,7 +120,9 @@ def paste(
 ) -> None:
     """Carry a donor's adapter into a recipient, and measure the converters on prompts they have not seen."""
     import commandv as cv
+    from commandv.store import require_free
 
+    require_free(out)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)
     original = cv.load_adapter(adapter, layer=layer)
     pasted = cv.paste(original, one, two, fit=_fitter(fit), match=_matcher(match), layers=layers, scale=scale)
@@ -239,7 +242,10 @@ def _matcher(text: str) -> Any:
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False, default=str) + "\n")
+        from pydantic_core import to_json
+
+        # Unlike json.dumps, NaN becomes null: other programs' parsers refuse NaN.
+        sys.stdout.write(to_json(facts, indent=2, inf_nan_mode="null", fallback=str).decode() + "\n")
         return
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -264,6 +270,7 @@ def _quiet_libraries() -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 
@@ -275,7 +282,7 @@ def main(run: Callable[[], Any] = app) -> None:
     try:
         run()
     except CommandVError as error:
-        sys.stderr.write(f"commandv: {error}\n")
+        sys.stderr.write(f"commandv: {' '.join(str(error).splitlines())}\n")
         sys.exit(2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -40,11 +41,9 @@ def generate(
     answers = [""] * len(rows)
     for members in batches([len(row) for row in rows], batch_size):
         batch = pad(lm, [rows[i] for i in members])
-        with torch.inference_mode():
+        with torch.inference_mode(), _greedy(lm, max_new_tokens) as config:
             out = lm.model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                generation_config=greedy(lm, max_new_tokens),
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
             )
         for i, ids in zip(members, out[:, batch.input_ids.shape[1] :], strict=True):
             text = lm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -52,18 +51,28 @@ def generate(
     return answers
 
 
-def greedy(lm: LM, max_new_tokens: int) -> Any:
-    """Return a generation configuration that is greedy whatever the model's own one says."""
+@contextlib.contextmanager
+def _greedy(lm: LM, max_new_tokens: int) -> Iterator[Any]:
+    """Yield a greedy generation configuration while the model's own one is set aside.
+
+    It must be: transformers fills what a configuration leaves open (repetition penalty, beams, suppressed tokens ...)
+    from the model's own.
+    """
     import transformers
 
     own = lm.model.generation_config
-    return transformers.GenerationConfig(
+    config = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=own.eos_token_id if own.eos_token_id is not None else lm.tokenizer.eos_token_id,
         pad_token_id=lm.tokenizer.pad_token_id,
         bos_token_id=own.bos_token_id,
     )
+    lm.model.generation_config = config
+    try:
+        yield config
+    finally:
+        lm.model.generation_config = own
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import struct
 from pathlib import Path
 
 import filelock
@@ -79,7 +80,7 @@ def _convert(parts: list[Path], directory: Path) -> None:
         where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         raise ModelError(f"{source}: transformers cannot read this GGUF file: {error}") from error
     # save_pretrained refuses a model that was loaded from a quantised file, so a clean one takes its weights.
     config = loaded.config

@@ -68,12 +68,12 @@ def all_layers(n_layers: int) -> list[int]:
 
 def last_third(n_layers: int) -> list[int]:
     """The last third of the layers, where pasted adapters compound least."""
-    return list(range(n_layers - n_layers // 3, n_layers))
+    return list(range(n_layers - max(1, n_layers // 3), n_layers))
 
 
 def last_half(n_layers: int) -> list[int]:
     """The last half of the layers."""
-    return list(range(n_layers - n_layers // 2, n_layers))
+    return list(range(n_layers - max(1, n_layers // 2), n_layers))
 
 
 def middle_third(n_layers: int) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import safetensors
 import torch
 from torch import nn
 
@@ -18,9 +19,12 @@ from commandv.paths import digest
 
 Template = Literal["auto", "chat", "plain"]
 
-# How a base model is asked: it continues after "Answer:" and its answer ends where it starts a new question.
-PLAIN_FORMAT = "Question: {}\nAnswer:"
+# How a base model is asked. The answer starts on a line of its own, as it does in most chat templates, so that the last
+# prompt token of both kinds of model predicts a word without a leading space. It ends where a new question starts.
+PLAIN_FORMAT = "Question: {}\nAnswer:\n"
 PLAIN_STOP = "\nQuestion:"
+
+_MARK = "commandv-prompt-begins-here"
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def load_model(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
         model = _load_weights(place, kind, device_map, options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelError(
             f"{name}: cannot be loaded: {error}. Expected a hub id, a local model directory, a .gguf file or one of "
             f"{', '.join(PACKAGED)}; `commandv doctor` checks the installation"
@@ -219,10 +223,13 @@ def _load_weights(place: str, dtype: torch.dtype, device_map: Any, options: dict
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder model; commandv needs a decoder-only one")
     # Multimodal models (Llava, Gemma 3 4B and larger ...) are not in the causal-LM mapping.
-    auto = transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not options["trust_remote_code"]:
         auto = transformers.AutoModelForImageTextToText
-    return auto.from_pretrained(place, dtype=dtype, device_map=device_map, **options)
+    model, info = auto.from_pretrained(place, dtype=dtype, device_map=device_map, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would make them up at random
+        raise ValueError(f"{len(missing)} weights of the model are not in its files ({', '.join(missing[:3])} ...)")
+    return model
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -353,14 +360,17 @@ def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = 
     Args:
         lm: the model.
         prompt: the user's words.
-        response: the reply; a plain-format reply follows after one space.
-        max_length: longest result in tokens. Default: the model's context, and a longer prompt is an error.
+        response: the reply, which follows at once.
+        max_length: longest result in tokens, at most the model's context. Default: the context, and a longer prompt
+            is an error.
 
     Raises:
         InputError: empty prompt, a prompt longer than the context, or a `max_length` too small for the template.
     """
+    if max_length is not None and max_length < 1:
+        raise InputError(f"max_length={max_length}: expected 1 or more")
     encoded = _encode(lm, prompt, response)
-    limit = max_length or lm.context_length
+    limit = min((n for n in (max_length, lm.context_length) if n is not None), default=None)
     if limit is None or len(encoded.ids) <= limit:
         return encoded
     if max_length is None:
@@ -369,22 +379,21 @@ def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = 
             f"({limit} tokens); shorten it, or pass max_length= to keep its end"
         )
     offsets = lm.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    drop = len(encoded.ids) - max_length
+    drop = len(encoded.ids) - limit
     while drop < len(offsets):
         shorter = _encode(lm, prompt[offsets[drop][0] :].lstrip(), response)
-        if len(shorter.ids) <= max_length:
+        if len(shorter.ids) <= limit:
             return shorter
-        drop += len(shorter.ids) - max_length
-    raise InputError(f"max_length={max_length} leaves no room for the prompt beside the template and the reply")
+        drop += len(shorter.ids) - limit
+    raise InputError(f"a max_length of {limit} leaves no room for the prompt beside the template and the reply")
 
 
 def _encode(lm: LM, prompt: str, response: str) -> Encoded:
     before = format_prompt(lm, prompt)
-    reply = response if lm.chat or not response else f" {response}"
-    tokens = lm.tokenizer(before + reply, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = lm.tokenizer(before + response, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(tokens.input_ids), list(tokens["offset_mapping"])
     text = response or prompt.strip()
-    start = len(before) + len(reply) - len(response) if response else before.rfind(text)
+    start = len(before) if response else _text_start(lm, before, text)
     stop = start + len(text)
     inside = start >= 0  # a template that rewrites the user's words leaves no text to index
     ends = [end - start if inside and start < end <= stop else -1 for _, end in offsets]
@@ -392,6 +401,15 @@ def _encode(lm: LM, prompt: str, response: str) -> Encoded:
     if uses_bos(lm) and ids[:1] != [lm.tokenizer.bos_token_id]:
         ids, ends, n_prompt = [lm.tokenizer.bos_token_id, *ids], [-1, *ends], n_prompt + 1
     return Encoded(ids, n_prompt, ends)
+
+
+def _text_start(lm: LM, formatted: str, text: str) -> int:
+    """Return where the user's words begin in a formatted prompt, -1 when the template rewrites them.
+
+    A marked prompt tells it, because words like "user" or "Answer" are in the templates too.
+    """
+    head = format_prompt(lm, _MARK).find(_MARK)
+    return formatted.find(text, head) if head >= 0 else -1
 
 
 class Batch(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from commandv.adapter import Adapter, Intervention
 from commandv.convert import FITTERS, Converter, FactorStore, Fitter, ReducedRank, Ridge
-from commandv.errors import InputError
+from commandv.errors import InputError, MismatchError
 from commandv.match import LayerChoice, LayerPair, Matcher, choose_layers, last_third, proportional
 from commandv.profiles import Profile, Rows, paired_rows
 
@@ -66,7 +66,7 @@ def paste(
             have them, else last-token rows.
         holdout: share of the prompts kept from every fit, so that `fidelity` can be told on them.
         shuffle: a control: pair the rows wrongly, by a permutation with this seed.
-        store: keeps factorisations for the next adapter over the same profiles.
+        store: keeps factorisations for the next adapter over the same `Profile` objects.
 
     Returns:
         An adapter of the recipient.
@@ -174,7 +174,7 @@ class Bridge:
 
     def rows(self, side: str, pair: LayerPair, *, held_out: bool = False) -> tuple[Tensor, Tensor, np.ndarray]:
         """Return (donor rows, recipient rows, prompt numbers) of one side's fit, or of its held-out prompts."""
-        i, j, prompts = self._rows[self.sides[side]]  # type: ignore[index]
+        i, j, prompts = self._rows[self.sides[side]]
         unseen = held_out_prompts(prompts, self.holdout)
         keep = unseen if held_out else ~unseen
         i, j, prompts = i[keep], j[keep], prompts[keep]
@@ -186,14 +186,15 @@ class Bridge:
     def into(self, pair: LayerPair) -> Converter:
         """Fit recipient -> donor, for reading."""
         donor, recipient, prompts = self.rows("read", pair)
-        key = ("into", pair.recipient, self.sides["read"], self.holdout)
-        return self.fit(recipient, donor, groups=prompts, store=self.store, key=(*key, pair.donor))
+        x = (self.recipient, pair.recipient, self.donor, self.sides["read"], self.holdout)
+        y = (pair.donor, self.shuffle)
+        return self.fit(recipient, donor, groups=prompts, store=self.store, key=(x, y))
 
     def back(self, pair: LayerPair) -> Converter:
         """Fit donor -> recipient, for writing."""
         donor, recipient, prompts = self.rows("write", pair)
-        key = ("back", pair.donor, self.sides["write"], self.holdout, self.shuffle)
-        return self.fit(donor, recipient, groups=prompts, store=self.store, key=(*key, pair.recipient))
+        x = (self.donor, pair.donor, self.recipient, self.sides["write"], self.holdout, self.shuffle)
+        return self.fit(donor, recipient, groups=prompts, store=self.store, key=(x, pair.recipient))
 
 
 def held_out_prompts(prompts: np.ndarray, share: float) -> np.ndarray:
@@ -223,17 +224,21 @@ def parallel(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
 def random_like(adapter: Adapter, seed: int) -> Adapter:
     """Return a control that reads the same and writes as much, in random directions.
 
-    Each intervention's written subspace is turned by a random rotation, so that on every state its delta has exactly
-    the norm of the original's.
+    All that is written at a layer is turned by one random rotation, so that on every state the layer's delta has
+    exactly the norm of the original's.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def turn(one: Intervention) -> Intervention:
-        shape = torch.linalg.qr(one.write.double().T).R  # write = shapeᵀ · orthonormal rows
-        basis = torch.linalg.qr(torch.randn(one.d_model, len(shape), generator=generator, dtype=torch.float64)).Q
-        return replace(one, write=(shape.T @ basis.T).float())
+    def turn(many: tuple[Intervention, ...]) -> tuple[Intervention, ...]:
+        writes = torch.cat([one.write for one in many]).double()
+        shape = torch.linalg.qr(writes.T).R  # writes = shapeᵀ · orthonormal rows
+        drawn = torch.linalg.qr(torch.randn(adapter.d_model, len(shape), generator=generator, dtype=torch.float64))
+        basis = drawn.Q * drawn.R.diagonal().sign()  # uniform: LAPACK's own signs favour half of the space
+        turned = (shape.T @ basis.T).float().split([one.rank for one in many])
+        return tuple(replace(one, write=write) for one, write in zip(many, turned, strict=True))
 
-    return adapter.map(turn, name=f"random of the norm of {adapter.name}", donor=None)
+    interventions = {layer: turn(many) for layer, many in adapter.interventions.items()}
+    return replace(adapter, interventions=interventions, name=f"random of the norm of {adapter.name}", donor=None)
 
 
 # -- fidelity ---------------------------------------------------------------------------------------------------------
@@ -280,26 +285,37 @@ def fidelity(
 
     Raises:
         InputError: not a pasted adapter, nothing held out, or the donor's adapter is not at hand.
+        MismatchError: other profiles than those it was pasted with.
     """
     original = donor_adapter or pasted.donor
     if pasted.provenance.get("made_by") != "paste" or original is None:
         raise InputError("fidelity is told of a pasted adapter; after loading one, give donor_adapter= as well")
+    original.model.require(donor.model, f"the donor's adapter {original.name}")
+    pasted.model.require(recipient.model, f"pasted adapter {pasted.name}")
+    if donor.prompts != pasted.provenance["prompts"]:
+        raise MismatchError(
+            f"{pasted.name} was pasted with profiles of prompts {pasted.provenance['prompts']}, got {donor.prompts}; "
+            "profile the same prompt sets again"
+        )
     bridge = Bridge.again(donor, recipient, pasted.provenance["link"])
     if not bridge.holdout:
         raise InputError("the adapter was pasted with holdout=0: no prompts are left to measure on")
     pairs = [LayerPair(*fact["pair"]) for fact in pasted.provenance["layers"]]
+    held_out = min(len(bridge.rows(side, pairs[0], held_out=True)[0]) for side in bridge.sides)
+    if held_out < 2:
+        raise InputError(
+            f"holdout={bridge.holdout} keeps {held_out} rows from the fit, expected at least 2 to measure on; "
+            "profile more prompts or paste with a larger holdout"
+        )
 
     def measure(pair: LayerPair) -> Fidelity:
         into, back = bridge.into(pair), bridge.back(pair)
-        y, x, _ = (t.double() if isinstance(t, Tensor) else t for t in bridge.rows("read", pair, held_out=True))
-        y_text, x_text, _ = (
-            t.double() if isinstance(t, Tensor) else t for t in bridge.rows("write", pair, held_out=True)
-        )
+        y, x = (one.double() for one in bridge.rows("read", pair, held_out=True)[:2])
+        y_text, x_text = (one.double() for one in bridge.rows("write", pair, held_out=True)[:2])
         read, write = into(x), back(y_text)
-        scale = x.std(0).clamp(min=1e-12)
-        cycled = back(read)
-        centred = (x - x.mean(0)) / scale
-        error = (cycled - cycled.mean(0)) / scale - centred
+        cycled, keep = back(read), varying(x)
+        centred = ((x - x.mean(0)) / x.std(0))[:, keep]
+        error = ((cycled - cycled.mean(0)) / x.std(0))[:, keep] - centred
         reads = torch.cat([one.read for one in original.interventions[pair.donor]]).double()
         writes = torch.cat([one.write for one in original.interventions[pair.donor]]).double()
         into_directions = back.push(writes).T
@@ -319,15 +335,22 @@ def fidelity(
     return parallel(measure, pairs)
 
 
-def r2(predicted: Tensor, true: Tensor) -> float:
-    """Standardised R²: 1 - mean over dimensions of squared error over variance; rows [n, d]."""
+def varying(true: Tensor) -> Tensor:
+    """Mark the columns of rows [n, d] that vary; the others have no scale to measure an error by."""
     variance = true.var(0, correction=0)
-    keep = variance > 1e-12 * variance.max()
-    error = (predicted - true).square().mean(0)
-    return float(1 - (error[keep] / variance[keep]).mean()) if keep.any() else float("nan")
+    return variance > 1e-12 * variance.max()
+
+
+def r2(predicted: Tensor, true: Tensor) -> float:
+    """Standardised R²: 1 - mean over varying dimensions of squared error over variance; rows [n, d]; NaN if none."""
+    keep = varying(true)
+    error, variance = (predicted - true).square().mean(0)[keep], true.var(0, correction=0)[keep]
+    return float(1 - (error / variance).mean()) if keep.any() else float("nan")
 
 
 def cosine(predicted: Tensor, true: Tensor) -> float:
     """Mean cosine of rows [n, d] after centring by the true mean and dividing by the true standard deviation."""
-    mean, scale = true.mean(0), true.std(0).clamp(min=1e-12)
-    return float(torch.nn.functional.cosine_similarity((predicted - mean) / scale, (true - mean) / scale).mean())
+    keep = varying(true)
+    mean, scale = true.mean(0), true.std(0)
+    a, b = (((rows - mean) / scale)[:, keep] for rows in (predicted, true))
+    return float(torch.nn.functional.cosine_similarity(a, b).mean())

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from commandv.attaching import attached
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.generation import batches
 from commandv.models import LM, Encoded, ModelRef, encode, pad, run_blocks
@@ -117,7 +118,9 @@ def profile(
             it there instead; False only in memory.
 
     Raises:
-        InputError: an empty prompt, or one that is longer than the context.
+        InputError: an empty prompt, or one that is longer than the context; an adapter is attached and the profile of
+            the changed model would be cached as the model's own.
+        MismatchError: the path given as `cache` holds a profile of something else.
         FormatError: an activation that is not finite, with its layer and prompt.
         StorageError: the disk is full; finished parts are kept and the run resumes.
     """
@@ -130,11 +133,14 @@ def profile(
         hashes.append(text.hash)
     dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
     prompts_hash = digest(hashes, rows_per_text if text is not None else 0)
-    settings = {"model": asdict(lm.ref), "prompts": prompts_hash, "dtype": dtype, "max_length": max_length}
+    made_with = {"dtype": dtype, "max_length": max_length}
+    settings = {"model": asdict(lm.ref), "prompts": prompts_hash, **made_with}
     if cache is False:
         work = _Work(lm, items, n_end, rows_per_text, batch_size, max_length, padding)
         rows, keys = work.collect(None)
         return Profile(rows, keys, lm.ref, prompts_hash)
+    if attached(lm):
+        raise InputError(f"an adapter is attached to {lm.id}; detach it, or profile the changed model with cache=False")
     name = f"{Path(lm.id).name}-{digest(settings, FORMAT_VERSION)}"
     target = cache if isinstance(cache, Path) else cache_dir() / "profiles" / name
     with storage_errors(target):
@@ -142,17 +148,19 @@ def profile(
     with filelock.FileLock(f"{target}.lock"):
         if (target / "config.json").exists():
             found = load_profile(target)
-            if found.prompts == prompts_hash and found.model == lm.ref:
+            config = json.loads((target / "config.json").read_text())
+            same = all(config.get(key) == value for key, value in made_with.items())
+            if same and found.prompts == prompts_hash and found.model == lm.ref:
                 log.info("profile of %s: from the cache", lm.id)
                 return found
             raise MismatchError(
-                f"{target}: holds a profile of {found.model.id} with other prompts or another model; "
+                f"{target}: holds a profile of {found.model.id} with other prompts, another model or other settings; "
                 "choose another path or delete it"
             )
         work = _Work(lm, items, n_end, rows_per_text, batch_size, max_length, padding)
         parts = target.with_name(f"{target.name}.parts")
-        rows, keys = work.collect(parts)
-        save_profile(Profile(rows, keys, lm.ref, prompts_hash), target, dtype=dtype)
+        rows, keys = work.collect(parts, digest(settings))
+        save_profile(Profile(rows, keys, lm.ref, prompts_hash), target, dtype=dtype, max_length=max_length)
         for part in parts.glob("*"):
             part.unlink()
         parts.rmdir()
@@ -184,14 +192,17 @@ class _Work:
             encoded = encode(lm, item.text, item.response if is_text else "", max_length=max_length)
             places = [(encoded.n_prompt - 1, END)]
             if is_text:
-                places = _shared_places(encoded, item.response or item.text.strip(), rows_per_text)
+                places += _shared_places(encoded, item.response or item.text.strip(), rows_per_text)
             # Nothing after the last wanted token can change what is wanted.
             last = max((index for index, _ in places), default=0)
             self.encoded.append(encoded._replace(ids=encoded.ids[: last + 1]))
             self.wanted.append(places)
 
-    def collect(self, parts: Path | None) -> tuple[dict[int, Tensor], np.ndarray]:
-        """Run every batch and return the rows by layer in key order; with `parts`, keep and reuse finished parts."""
+    def collect(self, parts: Path | None, settings: str = "") -> tuple[dict[int, Tensor], np.ndarray]:
+        """Run every batch and return the rows by layer in key order.
+
+        With `parts`, keep finished parts there and reuse those of the same `settings`, a hash.
+        """
         order = list(batches([len(one.ids) for one in self.encoded], self.batch_size))
         groups = [order[i : i + self.PART] for i in range(0, len(order), self.PART)]
         finished: list[dict[str, Tensor]] = []
@@ -202,10 +213,11 @@ class _Work:
                 if parts is not None:
                     with storage_errors(parts):
                         parts.mkdir(parents=True, exist_ok=True)
-                    stamp = digest(members, self.PART)
+                    stamp = digest(settings, members, self.PART)
                     file = parts / f"part-{number:05d}-{stamp}.safetensors"
-                if file is not None and file.exists():
-                    finished.append(load_file(file))
+                part = _finished_part(file) if file is not None else None
+                if part is not None:
+                    finished.append(part)
                     advance(len(members))
                     continue
                 rows = self._run(group, advance)
@@ -259,7 +271,12 @@ def read_rows(lm: LM, batch: Any, at: tuple[Tensor, Tensor]) -> dict[int, Tensor
 
         return hook
 
-    handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(lm.blocks)]
+    handles: list[Any] = []
+
+    def enter(*_: Any) -> None:  # attached adapters hook the blocks when a pass begins; these hooks come after theirs
+        handles.extend(block.register_forward_hook(keep(layer)) for layer, block in enumerate(lm.blocks))
+
+    handles.append(lm.owner.register_forward_pre_hook(enter))
     try:
         with torch.inference_mode():
             run_blocks(lm, batch)
@@ -296,6 +313,17 @@ def _shared_places(encoded: Encoded, text: str, limit: int) -> list[tuple[int, i
     return [(last_token[offset], offset) for offset in stops if offset in last_token]
 
 
+def _finished_part(file: Path) -> dict[str, Tensor] | None:
+    """Return a part from disk, None when there is none or it was cut short (the machine went down while writing)."""
+    if not file.exists():
+        return None
+    try:
+        return load_file(file)
+    except safetensors.SafetensorError as error:
+        log.warning("%s is damaged (%s) and made again", file, error)
+        return None
+
+
 def _save_atomically(rows: dict[str, Tensor], file: Path) -> None:
     temporary = file.with_suffix(".tmp")
     with storage_errors(file):
@@ -307,8 +335,14 @@ def _save_atomically(rows: dict[str, Tensor], file: Path) -> None:
         temporary.rename(file)
 
 
-def save_profile(one: Profile, target: Path, *, dtype: str = "") -> None:
+def save_profile(one: Profile, target: Path, *, dtype: str = "", max_length: int | None = None) -> None:
     """Write a profile: `config.json`, `keys.safetensors`, and one safetensors file per layer.
+
+    Args:
+        one: the profile.
+        target: the directory; it is replaced.
+        dtype: what the model ran in, for the record.
+        max_length: what prompts were cut to, for the record.
 
     Raises:
         StorageError: the disk is full or not writable; nothing at `target` changes.
@@ -319,6 +353,7 @@ def save_profile(one: Profile, target: Path, *, dtype: str = "") -> None:
         "model": asdict(one.model),
         "prompts": one.prompts,
         "dtype": dtype,
+        "max_length": max_length,
         "rows": len(one),
         "layers": sorted(one.activations),
     }
@@ -338,8 +373,10 @@ def load_profile(path: str | Path) -> Profile:
     path = Path(path)
     try:
         config = json.loads((path / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise FormatError(f"{path}: not a profile directory ({error})") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: not a profile directory (config.json holds a {type(config).__name__})")
     if config.get("format") != "commandv-profile" or config.get("format_version") != FORMAT_VERSION:
         raise FormatError(
             f"{path}: expected a commandv-profile of version {FORMAT_VERSION}, got {config.get('format')!r} version "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.resources
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ RESPONSE_COLUMNS = ("response", "output", "answer", "completion")
 
 # Each built-in set is the concatenation of files under data/.
 BUILTIN = {
-    "general": ("prompts/general-1.jsonl", "prompts/general-2.jsonl"),
+    "general": ("prompts/general-1.jsonl", "prompts/general-2.jsonl", "prompts/general-3.jsonl"),
     "text": ("prompts/text-1.jsonl", "prompts/text-2.jsonl"),
     "drift": ("prompts/drift.jsonl",),
     "numbered-list": ("behaviours/numbered-list.jsonl",),
@@ -97,9 +98,11 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
         limit: keep the first so many prompts.
 
     Raises:
-        InputError: unknown name, missing file, malformed row (with its line number), or no prompts.
+        InputError: unknown name, missing file, malformed row (with its line number), no prompts, or a limit below 1.
     """
     source = str(source)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: expected 1 or more")
     if source.startswith("builtin:"):
         rows = _builtin_rows(source.removeprefix("builtin:"))
     elif Path(source).is_file():
@@ -132,16 +135,24 @@ def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".jsonl":
         yield from _jsonl_rows(text, str(path))
     elif path.suffix == ".csv":
-        for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), start=2):
-            yield f"{path}, line {number}", row
+        yield from _csv_rows(text, str(path))
     else:
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield f"{path}, line {number}", {"prompt": line.strip()}
 
 
+def _csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield f"{name}, line {reader.line_num}", row  # of a row over several lines the last one
+    except csv.Error as error:
+        raise InputError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error})") from error
+
+
 def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would split at U+2028 within a prompt
         if not line.strip():
             continue
         where = f"{name}, line {number}"

@@ -63,7 +63,8 @@ def save(adapter: Adapter, path: str | Path) -> Path:
     """
     path = Path(path)
     require_free(path)
-    specs, tensors = [], {}
+    specs: list[_InterventionSpec] = []
+    tensors: dict[str, torch.Tensor] = {}
     for layer in adapter.layers:
         for one in adapter.interventions[layer]:
             number = len(specs)

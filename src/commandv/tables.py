@@ -12,21 +12,21 @@ from commandv.evaluate import Score
 
 def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the fidelity of each layer pair as a table."""
-    title = "Converters on prompts they have not seen (R²: 1 perfect, 0 no better than the mean)"
+    title = "Converters on unseen prompts (R²: 1 perfect, 0 the mean; its: the adapter's)"
     table = Table(title=title, title_justify="left")
     columns = {
-        "layers": "donor -> recipient",
+        "layers": "layers",
         "n": "n",
         "read_r2": "read R²",
         "write_r2": "write R²",
         "read_cosine": "read cos",
         "write_cosine": "write cos",
         "cycle_error": "cycle error",
-        "adapter_read_r2": "adapter reads R²",
-        "adapter_write_r2": "adapter writes R²",
+        "adapter_read_r2": "its reads R²",
+        "adapter_write_r2": "its writes R²",
     }
     for header in columns.values():
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=header == "layers")
     for row in rows:
         cells = [f"{row['donor']} -> {row['recipient']}", str(row["n"])]
         table.add_row(*cells, *(f"{row[name]:.2f}" for name in list(columns)[2:]))

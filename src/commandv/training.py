@@ -4,7 +4,8 @@ The model stays frozen. Logits are computed at labelled positions only; what com
 adapter changes runs without gradients and is reused as a cache; parameters live in units of each layer's typical
 norm, which scales the learning rate by layer.
 
-Source: Wu et al., ReFT, arXiv 2404.03592 (the kinds); arXiv 2506.19140, section 4 (rank 8, every other layer, last token).
+Source: Wu et al., ReFT, arXiv 2404.03592 (the kinds); arXiv 2506.19140, section 4 (rank 8, every other layer, last
+token).
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from commandv.adapter import KINDS, Adapter, Intervention
@@ -185,7 +185,7 @@ def train(
         "kind": _plain(kind, lm),
         "settings": asdict(settings),
         "examples": {"name": examples.name, "hash": examples.hash, "n": len(examples)},
-        "held_out_loss": [round(loss, 5) for loss in run.losses],
+        "held_out_loss": [round(loss, 5) for loss in run.losses] if held_out else [],
     }
     with torch.no_grad():
         trained = {layer: tuple(map(_detached, module())) for layer, module in run.modules.items()}
@@ -251,17 +251,19 @@ class _Module(nn.Module):
         if name in ("loreft", "consreft", "lobireft", "direft"):
             start = torch.linalg.qr(torch.randn(d_model, rank, generator=generator)).Q
             self.rotation = nn.Parameter(start.T.contiguous())
-            nn.utils.parametrizations.orthogonal(self, "rotation")
+            # Torch completes the basis from its global generator: seed that for a moment, and leave it as it was.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+                nn.utils.parametrizations.orthogonal(self, "rotation")
         else:
             self.proj_weight = linear()
         if name == "loreft":
             self.weight = nn.Parameter(start.T.clone())  # starts as the identity: h W^T = h Q
-        elif name in ("direft", "noreft", "nodireft"):
-            self.weight = (
-                nn.Parameter(torch.zeros(rank, d_model))
-                if name != "noreft"
-                else nn.Parameter(self.proj_weight.detach().clone())
-            )
+        elif name == "noreft":
+            self.weight = nn.Parameter(self.proj_weight.detach().clone())
+        elif name in ("direft", "nodireft"):
+            # Zeros start as the identity, but there relu has no slope and would never learn.
+            self.weight = linear() if kind.activation == "relu" else nn.Parameter(torch.zeros(rank, d_model))
         self.bias = zeros()
         if name == "noreft":
             self.proj_bias = zeros()
@@ -381,16 +383,19 @@ class _Run:
         with storage_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f".{file.name}.tmp")
-            save_file(tensors, temporary, {"facts": json.dumps(facts)})
-            temporary.rename(file)
+            try:
+                temporary.write_bytes(safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def resume(self, file: Path, stamp: str) -> int:
         """Load a checkpoint and return how many epochs it has behind it."""
         try:
-            with safe_open(file, "pt") as opened:
+            with safetensors.safe_open(file, "pt") as opened:
                 facts = json.loads((opened.metadata() or {})["facts"])
-            tensors = load_file(file)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            tensors = safetensors.torch.load_file(file)
+        except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise FormatError(f"{file}: not a checkpoint of commandv ({error}); delete it to train anew") from error
         if facts["stamp"] != stamp:
             raise FormatError(
@@ -406,8 +411,9 @@ class _Run:
                 _, index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        for _ in range(facts["steps"]):
-            self.scheduler.step()
+        self.scheduler.last_epoch = facts["steps"]
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = rate * self.scheduler.lr_lambdas[0](facts["steps"])
         self.losses = list(facts["losses"])
         return int(facts["epoch"])
 

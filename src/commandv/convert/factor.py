@@ -1,8 +1,8 @@
 """One factorisation per profile layer: the spectrum from which every fit, strength and adapter is solved.
 
-With X [n, d] (centred, scaled rows), the dual Gram X Xᵀ = U diag(e) Uᵀ serves n <= d and the primal Xᵀ X = V diag(e) Vᵀ
-serves n > d. A regularised pseudo-inverse is X⁺ = Xᵀ U diag(f) Uᵀ = V diag(f) Vᵀ Xᵀ with the filter f(e) = 1/(e + lambda)
-for ridge and 1/e (0 below a cut) for least squares.
+With X [n, d] (centred, scaled rows), the dual Gram X Xᵀ = U diag(e) Uᵀ serves n <= d, the primal Xᵀ X = V diag(e) Vᵀ
+n > d. A regularised pseudo-inverse is X⁺ = Xᵀ U diag(f) Uᵀ = V diag(f) Vᵀ Xᵀ with the filter f(e) = 1/(e + lambda) for
+ridge and 1/e (0 below a cut) for least squares.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ class Factor:
     def dual(self) -> bool:
         """True when the vectors are U [n, k]."""
         return self.rows.n <= self.rows.d
+
+    @property
+    def unit(self) -> float:
+        """The mean eigenvalue, to which strengths are relative; 1 when all rows are alike."""
+        return float(self.values.mean()) or 1.0
 
     def left_vectors(self) -> np.ndarray:
         """Return U [n, k]; columns of zero eigenvalues are zero in the primal case."""
@@ -167,7 +172,7 @@ def choose_strength(factor: Factor, targets: np.ndarray, groups: np.ndarray, met
         lambda in units of the eigenvalues.
     """
     values, n = factor.values, factor.rows.n
-    grid = STRENGTHS * values.sum() / len(values)
+    grid = STRENGTHS * factor.unit
     if method == "gcv":
         if factor.dual:
             spread = factor.vectors.T @ targets

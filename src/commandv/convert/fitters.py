@@ -28,6 +28,8 @@ from commandv.convert.linear import Converter, Dense, Solved
 from commandv.convert.rows import Rows
 from commandv.errors import InputError
 
+Key = tuple[Hashable, Hashable]
+
 
 class Fitter(Protocol):
     """Hyper-parameters of a converter; the data goes to the call."""
@@ -41,7 +43,7 @@ class Fitter(Protocol):
         *,
         groups: np.ndarray | None = None,
         store: FactorStore | None = None,
-        key: Hashable = None,
+        key: Key | None = None,
     ) -> Converter:
         """Fit y from x.
 
@@ -50,7 +52,7 @@ class Fitter(Protocol):
             y: [n, d_y], row i belonging to row i of `x`.
             groups: prompt number of each row; rows of one prompt are not independent. Default: all independent.
             store: where factorisations of `x` are kept for the next adapter.
-            key: what `x` is, for the store.
+            key: (what `x` is, what `y` is), for the store; without it nothing is kept.
 
         Raises:
             InputError: unequal numbers of rows, fewer than 2, or not finite.
@@ -79,12 +81,12 @@ class Pinv:
         *,
         groups: np.ndarray | None = None,
         store: FactorStore | None = None,
-        key: Hashable = None,
+        key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
         _check(x, y)
         rows = Rows.of(x, centre=False, standardise=False)
-        solver = _least_squares(rows, self.exact, store, (key, self))
+        solver = _least_squares(self, rows, self.exact, store, key)
         return Solved(solver, rows, Rows.of(y, centre=False, standardise=False), facts={"fit": self.name})
 
 
@@ -101,12 +103,12 @@ class Affine:
         *,
         groups: np.ndarray | None = None,
         store: FactorStore | None = None,
-        key: Hashable = None,
+        key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
         _check(x, y)
         rows = Rows.of(x, centre=True, standardise=False)
-        solver = _least_squares(rows, True, store, (key, self))
+        solver = _least_squares(self, rows, True, store, key)
         return Solved(solver, rows, Rows.of(y, centre=True, standardise=False), facts={"fit": self.name})
 
 
@@ -140,37 +142,37 @@ class Ridge:
         *,
         groups: np.ndarray | None = None,
         store: FactorStore | None = None,
-        key: Hashable = None,
+        key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
         solver, rows, facts = self.solve(x, y, groups=groups, store=store, key=key)
         return Solved(solver, rows, Rows.of(y, centre=True, standardise=False), facts=facts)
 
     def solve(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None, store: FactorStore | None, key: Hashable
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None, store: FactorStore | None, key: Key | None
     ) -> tuple[Solver, Rows, dict[str, Any]]:
         """Return the regularised pseudo-inverse of x, its rows, and what was chosen."""
         _check(x, y)
         rows = Rows.of(x, centre=True, standardise=self.standardise)
-        store = store or FactorStore()
+        kept, names = (FactorStore(), (None, None)) if store is None or key is None else (store, key)
 
         def factorise(dtype: type) -> Factor:
-            return store.get((key, "spectrum", self.standardise, dtype), lambda: Factor.of(rows, dtype))
+            return kept.get((names[0], "spectrum", self.standardise, dtype), lambda: Factor.of(rows, dtype))
 
         def choose(factor: Factor) -> float:
             if self.strength is not None:
-                return self.strength * float(factor.values.mean())
+                return self.strength * factor.unit
             targets = sketch(Rows.of(y, centre=True, standardise=True), factor.vectors.dtype.type)
             own = np.arange(len(x)) if groups is None else groups
             return choose_strength(factor, targets, own, self.select)
 
         # Float32 is enough unless the strength turns out to be near its rounding noise.
         factor = factorise(np.float32)
-        strength = store.get((key, self, "strength"), lambda: choose(factor))
+        strength = kept.get((names, self, "strength"), lambda: choose(factor))
         if strength < EIGH_FLOAT32_FLOOR * factor.values[0]:
             factor = factorise(np.float64)
-            strength = store.get((key, self, "strength64"), lambda: choose(factor))
-        facts = {"fit": self.name, "strength": strength / float(factor.values.mean())}
+            strength = kept.get((names, self, "strength64"), lambda: choose(factor))
+        facts = {"fit": self.name, "strength": strength / factor.unit}
         return factor.solver(1.0 / (factor.values + strength)), factor.rows, facts
 
 
@@ -178,7 +180,7 @@ class Ridge:
 class ReducedRank:
     """Ridge whose fitted values are projected on their leading principal directions.
 
-    A_k = A Π with Π = S_y V V^T S_y⁻¹ and V the k leading right singular vectors of the standardised fitted values.
+    A_k = A Π with Π = S_y⁻¹ V Vᵀ S_y and V the k leading right singular vectors of the standardised fitted values.
     Source: Izenman 1975, on top of a ridge solution.
 
     Attributes:
@@ -201,7 +203,7 @@ class ReducedRank:
         *,
         groups: np.ndarray | None = None,
         store: FactorStore | None = None,
-        key: Hashable = None,
+        key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
         solver, rows, facts = self.ridge.solve(x, y, groups=groups, store=store, key=key)
@@ -219,7 +221,8 @@ class ReducedRank:
 class Procrustes:
     """A = S_x⁻¹ c Q S_y with Q the semi-orthogonal map nearest to the standardised rows and c the best scale.
 
-    Source: Schönemann 1966: Q = U Vᵀ for Xᵀ Y = U Σ Vᵀ, c = tr Σ / ||X Q||².
+    Source: Schönemann 1966: Q = U Vᵀ for Xᵀ Y = U Σ Vᵀ, c = tr Σ / ||X Q||². Directions that the rows do not relate
+    (Σ = 0: few rows, constant columns) are mapped to zero, where the textbook solution pairs them arbitrarily.
     """
 
     name: ClassVar[str] = "procrustes"
@@ -231,7 +234,7 @@ class Procrustes:
         *,
         groups: np.ndarray | None = None,
         store: FactorStore | None = None,
-        key: Hashable = None,
+        key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
         _check(x, y)
@@ -239,7 +242,8 @@ class Procrustes:
         targets = Rows.of(y, centre=True, standardise=True)
         cross = rows.transposed_times(targets.block(slice(None), slice(None), np.float32))
         u, singular, vt = torch.linalg.svd(torch.from_numpy(cross).double(), full_matrices=False)
-        rotation = u @ vt
+        related = singular > max(cross.shape) * float(np.finfo(np.float32).eps) * singular[0]
+        rotation = u[:, related] @ vt[related]
         energy = float((rows.times(rotation.numpy()) ** 2).sum())
         factor = float(singular.sum()) / energy if energy else 0.0
         weight = factor * rotation / torch.from_numpy(rows.scale)[:, None] * torch.from_numpy(targets.scale)
@@ -255,7 +259,9 @@ def _check(x: Tensor, y: Tensor) -> None:
         raise InputError(f"{len(x)} rows of x and {len(y)} rows of y; expected pairs")
 
 
-def _least_squares(rows: Rows, exact: bool, store: FactorStore | None, key: Hashable) -> Solver:
+def _least_squares(
+    fitter: Pinv | Affine, rows: Rows, exact: bool, store: FactorStore | None, key: Key | None
+) -> Solver:
     def make() -> Solver:
         if exact and (cholesky := Cholesky.of(rows)) is not None:
             return cholesky
@@ -263,4 +269,6 @@ def _least_squares(rows: Rows, exact: bool, store: FactorStore | None, key: Hash
         rtol = EXACT_RTOL if exact else max(rows.n, rows.d) * float(np.finfo(np.float32).eps)
         return factor.solver(least_squares_gains(factor, rtol))
 
-    return store.get(key, make) if store is not None else make()
+    if store is None or key is None:
+        return make()
+    return store.get((key[0], fitter), make)

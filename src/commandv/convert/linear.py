@@ -16,7 +16,9 @@ from commandv.convert.rows import Rows
 class Converter(Protocol):
     """y = x A + a from one residual stream (x, width d_x) to another (y, width d_y)."""
 
-    facts: dict[str, Any]
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the fit chose, JSON-able."""
 
     def pull(self, read: Tensor) -> tuple[Tensor, Tensor]:
         """Return (read Aᵀ [rank, d_x], read a [rank]): what reads y from x, for `read` [rank, d_y]."""

@@ -40,6 +40,8 @@ class Rows:
         """
         if raw.ndim != 2 or raw.shape[0] < 2:
             raise InputError(f"activations of shape {tuple(raw.shape)}: expected [rows, d_model] with 2 rows or more")
+        if not torch.isfinite(torch.stack(torch.aminmax(raw))).all():
+            raise InputError("activations hold NaN or infinity; profile the model again")
         d = raw.shape[1]
         mean, scale = np.zeros(d), np.ones(d)
         if centre or standardise:
@@ -52,8 +54,6 @@ class Rows:
             scale[~(scale > 1e-12 * np.abs(mean))] = 1.0
             scale = scale if standardise else np.ones(d)
             mean = mean if centre else np.zeros(d)
-        if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
-            raise InputError("activations hold NaN or infinity; profile the model again")
         return cls(raw, mean, scale)
 
     @property

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from commandv.errors import FormatError
+
+# What torch's restricted unpickler raises on damaged bytes, beside UnpicklingError.
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    struct.error,
+)
 
 
 def refuse_pointer(path: Path) -> None:
@@ -33,10 +47,14 @@ def load_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise FormatError(
             f"{path}: holds more than plain tensors, and loading it could run code, so it is refused ({reason}). "
             "Ask its author for a safetensors file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise FormatError(f"{path}: truncated or not a torch file ({str(error).splitlines()[0]})") from error
+    except _DAMAGED as error:
+        raise FormatError(f"{path}: truncated or not a torch file ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

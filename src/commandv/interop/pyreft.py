@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,17 @@ def read_pyreft(path: Path) -> Adapter:
     """
     try:
         config = json.loads((path / "config.json").read_text("utf-8"))
-        keys, classes = list(config["sorted_keys"]), list(config["intervention_types"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        keys = list(map(str, config["sorted_keys"]))
+        classes = dict(zip(_configured_keys(config), config["intervention_types"], strict=True))
+        if not keys or set(keys) != set(classes):
+            raise ValueError(f"sorted_keys {keys} are not those of the representations, {list(classes)}")
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise FormatError(f"{path}: config.json is not pyreft's ({type(error).__name__}: {error})") from error
     facts = _metadata(path)
     positions = as_positions(facts["positions"]) if facts.get("positions") else LAST
     interventions: dict[int, tuple[Intervention, ...]] = {}
     kinds = set()
-    for key, name in zip(keys, classes, strict=True):
+    for key in keys:
         match = KEY.fullmatch(key)
         if not match:
             raise FormatError(f"{path}: intervention {key!r}; only block outputs at positions can be read")
@@ -55,7 +59,7 @@ def read_pyreft(path: Path) -> Adapter:
         if not file.is_file():
             raise FormatError(f"{path}: the config names {file.name}, which is missing; copy the whole directory")
         tensors = load_tensors(file)
-        kind = _kind(str(name), tensors, file)
+        kind = _kind(str(classes[key]), tensors, file)
         kinds.add(kind)
         made = _construct(kind, tensors, file)
         own = positions
@@ -68,7 +72,20 @@ def read_pyreft(path: Path) -> Adapter:
     if stated - {d_model}:
         raise FormatError(f"{path}: the config says width {sorted(stated)}, the weights have {d_model}")
     provenance = {"made_by": "import", "format": "pyreft", "kinds": sorted(kinds), "metadata": facts}
-    return Adapter(interventions, ModelRef(id=facts.get("model_name", ""), d_model=d_model), path.name, provenance)
+    return Adapter(
+        interventions, ModelRef(id=str(facts.get("model_name") or ""), d_model=d_model), path.name, provenance
+    )
+
+
+def _configured_keys(config: dict[str, Any]) -> list[str]:
+    """Return the keys in the order of the representations, which is that of the classes but not of `sorted_keys`."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for layer, component, unit, n_units, *_ in config["representations"]:
+        stem = f"layer_{layer}_comp_{component}_unit_{unit}_nunit_{n_units}"
+        keys.append(f"{stem}#{seen[stem]}")
+        seen[stem] += 1
+    return keys
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -110,7 +127,11 @@ def _construct(kind: str, tensors: dict[str, Tensor], file: Path) -> tuple[Inter
         if kind == "direft":
             return KINDS[kind](get("learned_source.weight"), get("learned_source.bias"), _rotation(get))
         sources = (get("learned_source.weight"), get("learned_source.bias"), get("proj_layer.weight"))
-        return KINDS[kind](*sources, get("proj_layer.bias")) if kind == "noreft" else KINDS[kind](*sources)
+        if kind == "nodireft":
+            return KINDS[kind](*sources)
+        # pyreft's add_bias=False leaves the projection's bias out.
+        unbiased = "proj_layer.bias" not in tensors
+        return KINDS[kind](*sources, torch.zeros_like(sources[1]) if unbiased else get("proj_layer.bias"))
     except (ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, FormatError):
             raise

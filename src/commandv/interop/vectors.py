@@ -61,6 +61,8 @@ def _tensor(path: Path) -> tuple[Tensor, dict[str, Any]]:
             array = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise FormatError(f"{path}: not a plain NumPy array ({error}); pickled arrays are refused") from error
+        if not isinstance(array, np.ndarray):
+            raise FormatError(f"{path}: an archive of several arrays, expected one array")
         if array.dtype.kind != "f":
             raise FormatError(f"{path}: holds {array.dtype}, expected floating-point numbers")
         return torch.from_numpy(array.astype(np.float32)), {}

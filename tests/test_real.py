@@ -1,0 +1,114 @@
+"""The packaged real models: small runs that tiny random models cannot stand in for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import commandv as cv
+from commandv.errors import CommandVError
+from commandv.gguf_models import PACKAGED, packaged_files
+from commandv.models import LM
+from commandv.profiles import Profile
+from commandv.store import builtin_path
+
+pytestmark = pytest.mark.real
+
+GEMMA, SMOL = "gemma-3-270m", "smollm2-135m-instruct"
+N = 40
+
+
+@pytest.fixture(autouse=True)
+def cache():
+    """In place of conftest's: the user's own cache, where the converted models lie."""
+
+
+def load(name: str) -> LM:
+    if not packaged_files(name):
+        pytest.skip(f"{name}: its package is not installed; pip install 'commandv[demo]'")
+    return cv.load_model(name, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def smol() -> LM:
+    return load(SMOL)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> LM:
+    return load(GEMMA)
+
+
+@pytest.fixture(scope="module")
+def profiles(smol, gemma) -> dict[str, Profile]:
+    prompts = cv.load_prompts("builtin:general", limit=N)
+    text = cv.load_prompts("builtin:text", limit=4)
+    return {lm.id: cv.profile(lm, prompts, text=text, cache=False) for lm in (smol, gemma)}
+
+
+def test_the_packaged_models_are_what_they_say(smol, gemma):
+    assert set(PACKAGED) == {GEMMA, SMOL}
+    assert (smol.d_model, smol.n_layers, smol.chat) == (576, 30, True)
+    assert (gemma.d_model, gemma.n_layers) == (640, 18)
+
+
+def test_smollm_answers(smol):
+    (answer,) = cv.generate(smol, ["What is the capital of France? Answer in one word."], max_new_tokens=8)
+    assert "Paris" in answer
+
+
+def test_gemma_continues_as_text(gemma):
+    (answer,) = cv.generate(gemma, ["What is the capital of France?"], max_new_tokens=12)
+    assert "Paris" in answer
+
+
+def test_a_batch_answers_as_each_prompt_alone(smol):
+    prompts = ["What is tea?", "Name three rivers, and say in one sentence where each of them ends.", "Hi"]
+    together = cv.generate(smol, prompts, max_new_tokens=10, batch_size=3)
+    assert together == [cv.generate(smol, [prompt], max_new_tokens=10)[0] for prompt in prompts]
+    assert len(set(together)) == 3
+
+
+def test_profiles_of_both_models_pair_up(profiles, smol, gemma):
+    from commandv.profiles import paired_rows
+
+    for lm in (smol, gemma):
+        one = profiles[lm.id]
+        assert one.n_layers == lm.n_layers
+        assert all(torch.isfinite(one.layer(layer)).all() for layer in range(one.n_layers))
+        assert not torch.equal(one.layer(3), one.layer(4))
+    i, j, _ = paired_rows(profiles[GEMMA], profiles[SMOL], "end")
+    assert len(i) >= N
+    i, j, _ = paired_rows(profiles[GEMMA], profiles[SMOL], "text")
+    assert len(i) > 40
+    assert (profiles[GEMMA].keys[i] == profiles[SMOL].keys[j]).all()
+
+
+def test_a_profile_does_not_depend_on_the_batch(smol, profiles):
+    prompts = cv.load_prompts("builtin:general", limit=6)
+    one, many = (cv.profile(smol, prompts, batch_size=size, cache=False) for size in (1, 6))
+    for layer in (0, 15, 29):
+        torch.testing.assert_close(one.layer(layer).float(), many.layer(layer).float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("donor", "recipient"), [(GEMMA, SMOL), (SMOL, GEMMA)])
+def test_the_shipped_behaviour_pastes(donor, recipient, profiles, smol, gemma, tmp_path):
+    try:
+        path = builtin_path(f"numbered-list@{donor}")
+    except CommandVError as error:
+        pytest.skip(f"no shipped adapter yet: {error}")
+    adapter = cv.load_adapter(path)
+    lm = {SMOL: smol, GEMMA: gemma}
+    adapter.model.require(lm[donor].ref, "the shipped adapter")
+    pasted = cv.paste(adapter, profiles[donor], profiles[recipient])
+    assert all(row.n > 0 and row.read_r2 <= 1 for row in cv.fidelity(pasted, profiles[donor], profiles[recipient]))
+    pasted = cv.load_adapter(cv.save(pasted, tmp_path / "pasted"))
+    prompts = ["How do I make a good cup of tea?", "What are the benefits of walking?"]
+    plain = cv.generate(lm[recipient], prompts, max_new_tokens=8)
+    with cv.attach(lm[recipient], pasted, scale=3.0):
+        changed = cv.generate(lm[recipient], prompts, max_new_tokens=8)
+    assert changed != plain
+    assert cv.generate(lm[recipient], prompts, max_new_tokens=8) == plain
+    with cv.attach(lm[donor], adapter):
+        native = cv.generate(lm[donor], prompts, max_new_tokens=8)
+    assert all(answer.lstrip().startswith("1") for answer in native), native
