@@ -320,7 +320,7 @@ def test_press_is_refitting_without_each_row_or_prompt(shape, grouped):
     x, y = related(*SHAPES[shape])
     rows = Rows.of(x.double(), centre=True, standardise=True)
     factor = Factor.of(rows, np.float64)
-    z, t = rows.block(slice(None), slice(None), np.float64), centred(y)
+    z, t = rows.dense(np.float64), centred(y)
     # Prompts of unequal sizes, their rows not side by side.
     groups = np.arange(len(x)) if not grouped else np.random.default_rng(1).integers(0, len(x) // 3, len(x))
     order, sizes = np.argsort(groups, kind="stable"), np.unique(groups, return_counts=True)[1]
@@ -340,7 +340,7 @@ def test_gcv_is_its_formula(shape):
     x, y = related(*SHAPES[shape], noise=1.0)
     rows = Rows.of(x.double(), centre=True, standardise=True)
     factor = Factor.of(rows, np.float64)
-    z, t = rows.block(slice(None), slice(None), np.float64), centred(y)
+    z, t = rows.dense(np.float64), centred(y)
     grid, n = STRENGTHS * factor.values.mean(), len(x)
     scores = []
     for strength in grid:

@@ -85,7 +85,7 @@ def test_end_rows_are_the_outputs_at_the_last_prompt_token(arch):
 @pytest.mark.parametrize("chat", [False, True])
 def test_text_rows_are_the_outputs_where_words_end(chat):
     lm = tiny.tiny_lm(chat=chat)
-    one = cv.profile(lm, PROMPTS, text=TEXT, cache=False)
+    one = cv.profile(lm, PROMPTS, text=TEXT, places="words", cache=False)
     rows = [(i, number - len(PROMPTS), end) for i, (number, end) in enumerate(one.keys.tolist()) if end != END]
     assert {number for _, number, _ in rows} == set(range(len(TEXT)))
     for i, number, end in rows:
@@ -109,7 +109,7 @@ def test_batch_size_and_padding_change_nothing(arch):
 def test_two_tokenizers_share_text_rows():
     donor, recipient = tiny.tiny_lm(vocab=280), tiny.tiny_lm("gpt2", vocab=400, bos=False)
     assert encode(donor, PROMPTS[2]).ids[1:] != encode(recipient, PROMPTS[2]).ids
-    first, second = (cv.profile(lm, PROMPTS, text=TEXT, cache=False) for lm in (donor, recipient))
+    first, second = (cv.profile(lm, PROMPTS, text=TEXT, places="words", cache=False) for lm in (donor, recipient))
     i, j, prompts = paired_rows(first, second, "text")
     assert np.array_equal(first.keys[i], second.keys[j])
     assert (first.keys[i, 1] != END).all()
@@ -132,11 +132,11 @@ def test_rows_that_only_one_tokenizer_has_are_left_out():
 
 def test_rows_per_text():
     lm = tiny.tiny_lm()
-    one = cv.profile(lm, PROMPTS, text=TEXT, rows_per_text=3, cache=False)
+    one = cv.profile(lm, PROMPTS, text=TEXT, places="words", rows_per_text=3, cache=False)
     numbers, counts = np.unique(one.keys[one.keys[:, 1] != END, 0], return_counts=True)
     assert len(numbers) == len(TEXT)
     assert counts.max() == 3
-    assert one.prompts != cv.profile(lm, PROMPTS, text=TEXT, cache=False).prompts
+    assert one.prompts != cv.profile(lm, PROMPTS, text=TEXT, places="words", cache=False).prompts
 
 
 def test_max_length_keeps_the_end_of_long_prompts():
@@ -394,7 +394,7 @@ def test_a_layer_the_profile_does_not_hold(lm):
 def test_built_in_texts_give_shared_rows_for_two_tokenizers():
     text = load_prompts("builtin:text", limit=24)
     first, second = (
-        cv.profile(lm, PROMPTS, text=text, rows_per_text=8, cache=False)
+        cv.profile(lm, PROMPTS, text=text, places="words", rows_per_text=8, cache=False)
         for lm in (tiny.tiny_lm(vocab=280, max_position_embeddings=2048), tiny.tiny_lm(max_position_embeddings=2048))
     )
     assert len(paired_rows(first, second, "text")[0]) >= 0.95 * 24 * 8
@@ -408,3 +408,10 @@ def test_left_padding_is_what_pad_makes(lm):
     one = cv.profile(lm, PROMPTS, cache=False)
     for layer, values in direct.items():
         assert_close(values, one.layer(layer), **ONE_STEP)
+
+
+def test_line_rows_are_the_outputs_that_are_about_to_start_a_line():
+    lm = tiny.tiny_lm(vocab=280, max_position_embeddings=2048)
+    text = PromptSet((Prompt("Say three things", "one two\nthree\n\nfour five\n"),))
+    one = cv.profile(lm, PROMPTS, text=text, cache=False)
+    assert one.keys[one.keys[:, 1] != END][:, 1].tolist() == [8, 15]

@@ -150,7 +150,7 @@ def _prompt_mask(attention_mask: Any, tokens: Tensor, n_prompt: int) -> Tensor:
 class _Tap:
     """Tells the attachments of one model where the prompt ends while `generate` runs, by wrapping it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.users = model, 0
         self.n_prompt: int | None = None  # columns of the prompt while generate runs
         original = model.generate

@@ -74,6 +74,7 @@ def train(
     positions: Annotated[str, typer.Option(help="l1 (last prompt token), f3+l5, all, ...")] = "l1",
     epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, in units of each layer's norm.")] = 4e-3,
+    max_response: Annotated[int, typer.Option(help="Labelled tokens per example.")] = 512,
     batch_size: BatchSize = 16,
     seed: Annotated[int, typer.Option(help="Of initial values and of the order of examples.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="File to resume from after a cut.")] = None,
@@ -93,7 +94,9 @@ def train(
         raise InputError(f"kind {kind!r}: expected one of {', '.join(TRAINABLE)}")
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=_template(template))
     rows = cv.load_prompts(examples)
-    settings = cv.TrainSettings(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+    settings = cv.TrainSettings(
+        epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, max_response=max_response
+    )
     chosen = TRAINABLE[kind](rank=rank, layers=layers, positions=positions)
     name = rows.name.removeprefix("builtin:")
     adapter = cv.train(lm, rows, chosen, settings, name=Path(name).stem, checkpoint=checkpoint)

@@ -28,6 +28,7 @@ MODELS = ("gemma-3-270m", "smollm2-135m-instruct")
 BEHAVIOUR = "numbered-list"
 SEED = 0
 N_SHOWN = 3
+_Row = tuple[Score, Score | None, list[str]]  # rate, drift, answers
 
 
 def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
         pasted = _variants(adapters[donor], profiles[donor], profiles[recipient])
         place = save(pasted["pasted (commandv default)"], out / f"{BEHAVIOUR}@{recipient}-from-{donor}")
         meter = meters[recipient]
-        rows = {"unmodified": meter.plain()}
+        rows: dict[str, _Row] = {"unmodified": meter.plain()}
         for title, adapter in pasted.items():
             log.info("measuring: %s", title)
             rows[title] = meter.adapted(adapter)
@@ -104,12 +105,12 @@ class _Meter:
         self.passages = load_prompts("builtin:drift")
         self._reference: Any = None
 
-    def plain(self) -> tuple[Score, None, list[str]]:
+    def plain(self) -> _Row:
         """Return (rate, no drift, answers) of the model as it is."""
         score, answers = behaviour_rate(self.lm, self.prompts, self.grader)
         return score, None, answers
 
-    def adapted(self, adapter: Adapter) -> tuple[Score, Score, list[str]]:
+    def adapted(self, adapter: Adapter) -> _Row:
         """Return (rate, drift, answers) with an adapter attached."""
         if self._reference is None:
             self._reference = reply_log_probs(self.lm, self.passages)

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import struct
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -86,7 +87,8 @@ def _convert(parts: list[Path], directory: Path) -> None:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    clean = type(loaded)(config).to(torch.bfloat16)
+    clean: Any = type(loaded)(config)
+    clean.to(torch.bfloat16)
     clean.load_state_dict(loaded.state_dict())
     clean.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

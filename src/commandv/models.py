@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -96,7 +96,7 @@ class LM:
         chat: True when prompts go through the tokenizer's chat template, False for the plain format.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     id: str
     revision: str
@@ -186,9 +186,7 @@ def load_model(
     return wrap_model(model, tokenizer, name, revision=commit, template=template)
 
 
-def wrap_model(
-    model: nn.Module, tokenizer: Any, id: str, *, revision: str | None = None, template: Template = "auto"
-) -> LM:
+def wrap_model(model: Any, tokenizer: Any, id: str, *, revision: str | None = None, template: Template = "auto") -> LM:
     """Make an `LM` of a transformers model and tokenizer that are already in memory.
 
     Args:
@@ -260,7 +258,7 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(line.split())
 
 
-def find_blocks(model: nn.Module) -> tuple[nn.Module, tuple[nn.Module, ...], int]:
+def find_blocks(model: Any) -> tuple[nn.Module, tuple[nn.Module, ...], int]:
     """Find the decoder blocks by structure: the shallowest module list that a text-only pass runs layer by layer.
 
     Candidates have as many entries as the text configuration has layers. A vision tower or a list of experts
@@ -444,8 +442,3 @@ def run_blocks(lm: LM, batch: Batch) -> None:
     if accepts(lm.owner, "position_ids"):
         inputs["position_ids"] = batch.position_ids
     lm.owner(**inputs)
-
-
-def with_id(lm: LM, id: str) -> LM:
-    """Return the same model under another name."""
-    return replace(lm, id=id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 END = -1  # the offset of a prompt's last token, which has no place in the text
 FORMAT_VERSION = 1
 Rows = Literal["end", "text", "both"]
+Places = Literal["lines", "words"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +93,7 @@ def profile(
     prompts: PromptSet | Sequence[str],
     *,
     text: PromptSet | None = None,
+    places: Places = "lines",
     rows_per_text: int = 24,
     batch_size: int = 16,
     max_length: int | None = None,
@@ -100,8 +103,9 @@ def profile(
     """Run prompts through a model and keep the residual stream where another model's can be compared.
 
     One row per prompt is the output of every block at the last prompt token (arXiv 2506.19140, section 3). With
-    `text`, further rows lie at word and line ends of running text, where any two tokenizers that do not merge words
-    both end a token; `rows_per_text` of them per passage, the same characters for every model.
+    `text`, further rows lie inside running text, at characters where any two tokenizers that do not merge words or
+    lines both end a token; the same characters for every model. Rows that are about to start a line are, like the last
+    prompt token, about to choose a first word, so that writing converters learn from them what first words are made of.
 
     Memory is bounded by one batch: each block's output is reduced to the wanted rows as soon as it is computed.
     A run that is cut off resumes at the last complete part.
@@ -109,7 +113,9 @@ def profile(
     Args:
         lm: the model.
         prompts: prompts for last-token rows, normally task-agnostic (`builtin:general`).
-        text: passages for text rows (`builtin:text`); a reply is read after its prompt in the model's own format.
+        text: passages for text rows (`builtin:text`); a reply is read after its prompt in the model's own format. Their
+            prompts give last-token rows as well.
+        places: text rows where a line is about to start, or at the ends of words.
         rows_per_text: text rows kept per passage, spread evenly.
         batch_size: sequences per forward pass; they are sorted by length.
         max_length: cut longer prompts at their beginning; by default a prompt longer than the context is an error.
@@ -132,11 +138,11 @@ def profile(
         items += list(text)
         hashes.append(text.hash)
     dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
-    prompts_hash = digest(hashes, rows_per_text if text is not None else 0)
+    prompts_hash = digest(hashes, [places, rows_per_text] if text is not None else [])
     made_with = {"dtype": dtype, "max_length": max_length}
     settings = {"model": asdict(lm.ref), "prompts": prompts_hash, **made_with}
     if cache is False:
-        work = _Work(lm, items, n_end, rows_per_text, batch_size, max_length, padding)
+        work = _Work(lm, items, n_end, (places, rows_per_text), batch_size, max_length, padding)
         rows, keys = work.collect(None)
         return Profile(rows, keys, lm.ref, prompts_hash)
     if attached(lm):
@@ -157,7 +163,7 @@ def profile(
                 f"{target}: holds a profile of {found.model.id} with other prompts, another model or other settings; "
                 "choose another path or delete it"
             )
-        work = _Work(lm, items, n_end, rows_per_text, batch_size, max_length, padding)
+        work = _Work(lm, items, n_end, (places, rows_per_text), batch_size, max_length, padding)
         parts = target.with_name(f"{target.name}.parts")
         rows, keys = work.collect(parts, digest(settings))
         save_profile(Profile(rows, keys, lm.ref, prompts_hash), target, dtype=dtype, max_length=max_length)
@@ -177,7 +183,7 @@ class _Work:
         lm: LM,
         items: list[Prompt],
         n_end: int,
-        rows_per_text: int,
+        per_text: tuple[Places, int],
         batch_size: int,
         max_length: int | None,
         padding: Literal["left", "right"],
@@ -190,13 +196,13 @@ class _Work:
         for number, item in enumerate(items):
             is_text = number >= n_end
             encoded = encode(lm, item.text, item.response if is_text else "", max_length=max_length)
-            places = [(encoded.n_prompt - 1, END)]
+            wanted = [(encoded.n_prompt - 1, END)]
             if is_text:
-                places += _shared_places(encoded, item.response or item.text.strip(), rows_per_text)
+                wanted += _shared_places(encoded, item.response or item.text.strip(), *per_text)
             # Nothing after the last wanted token can change what is wanted.
-            last = max((index for index, _ in places), default=0)
+            last = max((index for index, _ in wanted), default=0)
             self.encoded.append(encoded._replace(ids=encoded.ids[: last + 1]))
-            self.wanted.append(places)
+            self.wanted.append(wanted)
 
     def collect(self, parts: Path | None, settings: str = "") -> tuple[dict[int, Tensor], np.ndarray]:
         """Run every batch and return the rows by layer in key order.
@@ -296,17 +302,13 @@ def _require_finite(values: Tensor, layer: int, id: str, items: list[int]) -> No
         )
 
 
-def _shared_places(encoded: Encoded, text: str, limit: int) -> list[tuple[int, int]]:
-    """Return (token index, offset) at word and line ends of `text`, at most `limit`, spread evenly.
+def _shared_places(encoded: Encoded, text: str, places: Places, limit: int) -> list[tuple[int, int]]:
+    """Return (token index, offset) at places of `text`, at most `limit`, spread evenly.
 
     The offsets are chosen from the text alone, before looking at this tokenizer, so that two models choose alike.
     """
-    stops = [
-        offset
-        for offset in range(1, len(text) + 1)
-        if (not text[offset - 1].isspace() and (offset == len(text) or text[offset].isspace()))
-        or (text[offset - 1] == "\n" and offset < len(text) and text[offset] != "\n")
-    ]
+    pattern = r"(?<=\n)(?=[^\n])" if places == "lines" else r"(?<=\S)(?=\s|$)"
+    stops = [match.start() for match in re.finditer(pattern, text)]
     if len(stops) > limit:
         stops = [stops[i * len(stops) // limit] for i in range(limit)]
     last_token = {end: index for index, end in enumerate(encoded.text_ends) if end >= 0}

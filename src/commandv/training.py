@@ -116,7 +116,7 @@ class TrainSettings:
     learning_rate: float = 4e-3
     warmup: float = 0.1
     batch_size: int = 16
-    max_response: int = 24
+    max_response: int = 512
     held_out: float = 0.1
     seed: int = 0
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import scipy.linalg
-import torch
 
+from commandv.convert import blas
 from commandv.convert.rows import Rows
 
 # Strengths tried, relative to the mean eigenvalue.
@@ -51,15 +50,13 @@ class Factor:
     @classmethod
     def of(cls, rows: Rows, dtype: type) -> Factor:
         """Factorise in float32 or float64."""
-        gram = torch.from_numpy(rows.gram(dtype))
-        values, vectors = torch.linalg.eigh(gram)
-        flipped = np.ascontiguousarray(vectors.numpy()[:, ::-1])
-        return cls(rows, np.maximum(values.numpy()[::-1].astype(np.float64), 0.0), flipped)
+        values, vectors = blas.eigh(rows.gram(dtype))
+        return cls(rows, np.maximum(values.astype(np.float64), 0.0), vectors)
 
     @property
     def dual(self) -> bool:
         """True when the vectors are U [n, k]."""
-        return self.rows.n <= self.rows.d
+        return self.rows.dual
 
     @property
     def unit(self) -> float:
@@ -111,41 +108,31 @@ class Cholesky:
     """
 
     rows: Rows
-    lower: np.ndarray
+    lower: np.ndarray  # the upper triangle holds nothing
 
     @classmethod
     def of(cls, rows: Rows) -> Cholesky | None:
         """Factorise, or return None when the rows (or columns) are not linearly independent."""
         gram = rows.gram(np.float64)
-        try:
-            lower = np.linalg.cholesky(gram)
-        except np.linalg.LinAlgError:
+        if not blas.cholesky(gram):
             return None
-        diagonal = np.abs(np.diag(lower))
-        return cls(rows, lower) if diagonal.min() > EXACT_RTOL * diagonal.max() else None
-
-    def _solve(self, right: np.ndarray) -> np.ndarray:
-        return scipy.linalg.cho_solve((self.lower, True), right, check_finite=False)
+        diagonal = np.abs(np.diag(gram))
+        return cls(rows, gram) if diagonal.min() > EXACT_RTOL * diagonal.max() else None
 
     def _apply(self, right: np.ndarray) -> np.ndarray:
         """Return (X Xᵀ)⁻¹ right in the dual case, (Xᵀ X)⁻¹ right in the primal one, refined once."""
-        x = self.rows
-        first = self._solve(right)
-        if x.n <= x.d:
-            residual = right - x.times(x.transposed_times(first))
-        else:
-            residual = right - x.transposed_times(x.times(first))
-        return first + self._solve(residual)
+        first = blas.cholesky_solve(self.lower, right)
+        return first + blas.cholesky_solve(self.lower, right - self.rows.gram_times(first))
 
     def right(self, targets: np.ndarray) -> np.ndarray:
         """Return X⁺ T [d, k]."""
         x, targets = self.rows, targets.astype(np.float64)
-        return x.transposed_times(self._apply(targets)) if x.n <= x.d else self._apply(x.transposed_times(targets))
+        return x.transposed_times(self._apply(targets)) if x.dual else self._apply(x.transposed_times(targets))
 
     def left(self, weights: np.ndarray) -> np.ndarray:
         """Return W X⁺ [k, n]."""
         x, weights = self.rows, weights.astype(np.float64)
-        return self._apply(x.times(weights.T)).T if x.n <= x.d else x.times(self._apply(weights.T)).T
+        return self._apply(x.times(weights.T)).T if x.dual else x.times(self._apply(weights.T)).T
 
 
 def least_squares_gains(factor: Factor, rtol: float) -> np.ndarray:

@@ -208,7 +208,7 @@ class ReducedRank:
         """Fit; see `Fitter`."""
         solver, rows, facts = self.ridge.solve(x, y, groups=groups, store=store, key=key)
         targets = Rows.of(y, centre=True, standardise=True)
-        everything = targets.block(slice(None), slice(None), np.float32)
+        everything = targets.dense(np.float32)
         fitted = rows.times(solver.right(everything))
         vectors = torch.linalg.eigh(torch.from_numpy(fitted.T @ fitted))[1].numpy()[:, ::-1]
         v = vectors[:, : min(self.rank, len(x) - 1, y.shape[1])].astype(np.float64)
@@ -240,7 +240,7 @@ class Procrustes:
         _check(x, y)
         rows = Rows.of(x, centre=True, standardise=True)
         targets = Rows.of(y, centre=True, standardise=True)
-        cross = rows.transposed_times(targets.block(slice(None), slice(None), np.float32))
+        cross = rows.transposed_times(targets.dense(np.float32))
         u, singular, vt = torch.linalg.svd(torch.from_numpy(cross).double(), full_matrices=False)
         related = singular > max(cross.shape) * float(np.finfo(np.float32).eps) * singular[0]
         rotation = u[:, related] @ vt[related]

@@ -6,15 +6,18 @@ profile layer is ever made.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from commandv.convert import blas
 from commandv.errors import InputError
 
-BLOCK_BYTES = 8 << 20  # of one block in the working precision
+BLOCK_BYTES = 4 << 20  # of one block in the working precision
+_TORCH = {np.float32: torch.float32, np.float64: torch.float64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +45,26 @@ class Rows:
             raise InputError(f"activations of shape {tuple(raw.shape)}: expected [rows, d_model] with 2 rows or more")
         if not torch.isfinite(torch.stack(torch.aminmax(raw))).all():
             raise InputError("activations hold NaN or infinity; profile the model again")
-        d = raw.shape[1]
-        mean, scale = np.zeros(d), np.ones(d)
-        if centre or standardise:
-            step = max(1, BLOCK_BYTES // (8 * raw.shape[0]))
-            for a in range(0, d, step):
-                variance, centre_values = torch.var_mean(raw[:, a : a + step].double(), dim=0, correction=0)
-                mean[a : a + step] = centre_values.numpy()
-                scale[a : a + step] = variance.sqrt().numpy()
-            # A column that is constant up to rounding carries nothing to scale up.
-            scale[~(scale > 1e-12 * np.abs(mean))] = 1.0
-            scale = scale if standardise else np.ones(d)
-            mean = mean if centre else np.zeros(d)
-        return cls(raw, mean, scale)
+        plain = cls(raw, np.zeros(raw.shape[1]), np.ones(raw.shape[1]))
+        if not centre and not standardise:
+            return plain
+        mean, scale = plain._moments()
+        return cls(raw, mean if centre else plain.mean, scale if standardise else plain.scale)
+
+    def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the columns' means and standard deviations, merged over blocks by Chan's rule."""
+        mean, squares, n = np.zeros(self.d), np.zeros(self.d), 0
+        for _, block in self._row_blocks(np.float64):
+            m = len(block)
+            own = np.ones(m) @ block / m
+            block -= own
+            squares += np.einsum("ij,ij->j", block, block) + (own - mean) ** 2 * (n * m / (n + m))
+            mean += (own - mean) * (m / (n + m))
+            n += m
+        scale = np.sqrt(squares / n)
+        # A column that is constant up to rounding carries nothing to scale up.
+        scale[~(scale > 1e-12 * np.abs(mean))] = 1.0
+        return mean, scale
 
     @property
     def n(self) -> int:
@@ -66,53 +76,76 @@ class Rows:
         """Number of columns."""
         return self.raw.shape[1]
 
-    def _columns(self, dtype: type) -> list[slice]:
-        step = max(64, BLOCK_BYTES // (np.dtype(dtype).itemsize * self.n))
-        return [slice(a, min(a + step, self.d)) for a in range(0, self.d, step)]
+    @property
+    def dual(self) -> bool:
+        """True when X Xᵀ is the smaller Gram matrix, or no larger."""
+        return self.n <= self.d
 
-    def _rows(self, dtype: type) -> list[slice]:
-        step = max(64, BLOCK_BYTES // (np.dtype(dtype).itemsize * self.d))
-        return [slice(a, min(a + step, self.n)) for a in range(0, self.n, step)]
+    def dense(self, dtype: type) -> np.ndarray:
+        """Return X whole, in `dtype`."""
+        return self._filled(torch.empty(self.raw.shape, dtype=_TORCH[dtype]), slice(None), slice(None))
 
-    def block(self, rows: slice, columns: slice, dtype: type) -> np.ndarray:
-        """Return a centred, scaled block of X in `dtype`."""
-        kind = torch.float64 if dtype is np.float64 else torch.float32
-        values = self.raw[rows, columns].to(kind, copy=True).numpy()
+    def _filled(self, out: Tensor, rows: slice, columns: slice) -> np.ndarray:
+        """Fill `out` with a centred, scaled block of X."""
+        values = out.copy_(self.raw[rows, columns]).numpy()
         mean, scale = self.mean[columns], self.scale[columns]
         if mean.any():
-            values -= mean.astype(dtype)
+            values -= mean.astype(values.dtype)
         if (scale != 1).any():
-            values *= (1 / scale).astype(dtype)
+            values *= (1 / scale).astype(values.dtype)
         return values
 
+    def _row_blocks(self, dtype: type) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield X by blocks of rows; the next block takes the memory of the last."""
+        step = min(self.n, max(64, BLOCK_BYTES // (np.dtype(dtype).itemsize * self.d)))
+        buffer = torch.empty(step * self.d, dtype=_TORCH[dtype])
+        for a in range(0, self.n, step):
+            rows = slice(a, min(a + step, self.n))
+            width = rows.stop - a
+            yield rows, self._filled(buffer[: width * self.d].view(width, self.d), rows, slice(None))
+
+    def _column_blocks(self, dtype: type) -> Iterator[np.ndarray]:
+        """Yield X by blocks of columns; the next block takes the memory of the last."""
+        step = min(self.d, max(64, BLOCK_BYTES // (np.dtype(dtype).itemsize * self.n)))
+        buffer = torch.empty(step * self.n, dtype=_TORCH[dtype])
+        for a in range(0, self.d, step):
+            columns = slice(a, min(a + step, self.d))
+            width = columns.stop - a
+            yield self._filled(buffer[: self.n * width].view(self.n, width), slice(None), columns)
+
     def gram(self, dtype: type) -> np.ndarray:
-        """Return X Xᵀ [n, n] (dual) when n <= d, else Xᵀ X [d, d] (primal)."""
-        total = None
-        if self.n <= self.d:
-            for columns in self._columns(dtype):
-                block = self.block(slice(None), columns, dtype)
-                part = block @ block.T
-                total = part if total is None else np.add(total, part, out=total)
+        """Return the lower triangle of X Xᵀ [n, n] (dual) when n <= d, else of Xᵀ X [d, d] (primal)."""
+        k = min(self.n, self.d)
+        total = np.zeros((k, k), dtype)
+        if self.dual:
+            for block in self._column_blocks(dtype):
+                blas.add_gram(total, block, dual=True)
         else:
-            for rows in self._rows(dtype):
-                block = self.block(rows, slice(None), dtype)
-                part = block.T @ block
-                total = part if total is None else np.add(total, part, out=total)
-        assert total is not None
+            for _, block in self._row_blocks(dtype):
+                blas.add_gram(total, block, dual=False)
         return total
+
+    def gram_times(self, right: np.ndarray) -> np.ndarray:
+        """Return X Xᵀ right (dual) or Xᵀ X right (primal) from products with X itself."""
+        out = np.zeros_like(right)
+        if self.dual:
+            for block in self._column_blocks(right.dtype.type):
+                out += block @ (block.T @ right)
+        else:
+            for _, block in self._row_blocks(right.dtype.type):
+                out += block.T @ (block @ right)
+        return out
 
     def times(self, right: np.ndarray) -> np.ndarray:
         """Return X right [n, k] for `right` [d, k]."""
-        dtype = right.dtype.type
-        out = np.empty((self.n, right.shape[1]), dtype)
-        for rows in self._rows(dtype):
-            out[rows] = self.block(rows, slice(None), dtype) @ right
+        out = np.empty((self.n, right.shape[1]), right.dtype)
+        for rows, block in self._row_blocks(right.dtype.type):
+            out[rows] = block @ right
         return out
 
     def transposed_times(self, right: np.ndarray) -> np.ndarray:
         """Return Xᵀ right [d, k] for `right` [n, k]."""
-        dtype = right.dtype.type
-        out = np.zeros((self.d, right.shape[1]), dtype)
-        for rows in self._rows(dtype):
-            out += self.block(rows, slice(None), dtype).T @ right[rows]
+        out = np.zeros((self.d, right.shape[1]), right.dtype)
+        for rows, block in self._row_blocks(right.dtype.type):
+            out += block.T @ right[rows]
         return out

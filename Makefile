@@ -1,0 +1,41 @@
+# `make demo` runs the main job on two real models; `make test` runs the tests; both set up .venv first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of torch is small; the registry's default build brings gigabytes of CUDA.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check format adapters bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[demo,dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/commandv demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+adapters: $(VENV)/.installed  ## train the shipped adapters again
+	for model in gemma-3-270m smollm2-135m-instruct; do for behaviour in numbered-list pirate; do \
+		$(BIN)/commandv train $$model builtin:$$behaviour --layers last_half --epochs 2 --max-response 16 --seed 0 \
+			-o src/commandv/data/adapters/$$behaviour@$$model || exit 1; done; done
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/quality.py
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
