@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU build of torch is small; the registry's default build brings gigabytes of CUDA.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format adapters bench clean
+.PHONY: demo test check format adapters docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ adapters: $(VENV)/.installed  ## train the shipped adapters again
 	for model in gemma-3-270m smollm2-135m-instruct; do for behaviour in numbered-list pirate; do \
 		$(BIN)/commandv train $$model builtin:$$behaviour --layers last_half --epochs 2 --max-response 16 --seed 0 \
 			-o src/commandv/data/adapters/$$behaviour@$$model || exit 1; done; done
+
+docs: $(VENV)/.installed  ## write docs/cli.md again
+	$(BIN)/python -m typer commandv.cli utils docs --name commandv > docs/cli.md
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py

@@ -41,6 +41,8 @@ SEEDS = (0, 1, 2)
 N_TEST, N_DEV = 100, 48
 KIND = cv.DiReFT(rank=8, layers="last_half", positions="l1")
 TRAINING = cv.TrainSettings(epochs=2, max_response=16)
+# At the common rate Gemma's held-out loss on refusals rises (1.66 to 1.77) and it learns nothing.
+LEARNING_RATES = {("refusal", GEMMA): 1.5e-3}
 TOKENS = {"numbered-list": 16, "pirate": 10, "refusal": 10}
 SCALES, LAYERS = (0.6, 1.0), ("last_third", "all_layers")
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -100,7 +102,8 @@ def trained(behaviour: str, name: str, seed: int) -> cv.Adapter:
     with filelock.FileLock(f"{path}.lock"):
         if path.exists():
             return cv.load_adapter(path)
-        settings = replace(TRAINING, seed=seed)
+        learning_rate = LEARNING_RATES.get((behaviour, name), TRAINING.learning_rate)
+        settings = replace(TRAINING, seed=seed, learning_rate=learning_rate)
         adapter = cv.train(model(name), examples(behaviour, name), KIND, settings, name=behaviour)
         cv.save(adapter, path)
     return adapter

@@ -88,9 +88,16 @@ def paste(
     bridge = Bridge(donor, recipient, fit, read_rows, write_rows, holdout, shuffle, store)
 
     def carry(pair: LayerPair) -> tuple[tuple[Intervention, ...], dict[str, Any]]:
-        into, back = bridge.into(pair), bridge.back(pair)
-        carried = tuple(fold(one, into, back, scale) for one in adapter.interventions[pair.donor])
-        return carried, {"pair": list(pair), "read": into.facts, "write": back.facts}
+        many = adapter.interventions[pair.donor]
+        into = bridge.into(pair)
+        pulled, read_facts = [into.pull(one.read) for one in many], into.facts
+        del into  # frees its factorisation before the next is made
+        back = bridge.back(pair)
+        carried = tuple(
+            fold(one, read, shift, scale * back.push(one.write))
+            for one, (read, shift) in zip(many, pulled, strict=True)
+        )
+        return carried, {"pair": list(pair), "read": read_facts, "write": back.facts}
 
     interventions: dict[int, tuple[Intervention, ...]] = {}
     facts = []
@@ -109,15 +116,9 @@ def paste(
     return Adapter(interventions, recipient.model, adapter.name, provenance, donor=adapter)
 
 
-def fold(one: Intervention, into: Converter, back: Converter, scale: float = 1.0) -> Intervention:
-    """Return the recipient's intervention with R' = R Aᵀ, b' = b + R a, W' = scale · W B."""
-    read, shift = into.pull(one.read)
-    return replace(
-        one,
-        read=read.float(),
-        bias=(one.bias.double() + shift).float(),
-        write=(scale * back.push(one.write)).float(),
-    )
+def fold(one: Intervention, read: Tensor, shift: Tensor, write: Tensor) -> Intervention:
+    """Return the recipient's intervention with R' = R Aᵀ (`read`), b' = b + R a (`shift`) and W' = W B (`write`)."""
+    return replace(one, read=read.float(), bias=(one.bias.double() + shift).float(), write=write.float())
 
 
 class Bridge:
@@ -181,7 +182,7 @@ class Bridge:
         if self.shuffle is not None and not held_out:
             i = np.random.default_rng(self.shuffle).permutation(i)
         donor, recipient = self.donor.layer(pair.donor), self.recipient.layer(pair.recipient)
-        return donor[torch.from_numpy(i)], recipient[torch.from_numpy(j)], prompts
+        return taken(donor, i), taken(recipient, j), prompts
 
     def into(self, pair: LayerPair) -> Converter:
         """Fit recipient -> donor, for reading."""
@@ -195,6 +196,12 @@ class Bridge:
         donor, recipient, prompts = self.rows("write", pair)
         x = (self.donor, pair.donor, self.recipient, self.sides["write"], self.holdout, self.shuffle)
         return self.fit(donor, recipient, groups=prompts, store=self.store, key=(x, pair.recipient))
+
+
+def taken(rows: Tensor, index: np.ndarray) -> Tensor:
+    """Return the rows at `index`; all of them in their order are the tensor itself, which may be mapped from disk."""
+    whole = len(index) == len(rows) and bool((index == np.arange(len(rows))).all())
+    return rows if whole else rows[torch.from_numpy(index)]
 
 
 def held_out_prompts(prompts: np.ndarray, share: float) -> np.ndarray:

@@ -7,6 +7,7 @@ ridge and 1/e (0 below a cut) for least squares.
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ STRENGTHS = 10.0 ** np.arange(-3.0, 2.76, 0.25)
 SKETCH = 24  # random projections of the targets on which the strength is chosen
 EIGH_FLOAT32_FLOOR = 1e-4  # of the largest eigenvalue: a strength above it forgives float32 rounding
 EXACT_RTOL = 1e-7  # of the largest singular value, when the exact solve meets rank deficiency
+PIVOT_RTOL = 1e-6  # a smaller pivot of the Cholesky factor may be nothing but rounding
 
 
 class Solver(Protocol):
@@ -117,7 +119,7 @@ class Cholesky:
         if not blas.cholesky(gram):
             return None
         diagonal = np.abs(np.diag(gram))
-        return cls(rows, gram) if diagonal.min() > EXACT_RTOL * diagonal.max() else None
+        return cls(rows, gram) if diagonal.min() > PIVOT_RTOL * diagonal.max() else None
 
     def _apply(self, right: np.ndarray) -> np.ndarray:
         """Return (X Xᵀ)⁻¹ right in the dual case, (Xᵀ X)⁻¹ right in the primal one, refined once."""
@@ -178,36 +180,36 @@ def choose_strength(factor: Factor, targets: np.ndarray, groups: np.ndarray, met
     spread = u.T @ targets
     order = np.argsort(groups, kind="stable")
     sizes = np.unique(groups[order], return_counts=True)[1]
-    scores = [
-        _press(u, spread, targets, (values / (values + strength)).astype(u.dtype), order, sizes) for strength in grid
-    ]
-    return float(grid[np.argmin(scores)])
+    keep = (values[:, None] / (values[:, None] + grid)).astype(u.dtype)
+    return float(grid[np.argmin(_press(u, spread, targets, keep, order, sizes))])
 
 
 def _press(
     u: np.ndarray, spread: np.ndarray, targets: np.ndarray, keep: np.ndarray, order: np.ndarray, sizes: np.ndarray
-) -> float:
-    """Return the sum of squared residuals with each group of rows left out in turn."""
-    residual = targets - u @ (keep[:, None] * spread)
-    n = len(targets)
+) -> np.ndarray:
+    """Return, for each column of `keep` [k, s], the sum of squared residuals with each group of rows left out."""
+    n, s = len(targets), keep.shape[1]
+    fitted = u @ (keep[:, :, None] * spread[:, None, :]).reshape(len(keep), -1)
+    residual = np.subtract(targets[:, None], fitted.reshape(n, s, -1), out=fitted.reshape(n, s, -1))
     if sizes.max() == 1:
-        leverage = (u * u) @ keep + 1.0 / n
-        return float(((residual / np.maximum(1 - leverage, 1e-6)[:, None]).astype(np.float64) ** 2).sum())
-    total, start = 0.0, 0
-    for size in sizes:
-        rows = order[start : start + size]
-        start += size
-        own = (u[rows] * keep) @ u[rows].T + 1.0 / n
-        left_out = np.linalg.solve(np.eye(size) * (1 + 1e-6) - own, residual[rows])
-        total += float((left_out**2).sum())
+        left_out = np.sqrt(np.einsum("nst,nst->ns", residual, residual)) / np.maximum(1 - 1 / n - (u * u) @ keep, 1e-6)
+        return (left_out.astype(np.float64) ** 2).sum(0)
+    total = np.zeros(s)
+    for rows in np.split(order, np.cumsum(sizes)[:-1]):
+        own = (u[rows] * keep.T[:, None]) @ u[rows].T + 1 / n
+        left_out = np.linalg.solve(np.eye(len(rows)) * (1 + 1e-6) - own, residual[rows].swapaxes(0, 1))
+        total += (left_out**2).sum((1, 2))
     return total
 
 
 def sketch(rows: Rows, dtype: type) -> np.ndarray:
     """Project rows [n, d] on `SKETCH` fixed random directions, so that sums of squares keep their proportions."""
-    generator = np.random.default_rng(0)
-    directions = generator.standard_normal((rows.d, SKETCH)).astype(dtype) / np.sqrt(SKETCH)
-    return rows.times(directions)
+    return rows.times(_directions(rows.d).astype(dtype))
+
+
+@functools.cache
+def _directions(d: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((d, SKETCH)) / np.sqrt(SKETCH)
 
 
 @dataclass

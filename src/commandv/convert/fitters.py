@@ -145,16 +145,19 @@ class Ridge:
         key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
-        solver, rows, facts = self.solve(x, y, groups=groups, store=store, key=key)
-        return Solved(solver, rows, Rows.of(y, centre=True, standardise=False), facts=facts)
+        solver, rows, targets, facts = self.solve(x, y, groups=groups, store=store, key=key)
+        return Solved(solver, rows, targets.unscaled(), facts=facts)
 
     def solve(
         self, x: Tensor, y: Tensor, *, groups: np.ndarray | None, store: FactorStore | None, key: Key | None
-    ) -> tuple[Solver, Rows, dict[str, Any]]:
-        """Return the regularised pseudo-inverse of x, its rows, and what was chosen."""
+    ) -> tuple[Solver, Rows, Rows, dict[str, Any]]:
+        """Return the regularised pseudo-inverse of x, its rows, the rows of y standardised, and what was chosen."""
         _check(x, y)
-        rows = Rows.of(x, centre=True, standardise=self.standardise)
         kept, names = (FactorStore(), (None, None)) if store is None or key is None else (store, key)
+        rows = kept.get(
+            (names[0], "rows", self.standardise), lambda: Rows.of(x, centre=True, standardise=self.standardise)
+        )
+        targets = Rows(y, *kept.get((names, "targets"), lambda: Rows.of(y, centre=True, standardise=True).moments))
 
         def factorise(dtype: type) -> Factor:
             return kept.get((names[0], "spectrum", self.standardise, dtype), lambda: Factor.of(rows, dtype))
@@ -162,9 +165,8 @@ class Ridge:
         def choose(factor: Factor) -> float:
             if self.strength is not None:
                 return self.strength * factor.unit
-            targets = sketch(Rows.of(y, centre=True, standardise=True), factor.vectors.dtype.type)
             own = np.arange(len(x)) if groups is None else groups
-            return choose_strength(factor, targets, own, self.select)
+            return choose_strength(factor, sketch(targets, factor.vectors.dtype.type), own, self.select)
 
         # Float32 is enough unless the strength turns out to be near its rounding noise.
         factor = factorise(np.float32)
@@ -173,7 +175,7 @@ class Ridge:
             factor = factorise(np.float64)
             strength = kept.get((names, self, "strength64"), lambda: choose(factor))
         facts = {"fit": self.name, "strength": strength / factor.unit}
-        return factor.solver(1.0 / (factor.values + strength)), factor.rows, facts
+        return factor.solver(1.0 / (factor.values + strength)), rows, targets, facts
 
 
 @dataclass(frozen=True)
@@ -206,15 +208,13 @@ class ReducedRank:
         key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
-        solver, rows, facts = self.ridge.solve(x, y, groups=groups, store=store, key=key)
-        targets = Rows.of(y, centre=True, standardise=True)
+        solver, rows, targets, facts = self.ridge.solve(x, y, groups=groups, store=store, key=key)
         everything = targets.dense(np.float32)
         fitted = rows.times(solver.right(everything))
         vectors = torch.linalg.eigh(torch.from_numpy(fitted.T @ fitted))[1].numpy()[:, ::-1]
         v = vectors[:, : min(self.rank, len(x) - 1, y.shape[1])].astype(np.float64)
         project = (v / targets.scale[:, None], v * targets.scale[:, None])
-        centred = Rows.of(y, centre=True, standardise=False)
-        return Solved(solver, rows, centred, project, {**facts, "fit": self.name, "rank": v.shape[1]})
+        return Solved(solver, rows, targets.unscaled(), project, {**facts, "fit": self.name, "rank": v.shape[1]})
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ class Rows:
         plain = cls(raw, np.zeros(raw.shape[1]), np.ones(raw.shape[1]))
         if not centre and not standardise:
             return plain
-        mean, scale = plain._moments()
+        mean, scale = plain._column_moments()
         return cls(raw, mean if centre else plain.mean, scale if standardise else plain.scale)
 
-    def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+    def _column_moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the columns' means and standard deviations, merged over blocks by Chan's rule."""
         mean, squares, n = np.zeros(self.d), np.zeros(self.d), 0
         for _, block in self._row_blocks(np.float64):
@@ -65,6 +65,15 @@ class Rows:
         # A column that is constant up to rounding carries nothing to scale up.
         scale[~(scale > 1e-12 * np.abs(mean))] = 1.0
         return mean, scale
+
+    def unscaled(self) -> Rows:
+        """Return the same rows without the scale."""
+        return Rows(self.raw, self.mean, np.ones(self.d))
+
+    @property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """The columns' means and scales."""
+        return self.mean, self.scale
 
     @property
     def n(self) -> int:
@@ -95,18 +104,18 @@ class Rows:
             values *= (1 / scale).astype(values.dtype)
         return values
 
-    def _row_blocks(self, dtype: type) -> Iterator[tuple[slice, np.ndarray]]:
+    def _row_blocks(self, dtype: type, size: int = BLOCK_BYTES) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield X by blocks of rows; the next block takes the memory of the last."""
-        step = min(self.n, max(64, BLOCK_BYTES // (np.dtype(dtype).itemsize * self.d)))
+        step = min(self.n, max(64, size // (np.dtype(dtype).itemsize * self.d)))
         buffer = torch.empty(step * self.d, dtype=_TORCH[dtype])
         for a in range(0, self.n, step):
             rows = slice(a, min(a + step, self.n))
             width = rows.stop - a
             yield rows, self._filled(buffer[: width * self.d].view(width, self.d), rows, slice(None))
 
-    def _column_blocks(self, dtype: type) -> Iterator[np.ndarray]:
+    def _column_blocks(self, dtype: type, size: int = BLOCK_BYTES) -> Iterator[np.ndarray]:
         """Yield X by blocks of columns; the next block takes the memory of the last."""
-        step = min(self.d, max(64, BLOCK_BYTES // (np.dtype(dtype).itemsize * self.n)))
+        step = min(self.d, max(64, size // (np.dtype(dtype).itemsize * self.n)))
         buffer = torch.empty(step * self.n, dtype=_TORCH[dtype])
         for a in range(0, self.d, step):
             columns = slice(a, min(a + step, self.d))
@@ -117,11 +126,12 @@ class Rows:
         """Return the lower triangle of X Xᵀ [n, n] (dual) when n <= d, else of Xᵀ X [d, d] (primal)."""
         k = min(self.n, self.d)
         total = np.zeros((k, k), dtype)
+        size = max(BLOCK_BYTES, total.nbytes // 2)  # each block passes over the whole of the total
         if self.dual:
-            for block in self._column_blocks(dtype):
+            for block in self._column_blocks(dtype, size):
                 blas.add_gram(total, block, dual=True)
         else:
-            for _, block in self._row_blocks(dtype):
+            for _, block in self._row_blocks(dtype, size):
                 blas.add_gram(total, block, dual=False)
         return total
 
