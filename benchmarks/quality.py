@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import logging
 import os
@@ -203,11 +204,14 @@ def summarise(many: list[dict[str, Any]]) -> dict[str, Any]:
         for title in COLUMNS
         if any(title in one["outcomes"] for one in many)
     }
-    refused = {title: sum((one["over-refusal"][title] for one in many), []) for title in first.get("over-refusal", {})}
+    refused = {
+        title: list(itertools.chain(*(one["over-refusal"][title] for one in many)))
+        for title in first.get("over-refusal", {})
+    }
     return {
         **{key: first[key] for key in ("donor", "recipient", "behaviour", "settings")},
         "seeds": [one["seed"] for one in many],
-        "scores": {title: rate(title, sum(lists, []))._asdict() for title, lists in outcomes.items()},
+        "scores": {title: rate(title, list(itertools.chain(*lists)))._asdict() for title, lists in outcomes.items()},
         "by_seed": {title: [sum(hit) / len(hit) for hit in lists] for title, lists in outcomes.items()},
         "over_refusal": {title: rate(title, hit)._asdict() for title, hit in refused.items()},
     }

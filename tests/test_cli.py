@@ -87,7 +87,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     """A prompt file, passages, and examples to train on."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text.replace(" ", "\n")}) + "\n" for text in TEXTS))
     rows = [json.dumps({"prompt": prompt, "response": "yes"}) for prompt in PROMPTS]
     (folder / "agree.jsonl").write_text("\n".join(rows))
     return {path.stem: path for path in folder.iterdir()}

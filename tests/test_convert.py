@@ -325,11 +325,12 @@ def test_press_is_refitting_without_each_row_or_prompt(shape, grouped):
     groups = np.arange(len(x)) if not grouped else np.random.default_rng(1).integers(0, len(x) // 3, len(x))
     order, sizes = np.argsort(groups, kind="stable"), np.unique(groups, return_counts=True)[1]
     assert (sizes.max() > 1) == grouped
-    u = factor.left_vectors()
+    u, t_ordered = factor.left_vectors(order), t[order]
     grid = STRENGTHS * factor.values.mean()
     expected = [leave_out(z, t, strength, groups) for strength in grid]
-    values = factor.values[:, None]
-    got = _press(u, u.T @ t, t, values / (values + grid), order, sizes)
+    keep = factor.values[:, None] / (factor.values[:, None] + grid)
+    residual = t_ordered[:, None] - np.einsum("nk,ks,kt->nst", u, keep, u.T @ t_ordered)
+    got = _press(u, residual, keep, sizes, len(x))
     # Blocks of prompts are solved with a jitter of 1e-6, which weak strengths feel.
     np.testing.assert_allclose(got, expected, rtol=5e-3 if grouped else 1e-8)
     assert choose_strength(factor, t, groups, "loo") == pytest.approx(grid[np.argmin(expected)])

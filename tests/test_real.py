@@ -42,7 +42,7 @@ def gemma() -> LM:
 @pytest.fixture(scope="module")
 def profiles(smol, gemma) -> dict[str, Profile]:
     prompts = cv.load_prompts("builtin:general", limit=N)
-    text = cv.load_prompts("builtin:text", limit=4)
+    text = cv.load_prompts("builtin:text", limit=24)
     return {lm.id: cv.profile(lm, prompts, text=text, cache=False) for lm in (smol, gemma)}
 
 

@@ -3,7 +3,7 @@
 SciPy's wrappers of these routines hold the lock, so that workers would wait for each other; NumPy's copy their
 argument, and need a second matrix to accumulate a Gram matrix in. SciPy publishes the routines' addresses
 (`scipy.linalg.cython_blas`, `cython_lapack`), and ctypes lets go of the lock while they run. Matrices are C-ordered;
-of symmetric ones only the lower triangle is read or written.
+of symmetric ones only the upper triangle is read or written.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cython_blas, cython_lapack
 
-# Fortran sees a C-ordered array transposed, so what is lower here is upper there.
-_LOWER = "U"
+# Fortran sees a C-ordered array transposed, so what is upper here is lower there; a tenth faster than the other one.
+_UPPER = "L"
 
 
 def add_gram(total: np.ndarray, block: np.ndarray, *, dual: bool) -> None:
-    """Add block blockᵀ (dual) or blockᵀ block (primal) to the lower triangle of `total`."""
+    """Add block blockᵀ (dual) or blockᵀ block (primal) to the upper triangle of `total`."""
     n, width = len(total), block.shape[1]
     trans, inner = ("T", width) if dual else ("N", len(block))
-    _call("syrk", total.dtype, _LOWER, trans, n, inner, 1.0, block, width, 1.0, total, n)
+    _call("syrk", total.dtype, _UPPER, trans, n, inner, 1.0, block, width, 1.0, total, n)
 
 
 def cholesky(matrix: np.ndarray) -> bool:
-    """Replace the lower triangle of a matrix by L, matrix = L Lᵀ; False when it is not positive definite."""
+    """Replace the upper triangle of a matrix by Lᵀ, matrix = L Lᵀ; False when it is not positive definite."""
     n, info = len(matrix), ctypes.c_int()
-    _call("potrf", matrix.dtype, _LOWER, n, matrix, n, info)
+    _call("potrf", matrix.dtype, _UPPER, n, matrix, n, info)
     return info.value == 0
 
 
-def cholesky_solve(lower: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return (L Lᵀ)⁻¹ right [n, k]."""
-    n, out = len(lower), np.array(right, lower.dtype, order="F")
-    _call("potrs", lower.dtype, _LOWER, n, out.shape[1], lower, n, out, n, ctypes.c_int())
+def cholesky_solve(upper: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return (L Lᵀ)⁻¹ right [n, k] for Lᵀ in the upper triangle."""
+    n, out = len(upper), np.array(right, upper.dtype, order="F")
+    _call("potrs", upper.dtype, _UPPER, n, out.shape[1], upper, n, out, n, ctypes.c_int())
     return out
 
 
@@ -49,7 +49,7 @@ def eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n, info = len(matrix), ctypes.c_int()
     values = np.empty(n, matrix.dtype)
     work, iwork = np.empty(1 + 6 * n + 2 * n * n, matrix.dtype), np.empty(3 + 5 * n, np.int32)
-    _call("syevd", matrix.dtype, "V", _LOWER, n, matrix, n, values, work, len(work), iwork, len(iwork), info)
+    _call("syevd", matrix.dtype, "V", _UPPER, n, matrix, n, values, work, len(work), iwork, len(iwork), info)
     if info.value:
         raise np.linalg.LinAlgError(f"the eigenvalues of a {n} x {n} matrix did not converge")
     del work
@@ -73,11 +73,12 @@ def _call(name: str, dtype: np.dtype[Any], *arguments: Any) -> None:
     passed: list[Any] = []
     for one in arguments:
         if isinstance(one, np.ndarray):
-            assert one.dtype in (dtype, np.int32) and (one.flags.c_contiguous or one.flags.f_contiguous)
+            assert one.dtype in (dtype, np.int32)
+            assert one.flags.c_contiguous or one.flags.f_contiguous
             passed.append(ctypes.c_void_p(one.ctypes.data))
         elif isinstance(one, ctypes.c_int):
             passed.append(ctypes.byref(one))
         else:
-            kind = {str: ctypes.c_char, int: ctypes.c_int, float: number}[type(one)]
+            kind: Any = {str: ctypes.c_char, int: ctypes.c_int, float: number}[type(one)]
             passed.append(ctypes.byref(kind(one.encode() if isinstance(one, str) else one)))
     _routine({"f": "s", "d": "d"}[dtype.char] + name)(*passed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from commandv.convert.rows import Rows
 # Strengths tried, relative to the mean eigenvalue.
 STRENGTHS = 10.0 ** np.arange(-3.0, 2.76, 0.25)
 SKETCH = 24  # random projections of the targets on which the strength is chosen
+BATCH = 1024  # rows whose leave-one-out residuals are computed together
 EIGH_FLOAT32_FLOOR = 1e-4  # of the largest eigenvalue: a strength above it forgives float32 rounding
 EXACT_RTOL = 1e-7  # of the largest singular value, when the exact solve meets rank deficiency
 PIVOT_RTOL = 1e-6  # a smaller pivot of the Cholesky factor may be nothing but rounding
@@ -65,13 +67,22 @@ class Factor:
         """The mean eigenvalue, to which strengths are relative; 1 when all rows are alike."""
         return float(self.values.mean()) or 1.0
 
-    def left_vectors(self) -> np.ndarray:
-        """Return U [n, k]; columns of zero eigenvalues are zero in the primal case."""
-        if self.dual:
-            return self.vectors
+    def _inverse_roots(self) -> np.ndarray:
         roots = np.sqrt(self.values)
         inverse = np.divide(1.0, roots, out=np.zeros_like(roots), where=self.values > 1e-12 * self.values[0])
-        return self.rows.times(self.vectors) * inverse.astype(self.vectors.dtype)
+        return inverse.astype(self.vectors.dtype)
+
+    def left_vectors(self, index: np.ndarray) -> np.ndarray:
+        """Return the rows of U at `index`, [len(index), k]; columns of zero eigenvalues are zero in the primal case."""
+        if self.dual:
+            return self.vectors[index]
+        return self.rows.at(index).times(self.vectors) * self._inverse_roots()
+
+    def spread(self, targets: np.ndarray) -> np.ndarray:
+        """Return Uᵀ T [k, t] for targets T [n, t]."""
+        if self.dual:
+            return self.vectors.T @ targets
+        return self._inverse_roots()[:, None] * (self.vectors.T @ self.rows.transposed_times(targets))
 
     def solver(self, gains: np.ndarray) -> Spectral:
         """Return the pseudo-inverse with the spectral filter `gains` [k]."""
@@ -110,7 +121,7 @@ class Cholesky:
     """
 
     rows: Rows
-    lower: np.ndarray  # the upper triangle holds nothing
+    upper: np.ndarray  # Lᵀ, with nothing of use below it
 
     @classmethod
     def of(cls, rows: Rows) -> Cholesky | None:
@@ -123,8 +134,8 @@ class Cholesky:
 
     def _apply(self, right: np.ndarray) -> np.ndarray:
         """Return (X Xᵀ)⁻¹ right in the dual case, (Xᵀ X)⁻¹ right in the primal one, refined once."""
-        first = blas.cholesky_solve(self.lower, right)
-        return first + blas.cholesky_solve(self.lower, right - self.rows.gram_times(first))
+        first = blas.cholesky_solve(self.upper, right)
+        return first + blas.cholesky_solve(self.upper, right - self.rows.gram_times(first))
 
     def right(self, targets: np.ndarray) -> np.ndarray:
         """Return X⁺ T [d, k]."""
@@ -162,42 +173,55 @@ def choose_strength(factor: Factor, targets: np.ndarray, groups: np.ndarray, met
     """
     values, n = factor.values, factor.rows.n
     grid = STRENGTHS * factor.unit
+    spread = factor.spread(targets)
     if method == "gcv":
-        if factor.dual:
-            spread = factor.vectors.T @ targets
-            energy = (spread.astype(np.float64) ** 2).sum(1)
-        else:
-            spread = factor.vectors.T @ factor.rows.transposed_times(targets)
-            energy = np.divide(
-                (spread.astype(np.float64) ** 2).sum(1), values, where=values > 0, out=np.zeros_like(values)
-            )
+        energy = (spread.astype(np.float64) ** 2).sum(1)
         outside = max(0.0, float((targets.astype(np.float64) ** 2).sum()) - float(energy.sum()))
         shrink = grid[:, None] / (values + grid[:, None])
         trace = n - 1 - (1 - shrink).sum(1)
         scores = ((shrink**2 * energy).sum(1) + outside) / np.maximum(trace, 1e-9) ** 2
         return float(grid[np.argmin(scores)])
-    u = factor.left_vectors()
-    spread = u.T @ targets
+    keep = (values[:, None] / (values[:, None] + grid)).astype(spread.dtype)
+    kept_spread = (keep[:, :, None] * spread[:, None, :]).reshape(len(keep), -1)
+    scores = np.zeros(len(grid))
+    for index, sizes in _batches(groups):
+        u = factor.left_vectors(index)
+        fitted = (u @ kept_spread).reshape(len(index), len(grid), -1)
+        residual = np.subtract(targets[index, None], fitted, out=fitted)
+        scores += _press(u, residual, keep, sizes, n)
+    return float(grid[np.argmin(scores)])
+
+
+def _batches(groups: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield row numbers, group after group, and the groups' sizes: at most `BATCH` rows unless one group has more."""
     order = np.argsort(groups, kind="stable")
-    sizes = np.unique(groups[order], return_counts=True)[1]
-    keep = (values[:, None] / (values[:, None] + grid)).astype(u.dtype)
-    return float(grid[np.argmin(_press(u, spread, targets, keep, order, sizes))])
+    sizes = np.unique(groups, return_counts=True)[1]
+    ends = np.cumsum(sizes)
+    first = start = 0
+    while first < len(sizes):
+        after = max(first + 1, int(np.searchsorted(ends, start + BATCH, side="right")))
+        yield order[start : ends[after - 1]], sizes[first:after]
+        first, start = after, int(ends[after - 1])
 
 
-def _press(
-    u: np.ndarray, spread: np.ndarray, targets: np.ndarray, keep: np.ndarray, order: np.ndarray, sizes: np.ndarray
-) -> np.ndarray:
-    """Return, for each column of `keep` [k, s], the sum of squared residuals with each group of rows left out."""
-    n, s = len(targets), keep.shape[1]
-    fitted = u @ (keep[:, :, None] * spread[:, None, :]).reshape(len(keep), -1)
-    residual = np.subtract(targets[:, None], fitted.reshape(n, s, -1), out=fitted.reshape(n, s, -1))
+def _press(u: np.ndarray, residual: np.ndarray, keep: np.ndarray, sizes: np.ndarray, n: int) -> np.ndarray:
+    """Return the sums of squared residuals with each group of rows left out, one for each of s strengths.
+
+    Args:
+        u: some rows of U, group after group, [m, k].
+        residual: of these rows, with all n rows fitted, [m, s, t].
+        keep: e / (e + lambda), [k, s].
+        sizes: of the groups.
+        n: rows in all.
+    """
     if sizes.max() == 1:
-        left_out = np.sqrt(np.einsum("nst,nst->ns", residual, residual)) / np.maximum(1 - 1 / n - (u * u) @ keep, 1e-6)
+        left_out = np.sqrt(np.einsum("mst,mst->ms", residual, residual)) / np.maximum(1 - 1 / n - (u * u) @ keep, 1e-6)
         return (left_out.astype(np.float64) ** 2).sum(0)
-    total = np.zeros(s)
-    for rows in np.split(order, np.cumsum(sizes)[:-1]):
+    total, start = np.zeros(keep.shape[1]), 0
+    for size in sizes:
+        rows = slice(start, start := start + size)
         own = (u[rows] * keep.T[:, None]) @ u[rows].T + 1 / n
-        left_out = np.linalg.solve(np.eye(len(rows)) * (1 + 1e-6) - own, residual[rows].swapaxes(0, 1))
+        left_out = np.linalg.solve(np.eye(size) * (1 + 1e-6) - own, residual[rows].swapaxes(0, 1))
         total += (left_out**2).sum((1, 2))
     return total
 

@@ -17,7 +17,7 @@ from commandv.convert import blas
 from commandv.errors import InputError
 
 BLOCK_BYTES = 4 << 20  # of one block in the working precision
-_TORCH = {np.float32: torch.float32, np.float64: torch.float64}
+_TORCH: dict[type, torch.dtype] = {np.float32: torch.float32, np.float64: torch.float64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +65,10 @@ class Rows:
         # A column that is constant up to rounding carries nothing to scale up.
         scale[~(scale > 1e-12 * np.abs(mean))] = 1.0
         return mean, scale
+
+    def at(self, index: np.ndarray) -> Rows:
+        """Return the rows at `index`, centred and scaled like all of them."""
+        return Rows(self.raw[torch.from_numpy(index)], self.mean, self.scale)
 
     def unscaled(self) -> Rows:
         """Return the same rows without the scale."""
@@ -123,10 +127,10 @@ class Rows:
             yield self._filled(buffer[: self.n * width].view(self.n, width), slice(None), columns)
 
     def gram(self, dtype: type) -> np.ndarray:
-        """Return the lower triangle of X Xᵀ [n, n] (dual) when n <= d, else of Xᵀ X [d, d] (primal)."""
+        """Return the upper triangle of X Xᵀ [n, n] (dual) when n <= d, else of Xᵀ X [d, d] (primal)."""
         k = min(self.n, self.d)
-        total = np.zeros((k, k), dtype)
-        size = max(BLOCK_BYTES, total.nbytes // 2)  # each block passes over the whole of the total
+        total: np.ndarray = np.zeros((k, k), dtype)
+        size = max(BLOCK_BYTES, total.nbytes // 4)  # each block passes over the whole of the total
         if self.dual:
             for block in self._column_blocks(dtype, size):
                 blas.add_gram(total, block, dual=True)
