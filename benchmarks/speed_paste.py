@@ -21,8 +21,9 @@ from commandv.pasting import fold, parallel
 from commandv.profiles import END, Profile, load_profile, save_profile
 
 RANK = 8
-DECAY = 0.55  # of the spectrum: the i-th singular value falls as i^-DECAY
-OUTLIERS = {3: 30.0, 17: 100.0, 40: 300.0}  # dimension -> times the median scale
+DECAY = 0.35  # of the spectrum: the i-th singular value falls as i^-DECAY
+OUTLIERS = {3: 30.0, 17: 100.0, 40: 200.0}  # dimension -> times the median scale
+PUBLISHED = ("published", "published, one core per pair")
 PASTES: dict[str, Fitter] = {"exact": Pinv(exact=True), "ridge": Ridge(), "ridge gcv": Ridge(select="gcv")}
 
 
@@ -57,8 +58,8 @@ CELLS = {
 def write_profiles(cell: Cell, folder: Path) -> None:
     """Write two bf16 profiles that share part of what they hold.
 
-    Singular values fall by a power law, the mean holds most of the second moment, some dimensions are far larger than
-    the rest, and a floor of noise sets the condition number, about 1e4. Layers differ by their dimensions' order.
+    Singular values fall by a power law, the mean holds about half of the second moment and some dimensions are far
+    larger than the rest; condition numbers are from 1e4 to 1e5. Layers differ by their dimensions' order.
     """
     generator = torch.Generator().manual_seed(cell.seed)
     k = min(cell.n, cell.donor, cell.recipient)
@@ -106,16 +107,17 @@ def paste(fit: Fitter, donor: Profile, recipient: Profile, *, seed: int = 0, sto
     )  # fmt: skip
 
 
-def published(folder: Path, pairs: int) -> list[Any]:
+def published(folder: Path, pairs: int, over_layers: Callable[..., list[Any]]) -> list[Any]:
     """float32 pseudo-inverses both ways, converters materialised and kept, training loss computed."""
     donor, recipient = open_profiles(folder)
-    kept = []
-    for layer in range(pairs):
+
+    def convert(layer: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         x, y = recipient.layer(layer).float(), donor.layer(layer).float()
         into, back = torch.linalg.pinv(x) @ y, torch.linalg.pinv(y) @ x
         loss = (x @ into - y).square().mean() + (y @ back - x).square().mean()
-        kept.append((into, back, float(loss)))
-    return kept
+        return into, back, float(loss)
+
+    return over_layers(convert, range(pairs))
 
 
 def two_syrks(cell: Cell) -> Callable[[], Any]:
@@ -133,7 +135,8 @@ def two_syrks(cell: Cell) -> Callable[[], Any]:
 def methods(cell: Cell, folder: Path) -> dict[str, Callable[[], Any]]:
     profiles = open_profiles(folder)
     found: dict[str, Callable[[], Any]] = {
-        "published": lambda: published(folder, cell.published_pairs),
+        PUBLISHED[0]: lambda: published(folder, cell.published_pairs, lambda *given: list(map(*given))),
+        PUBLISHED[1]: lambda: published(folder, cell.published_pairs, parallel),
         "two SYRKs": two_syrks(cell),
     }
     for name, fit in PASTES.items():
@@ -165,8 +168,10 @@ def times(cell: Cell, folder: Path) -> dict[str, Any]:
     for turn in range(cell.turns):
         # Back and forth, so that no method always follows the same one.
         for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
-            scale = cell.pairs / cell.published_pairs if name == "published" else 1
+            scale = cell.pairs / cell.published_pairs if name in PUBLISHED else 1
             taken[name].append(scale * seconds(found[name]))
+    # All cores on one pair suffer more than we do when another job wants a core; they must not be measured by that.
+    baseline = [min(both) for both in zip(*(taken[name] for name in PUBLISHED), strict=True)]
     pasted = paste(PASTES["exact"], *open_profiles(folder))
     tensors = [t for many in pasted.interventions.values() for one in many for t in (one.read, one.bias, one.write)]
     return {
@@ -174,7 +179,7 @@ def times(cell: Cell, folder: Path) -> dict[str, Any]:
         "turns": cell.turns,
         "published_pairs": cell.published_pairs,
         "seconds": {name: spread(values) for name, values in taken.items()},
-        "speedup": {name: over(taken["published"], taken[name]) for name in found if name != "published"},
+        "speedup": {name: over(baseline, taken[name]) for name in found if name not in PUBLISHED},
         "over_bound": {name: over(taken[name], taken["two SYRKs"]) for name in PASTES},
         "retained_bytes": sum(t.numel() * t.element_size() for t in tensors),
         "converter_bytes": 2 * 4 * cell.donor * cell.recipient * cell.pairs,

@@ -53,7 +53,9 @@ def eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if info.value:
         raise np.linalg.LinAlgError(f"the eigenvalues of a {n} x {n} matrix did not converge")
     del work
-    return values[::-1], np.ascontiguousarray(matrix[::-1]).T
+    half = n // 2
+    matrix[:half], matrix[n - half :] = matrix[n - half :][::-1], matrix[:half][::-1].copy()
+    return values[::-1], matrix.T
 
 
 @functools.cache

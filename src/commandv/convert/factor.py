@@ -21,7 +21,7 @@ from commandv.convert.rows import Rows
 # Strengths tried, relative to the mean eigenvalue.
 STRENGTHS = 10.0 ** np.arange(-3.0, 2.76, 0.25)
 SKETCH = 24  # random projections of the targets on which the strength is chosen
-BATCH = 1024  # rows whose leave-one-out residuals are computed together
+BATCH = 512  # rows whose leave-one-out residuals are computed together
 EIGH_FLOAT32_FLOOR = 1e-4  # of the largest eigenvalue: a strength above it forgives float32 rounding
 EXACT_RTOL = 1e-7  # of the largest singular value, when the exact solve meets rank deficiency
 PIVOT_RTOL = 1e-6  # a smaller pivot of the Cholesky factor may be nothing but rounding
