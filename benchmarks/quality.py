@@ -12,6 +12,7 @@ training, fit or choice has seen. The published method gets the same choice. Ref
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -26,7 +27,7 @@ import filelock
 import torch
 
 import commandv as cv
-from commandv.evaluate import GRADERS, behaviour_rate, rate
+from commandv.evaluate import GRADERS, rate
 from commandv.paths import cache_dir
 from commandv.prompts import Prompt
 from twins import damaged, dropped, rotated
@@ -115,9 +116,9 @@ def trained(behaviour: str, name: str, seed: int) -> cv.Adapter:
 
 def hits(name: str, prompts: cv.PromptSet, behaviour: str, adapter: cv.Adapter | None) -> list[int]:
     """Return 1 or 0 per prompt; the answers themselves are not kept."""
-    _, answers = behaviour_rate(
-        model(name), prompts, GRADERS[behaviour], adapter, max_new_tokens=TOKENS[behaviour], batch_size=50
-    )
+    lm = model(name)
+    with cv.attach(lm, adapter) if adapter else contextlib.nullcontext():
+        answers = cv.generate(lm, prompts, max_new_tokens=TOKENS[behaviour], batch_size=50)
     return [int(GRADERS[behaviour](answer)) for answer in answers]
 
 
@@ -159,8 +160,7 @@ def cell(donor: str, recipient: str, behaviour: str, seed: int) -> dict[str, Any
         "random": cv.random_like(pasted, seed),
         "shuffled": cv.paste(adapter, one, two, layers=ours["layers"], scale=ours["scale"], shuffle=seed, **OURS),
     }
-    # The twin is the same function as its donor, so direct training on it is the donor's; damaged ones: one seed.
-    if recipient in (SMOL, GEMMA) or (recipient != "twin" and seed == SEEDS[0]):
+    if recipient != "twin":  # the same function as its donor, so direct training on it is the donor's
         columns["direct training"] = trained(behaviour, recipient, seed)
     outcomes = {title: hits(recipient, test, behaviour, made) for title, made in columns.items()}
     outcomes["donor"] = hits(donor, test, behaviour, adapter)
@@ -191,7 +191,7 @@ seeds and prompts pooled ({N_TEST} prompts a seed; donor training is part of a s
 *pinv* (the published method: pseudo-inverse, nearest layers, last-token rows) were picked on {N_DEV} development
 prompts with the first seed; *default setting* is `paste()` as it comes. *Random* is turned at equal norm, *shuffled* is
 fitted on wrongly paired prompts. The twin is SmolLM2 in a rotated stream of width 768: the same function, so direct
-training on it is the donor's own training; on its damaged copies direct training is run with the first seed only.
+training on it is the donor's own training.
 
 """
 

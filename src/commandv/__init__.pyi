@@ -51,8 +51,9 @@ from .convert import (
 )
 from .errors import CommandVError as CommandVError
 from .evaluate import Score as Score
-from .evaluate import behaviour_rate as behaviour_rate
+from .evaluate import Task as Task
 from .evaluate import drift as drift
+from .evaluate import measure as measure
 from .generation import generate as generate
 from .load import load_adapter as load_adapter
 from .match import (

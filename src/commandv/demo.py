@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from commandv.adapter import Adapter
+from commandv.attaching import attach
 from commandv.convert import FactorStore, Pinv
 from commandv.errors import InputError
-from commandv.evaluate import GRADERS, Score, behaviour_rate, drift, reply_log_probs
+from commandv.evaluate import GRADERS, ByText, Score, Task, drift, measure, reply_log_probs
+from commandv.generation import generate
 from commandv.load import load_adapter
 from commandv.match import all_layers, nearest
 from commandv.models import LM, load_model
@@ -27,8 +31,10 @@ log = logging.getLogger(__name__)
 MODELS = ("gemma-3-270m", "smollm2-135m-instruct")
 BEHAVIOUR = "numbered-list"
 SEED = 0
-N_SHOWN = 3
-_Row = tuple[Score, Score | None, list[str]]  # rate, drift, answers
+DEFAULT = "pasted (commandv default)"
+N_SHOWN, SHOWN_TOKENS = 3, 32
+DRIFT_TOKENS = 16  # of each reply: Gemma's vocabulary makes them dear
+_Row = tuple[Score, Score | None]  # rate, drift
 
 
 def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
@@ -54,30 +60,27 @@ def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
     profiles = {name: profile(lm, general, text=text) for name, lm in models.items()}
     adapters = {name: load_adapter(f"builtin:{BEHAVIOUR}@{name}") for name in MODELS}
     results: dict[str, Any] = {}
-    meters = {name: _Meter(lm, prompts[:n]) for name, lm in models.items()}
+    meters = {name: _Meter(lm, prompts[:n], adapters[name]) for name, lm in models.items()}
     for donor, recipient in (MODELS, MODELS[::-1]):
         console.print(f"\n[bold]{donor} -> {recipient}[/bold]: {escape(BEHAVIOUR)}")
         pasted = _variants(adapters[donor], profiles[donor], profiles[recipient])
-        place = save(pasted["pasted (commandv default)"], out / f"{BEHAVIOUR}@{recipient}-from-{donor}")
+        place = save(pasted[DEFAULT], out / f"{BEHAVIOUR}@{recipient}-from-{donor}")
         meter = meters[recipient]
-        rows: dict[str, _Row] = {"unmodified": meter.plain()}
+        rows: dict[str, _Row] = {"unmodified": meter.plain}
         for title, adapter in pasted.items():
             log.info("measuring: %s", title)
             rows[title] = meter.adapted(adapter)
-        rows["donor with its own adapter"] = meters[donor].adapted(adapters[donor])
-        rows["trained directly on the recipient"] = meter.adapted(adapters[recipient])
-        table = [(title, behaviour, cost) for title, (behaviour, cost, _) in rows.items()]
+        rows["donor with its own adapter"] = meters[donor].own
+        rows["trained directly on the recipient"] = meter.own
+        table = [(title, behaviour, cost) for title, (behaviour, cost) in rows.items()]
         console.print(score_table(f'Share of answers that are a numbered list, "{recipient}" unless stated', table))
-        before, after = rows["unmodified"][2], rows["pasted (commandv default)"][2]
-        for prompt, old, new in list(zip(prompts.texts, before, after, strict=False))[:N_SHOWN]:
-            console.print(f"\n[bold]{escape(prompt)}[/bold]\n[dim]before:[/dim] {escape(old.strip())}")
-            console.print(f"[dim]after: [/dim] {escape(new.strip())}")
+        _show_texts(console, models[recipient], pasted[DEFAULT], prompts.texts[:N_SHOWN])
         console.print(f"\nThe pasted adapter is in {place}")
         results[f"{donor} -> {recipient}"] = {
             "adapter": str(place),
             "rows": {
                 title: {"rate": behaviour._asdict(), "drift": cost._asdict() if cost else None}
-                for title, (behaviour, cost, _) in rows.items()
+                for title, (behaviour, cost) in rows.items()
             },
         }
     return results
@@ -88,7 +91,7 @@ def _variants(adapter: Adapter, donor: Profile, recipient: Profile) -> dict[str,
     store = FactorStore()
     default = paste(adapter, donor, recipient, store=store)
     return {
-        "pasted (commandv default)": default,
+        DEFAULT: default,
         "pasted as published (pinv)": paste(
             adapter, donor, recipient, fit=Pinv(), match=nearest, layers=all_layers, write_rows="end", holdout=0
         ),
@@ -97,22 +100,40 @@ def _variants(adapter: Adapter, donor: Profile, recipient: Profile) -> dict[str,
     }
 
 
+def _show_texts(console: Console, lm: LM, adapter: Adapter, prompts: list[str]) -> None:
+    """Print answers without and with the adapter."""
+    before = generate(lm, prompts, max_new_tokens=SHOWN_TOKENS)
+    with attach(lm, adapter):
+        after = generate(lm, prompts, max_new_tokens=SHOWN_TOKENS)
+    for prompt, old, new in zip(prompts, before, after, strict=True):
+        console.print(f"\n[bold]{escape(prompt)}[/bold]\n[dim]before:[/dim] {escape(old.strip())}")
+        console.print(f"[dim]after: [/dim] {escape(new.strip())}")
+
+
 class _Meter:
     """Measures adapters on one model against the same prompts and the same unmodified reference."""
 
-    def __init__(self, lm: LM, prompts: PromptSet) -> None:
-        self.lm, self.prompts, self.grader = lm, prompts, GRADERS[BEHAVIOUR]
+    def __init__(self, lm: LM, prompts: PromptSet, trained: Adapter) -> None:
+        judge = ByText(BEHAVIOUR, GRADERS[BEHAVIOUR])
+        self.lm, self.trained = lm, trained
+        self.task = Task(BEHAVIOUR, load_prompts("builtin:questions-dev"), prompts, judge, max_new_tokens=16)
         self.passages = load_prompts("builtin:drift")
-        self._reference: Any = None
 
+    @functools.cached_property
     def plain(self) -> _Row:
-        """Return (rate, no drift, answers) of the model as it is."""
-        score, answers = behaviour_rate(self.lm, self.prompts, self.grader)
-        return score, None, answers
+        """The model as it is."""
+        return measure(self.lm, self.task).score(), None
+
+    @functools.cached_property
+    def own(self) -> _Row:
+        """The model with the adapter that was trained on it."""
+        return self.adapted(self.trained)
+
+    @functools.cached_property
+    def _reference(self) -> list[Tensor]:
+        return reply_log_probs(self.lm, self.passages, tokens=DRIFT_TOKENS)
 
     def adapted(self, adapter: Adapter) -> _Row:
-        """Return (rate, drift, answers) with an adapter attached."""
-        if self._reference is None:
-            self._reference = reply_log_probs(self.lm, self.passages)
-        score, answers = behaviour_rate(self.lm, self.prompts, self.grader, adapter)
-        return score, drift(self.lm, self.passages, adapter, reference=self._reference), answers
+        """Return (rate, drift) with an adapter attached."""
+        rate = measure(self.lm, self.task, adapter).score()
+        return rate, drift(self.lm, self.passages, adapter, reference=self._reference, tokens=DRIFT_TOKENS)
