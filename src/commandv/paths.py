@@ -64,6 +64,22 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Write a file; a reader sees the old content or the new, never a part.
+
+    Raises:
+        StorageError: the disk is full or not writable; an earlier `target` is left untouched.
+    """
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with storage_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, "utf-8")
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def storage_errors(target: Path) -> Iterator[None]:
     """Turn an operating-system error while writing `target` into a `StorageError` that says what to do."""
