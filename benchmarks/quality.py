@@ -4,8 +4,8 @@
     python benchmarks/quality.py --only twin
     python benchmarks/quality.py --report   # tables from the finished cells
 
-Settings (scale and layers) are picked on development prompts with the first seed and reported on test prompts that no
-training, fit or choice has seen. The published method gets the same choice. Refusal uses the AdvBench prompts in
+Settings (scale, layers, rows) are picked on development prompts with the first seed and reported on test prompts that
+no training, fit or choice has seen. The published method gets the same choice. Refusal uses the AdvBench prompts in
 ../shared/data and is skipped where that folder is absent; its answers are graded and not kept.
 """
 
@@ -30,7 +30,7 @@ import commandv as cv
 from commandv.evaluate import GRADERS, rate
 from commandv.paths import cache_dir
 from commandv.prompts import Prompt
-from twins import damaged, dropped, rotated
+from commandv.siblings import damaged, dropped, rotated
 
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent.parent / "shared" / "data"
@@ -46,7 +46,7 @@ TRAINING = cv.TrainSettings(epochs=2, max_response=16)
 # At the common rate Gemma's held-out loss on refusals rises (1.66 to 1.77) and it learns nothing.
 LEARNING_RATES = {("refusal", GEMMA): 1.5e-3}
 TOKENS = {"numbered-list": 16, "pirate": 10, "refusal": 10}
-SCALES, LAYERS = (0.6, 1.0), ("last_third", "all_layers")
+SCALES, LAYERS, ROWS = (0.6, 1.0), ("last_third", "all_layers"), ("text", "both")
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
@@ -130,12 +130,17 @@ def pick(donor: str, recipient: str, behaviour: str, how: dict[str, Any]) -> dic
     dev, _ = dev_and_test(behaviour)
     adapter = trained(behaviour, donor, SEEDS[0])
     tried = []
-    for layers in LAYERS:
-        whole = cv.paste(adapter, profiled(donor), profiled(recipient), layers=layers, **how)
+    for layers, rows in itertools.product(LAYERS, ROWS if "write_rows" not in how else (how["write_rows"],)):
+        whole = cv.paste(adapter, profiled(donor), profiled(recipient), layers=layers, **{**how, "write_rows": rows})
         for scale in SCALES:
             share = sum(hits(recipient, dev, behaviour, whole.scaled(scale))) / len(dev)
-            tried.append({"layers": layers, "scale": scale, "dev_rate": share})
-    best = max(tried, key=lambda one: (one["dev_rate"], -abs(one["scale"] - 1), one["layers"] == "last_third"))
+            tried.append({"layers": layers, "write_rows": rows, "scale": scale, "dev_rate": share})
+    best = max(
+        tried,
+        key=lambda one: (
+            one["dev_rate"], -abs(one["scale"] - 1), one["layers"] == "last_third", one["write_rows"] == ROWS[0]
+        ),
+    )  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**best, "tried": tried}))
     return best
@@ -151,14 +156,15 @@ def cell(donor: str, recipient: str, behaviour: str, seed: int) -> dict[str, Any
     adapter = trained(behaviour, donor, seed)
     one, two = profiled(donor), profiled(recipient)
     ours, published = (pick(donor, recipient, behaviour, how) for how in (OURS, PUBLISHED))
-    pasted = cv.paste(adapter, one, two, layers=ours["layers"], scale=ours["scale"], **OURS)
+    picked: dict[str, Any] = {**OURS, **{key: ours[key] for key in ("layers", "scale", "write_rows")}}
+    pasted = cv.paste(adapter, one, two, **picked)
     columns: dict[str, cv.Adapter | None] = {
         "unmodified": None,
         "ours": pasted,
         "ours, default setting": cv.paste(adapter, one, two),
         "pinv": cv.paste(adapter, one, two, layers=published["layers"], scale=published["scale"], **PUBLISHED),
         "random": cv.random_like(pasted, seed),
-        "shuffled": cv.paste(adapter, one, two, layers=ours["layers"], scale=ours["scale"], shuffle=seed, **OURS),
+        "shuffled": cv.paste(adapter, one, two, shuffle=seed, **picked),
     }
     if recipient != "twin":  # the same function as its donor, so direct training on it is the donor's
         columns["direct training"] = trained(behaviour, recipient, seed)
@@ -189,7 +195,8 @@ HEAD = f"""# Does it arrive?
 Written by `python benchmarks/quality.py`. Share of test answers that show the behaviour, with 95 % Wilson intervals,
 seeds and prompts pooled ({N_TEST} prompts a seed; donor training is part of a seed). Scale and layers of *ours* and of
 *pinv* (the published method: pseudo-inverse, nearest layers, last-token rows) were picked on {N_DEV} development
-prompts with the first seed; *default setting* is `paste()` as it comes. *Random* is turned at equal norm, *shuffled* is
+prompts with the first seed, for *ours* also the rows of the writing converter (text rows, or these and last-token
+rows); *default setting* is `paste()` as it comes. *Random* is turned at equal norm, *shuffled* is
 fitted on wrongly paired prompts. The twin is SmolLM2 in a rotated stream of width 768: the same function, so direct
 training on it is the donor's own training.
 
@@ -223,7 +230,9 @@ def shown(score: dict[str, Any] | None) -> str:
 
 def note(entry: dict[str, Any]) -> str:
     """Say which settings were picked, and how many benign prompts are refused."""
-    picks = "; ".join(f"{who} {one['layers']} × {one['scale']}" for who, one in entry["settings"].items())
+    picks = "; ".join(
+        f"{who} {one['layers']}, {one['write_rows']} rows, × {one['scale']}" for who, one in entry["settings"].items()
+    )
     benign = "".join(f"; benign prompts refused, {title}: {shown(one)}" for title, one in entry["over_refusal"].items())
     return f"- {entry['donor']} -> {entry['recipient']}, {entry['behaviour']}: {picks}{benign}"
 

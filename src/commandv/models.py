@@ -431,6 +431,19 @@ def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = 
     return Batch(ids.to(lm.device), mask.to(lm.device), positions.to(lm.device))
 
 
+def pad_replies(lm: LM, rows: Sequence[Encoded]) -> tuple[Batch, int]:
+    """Pad prompts at their left and replies at their right, so that every reply starts in one column.
+
+    Returns:
+        (the batch, the number of prompt columns).
+    """
+    prompts = pad(lm, [one.ids[: one.n_prompt] for one in rows], "left")
+    replies = pad(lm, [one.ids[one.n_prompt :] for one in rows], "right")
+    mask = torch.cat([prompts.attention_mask, replies.attention_mask], 1)
+    ids = torch.cat([prompts.input_ids, replies.input_ids], 1)
+    return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)), prompts.input_ids.shape[1]
+
+
 def accepts(module: nn.Module, argument: str) -> bool:
     """True when a module's forward takes the keyword argument."""
     return argument in inspect.signature(module.forward).parameters

@@ -88,6 +88,20 @@ class Profile:
         return self.activations[layer]
 
 
+    def first(self, n: int) -> Profile:
+        """Return the profile with the last-token rows of its first `n` prompts only, and all text rows.
+
+        Raises:
+            InputError: fewer than 2 prompts.
+        """
+        if n < 2:
+            raise InputError(f"a profile of {n} prompts: expected at least 2")
+        keep = (self.keys[:, 0] < n) | (self.keys[:, 1] != END)
+        index = torch.from_numpy(np.flatnonzero(keep))
+        activations = {layer: rows[index] for layer, rows in self.activations.items()}
+        return Profile(activations, self.keys[keep], self.model, digest(self.prompts, n))
+
+
 def profile(
     lm: LM,
     prompts: PromptSet | Sequence[str],

@@ -41,8 +41,9 @@ class Arm(_Strict):
 
 
 class Point(_Strict):
-    """One setting tried on the development split."""
+    """One setting of one method, tried on the development split."""
 
+    method: str = "pasted"
     layers: str
     scale: float
     value: float  # share or mean of what the task's judge finds
