@@ -16,6 +16,7 @@ import commandv as cv
 import tiny
 from commandv import cli, inspection
 from commandv.adapter import KINDS, Adapter
+from commandv.cli.options import show
 from commandv.models import ModelRef
 
 PROMPTS = [
@@ -329,12 +330,12 @@ def test_program_reports_an_error_without_a_traceback(models):
 
 
 def test_json_has_no_nan(capsys):
-    cli._show({"r2": [1.5, float("nan"), float("inf")], "path": Path("a"), "name": "ünï"}, True)
+    show({"r2": [1.5, float("nan"), float("inf")], "path": Path("a"), "name": "ünï"}, True)
     out = capsys.readouterr().out
     assert Ran(0, out, "").json == {"r2": [1.5, None, None], "path": "a", "name": "ünï"}
 
 
-VERBS = ("profile", "train", "paste", "generate", "inspect", "doctor", "demo")
+VERBS = ("profile", "train", "paste", "generate", "inspect", "doctor", "demo", "evaluate", "study", "report")
 
 
 def test_help_loads_no_heavy_library():

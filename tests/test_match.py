@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from commandv.errors import InputError
-from commandv.match import LAYER_CHOICES, MATCHERS, choose_layers, explicit, last_third, nearest, proportional
+from commandv.match import (
+    LAYER_CHOICES,
+    choose_layers,
+    explicit,
+    last_third,
+    lowest_error,
+    nearest,
+    proportional,
+)
 from commandv.models import ModelRef
 from commandv.profiles import Profile
 
@@ -39,9 +48,9 @@ def test_half_way_between_two_layers_the_lower_wins():
     assert [pair.recipient for pair in nearest(deep(2), deep(3), [0, 1])] == [0, 1]
 
 
-@pytest.mark.parametrize("matcher", MATCHERS.values(), ids=MATCHERS)
+@pytest.mark.parametrize("matcher", [proportional, nearest])
 @given(donor=st.integers(1, 90), recipient=st.integers(1, 90))
-def test_every_matcher_stays_in_range_and_in_order(matcher, donor, recipient):
+def test_matchers_by_depth_stay_in_range_and_in_order(matcher, donor, recipient):
     pairs = matcher(deep(donor), deep(recipient), range(donor))
     found = [pair.recipient for pair in pairs]
     assert [pair.donor for pair in pairs] == list(range(donor))
@@ -52,9 +61,20 @@ def test_every_matcher_stays_in_range_and_in_order(matcher, donor, recipient):
     assert all(abs(own - layer * recipient / donor) < 1 for layer, own in pairs)
 
 
-@pytest.mark.parametrize("matcher", MATCHERS.values(), ids=MATCHERS)
+@pytest.mark.parametrize("matcher", [proportional, nearest])
 def test_models_of_equal_depth_match_one_to_one(matcher):
     assert all(pair.donor == pair.recipient for pair in matcher(deep(24), deep(24), range(24)))
+
+
+def test_lowest_error_finds_each_layer_again_in_a_rotated_copy_of_the_model():
+    rng = np.random.default_rng(0)
+    keys = np.stack([np.arange(200), np.full(200, -1)], 1)
+    states = [torch.tensor(rng.standard_normal((200, 12))) for _ in range(4)]
+    turn = torch.linalg.qr(torch.tensor(rng.standard_normal((12, 12)))).Q
+    one = Profile(dict(enumerate(states)), keys, ModelRef("a", "r", 12, 4), "prompts")
+    order = [2, 0, 3, 1]
+    two = Profile({i: states[k] @ turn for i, k in enumerate(order)}, keys, ModelRef("b", "r", 12, 4), "prompts")
+    assert lowest_error(one, two, range(4)) == [(layer, order.index(layer)) for layer in range(4)]
 
 
 def test_explicit_map_is_followed_in_the_order_of_the_adapter():

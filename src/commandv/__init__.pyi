@@ -72,6 +72,9 @@ from .match import (
     last_third as last_third,
 )
 from .match import (
+    lowest_error as lowest_error,
+)
+from .match import (
     middle_third as middle_third,
 )
 from .match import (

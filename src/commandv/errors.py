@@ -23,3 +23,11 @@ class ModelError(CommandVError, RuntimeError):
 
 class StorageError(CommandVError, OSError):
     """A file could not be written (disk full, no permission); what was complete before is kept."""
+
+
+class JudgeError(CommandVError, RuntimeError):
+    """A judge gave up before every answer was judged; `judged` says how many are."""
+
+    def __init__(self, message: str, *, judged: int = 0) -> None:
+        super().__init__(message)
+        self.judged = judged

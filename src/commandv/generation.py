@@ -41,7 +41,7 @@ def generate(
     answers = [""] * len(rows)
     for members in batches([len(row) for row in rows], batch_size):
         batch = pad(lm, [rows[i] for i in members])
-        with torch.inference_mode(), _greedy(lm, max_new_tokens) as config:
+        with torch.inference_mode(), greedy(lm, max_new_tokens) as config:
             out = lm.model.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
             )
@@ -52,7 +52,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def _greedy(lm: LM, max_new_tokens: int) -> Iterator[Any]:
+def greedy(lm: LM, max_new_tokens: int) -> Iterator[Any]:
     """Yield a greedy generation configuration while the model's own one is set aside.
 
     It must be: transformers fills what a configuration leaves open (repetition penalty, beams, suppressed tokens ...)

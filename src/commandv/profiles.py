@@ -87,7 +87,6 @@ class Profile:
             raise InputError(f"profile of {self.model.id} holds layers {sorted(self.activations)}, not {layer}")
         return self.activations[layer]
 
-
     def first(self, n: int) -> Profile:
         """Return the profile with the last-token rows of its first `n` prompts only, and all text rows.
 

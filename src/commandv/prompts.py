@@ -16,7 +16,7 @@ from commandv.errors import InputError
 from commandv.paths import digest
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "conversations", "input", "goal")
-RESPONSE_COLUMNS = ("response", "output", "answer", "completion")
+RESPONSE_COLUMNS = ("response", "output", "answer", "target", "completion")
 
 # Each built-in set is the concatenation of files under data/.
 BUILTIN = {
@@ -27,6 +27,8 @@ BUILTIN = {
     "pirate": ("behaviours/pirate.jsonl",),
     "questions-dev": ("behaviours/questions-dev.jsonl",),
     "questions-test": ("behaviours/questions-test.jsonl",),
+    "lookalikes-dev": ("behaviours/lookalikes-dev.jsonl",),
+    "lookalikes-test": ("behaviours/lookalikes-test.jsonl",),
 }
 
 
@@ -90,10 +92,10 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     """Load a prompt set.
 
     Args:
-        source: `builtin:NAME` (general, text, drift, numbered-list, pirate, questions-dev, questions-test);
-            a .txt file (one prompt a line), .csv or .jsonl file; or a hub dataset id, optionally with a split
-            (`GAIR/lima`, `tatsu-lab/alpaca:train`), which needs the `datasets` package. `lima` is short for
-            `GAIR/lima`.
+        source: `builtin:NAME` (general, text, drift, numbered-list, pirate, questions-dev, questions-test,
+            lookalikes-dev, lookalikes-test); a .txt file (one prompt a line), .csv or .jsonl file; or a hub dataset
+            id, optionally with a split (`GAIR/lima`, `tatsu-lab/alpaca:train`), which needs the `datasets` package.
+            `lima` is short for `GAIR/lima`.
         column: the column that holds the prompt; found among the usual names when not given.
         limit: keep the first so many prompts.
 
@@ -105,15 +107,13 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
         raise InputError(f"limit={limit}: expected 1 or more")
     if source.startswith("builtin:"):
         rows = _builtin_rows(source.removeprefix("builtin:"))
-    elif Path(source).is_file():
-        rows = _file_rows(Path(source))
-    elif Path(source).suffix in {".txt", ".csv", ".jsonl"}:
-        raise InputError(f"{source}: no such file")
+    elif Path(source).is_file() or Path(source).suffix in {".txt", ".csv", ".jsonl"}:
+        rows = file_rows(Path(source))
     else:
         rows = _hub_rows(source)
     prompts = []
     for where, row in rows:
-        prompts.append(_to_prompt(row, column, where))
+        prompts.append(to_prompt(row, where, column))
         if limit is not None and len(prompts) >= limit:
             break
     return PromptSet(tuple(prompts), source)
@@ -127,7 +127,14 @@ def _builtin_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _jsonl_rows(text, file)
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file and line number, row) of a .txt, .csv or .jsonl file.
+
+    Raises:
+        InputError: missing file, not UTF-8, or a malformed row.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -184,17 +191,24 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{source}, row {number}", row
 
 
-def _to_prompt(row: dict[str, Any], column: str | None, where: str) -> Prompt:
+def to_prompt(row: dict[str, Any], where: str, column: str | None = None) -> Prompt:
+    """Make a prompt of a row, by the usual names of columns; a number for a reply becomes its text.
+
+    Raises:
+        InputError: no prompt in it, or a prompt or reply that is not a text.
+    """
     wanted = (column,) if column else PROMPT_COLUMNS
     key = next((name for name in wanted if name in row), None)
     if key is None:
         raise InputError(f"{where}: no column {' / '.join(wanted)}; the row has {', '.join(map(str, row))}")
     value = row[key]
-    response = next((row[name] for name in RESPONSE_COLUMNS if row.get(name)), "")
+    response = next((row[name] for name in RESPONSE_COLUMNS if row.get(name) not in (None, "", [])), "")
     if isinstance(value, list) and value:  # LIMA keeps a conversation as a list of turns
         value, response = value[0], value[1] if len(value) > 1 else ""
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: the prompt ({key}) is empty or not a text")
+    if isinstance(response, (int, float)) and not isinstance(response, bool):
+        response = str(response)
     if not isinstance(response, str):
         raise InputError(f"{where}: the response is {type(response).__name__}, expected a text")
     return Prompt(value, response, str(row.get("category") or ""))

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from commandv.evaluate import Score
+from commandv.evaluate.comparison import Comparison
+from commandv.evaluate.scores import Score
 
 
 def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -44,3 +45,29 @@ def score_table(title: str, rows: Sequence[tuple[str, Score, Score | None]]) -> 
         interval = f"{behaviour.low:.2f} to {behaviour.high:.2f}"
         table.add_row(name, f"{behaviour.value:.2f}", interval, str(behaviour.n), drifted)
     return table
+
+
+def comparison_table(title: str, rows: Sequence[Comparison], price: Mapping[str, Score]) -> Table:
+    """Return arms with their figures, what tells them from the first one, and their drift."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    headers = (rows[0].score.unit, "95 % interval", "n", "difference", "p (Holm)", "recovered", "drift, nats/token")
+    for header in headers:
+        table.add_column(header, justify="right")
+    for row in rows:
+        score, cost = row.score, price.get(row.method)
+        table.add_row(
+            row.method,
+            f"{score.value:.2f}",
+            f"{score.low:.2f} to {score.high:.2f}",
+            str(score.n),
+            _with_interval(row.difference),
+            "" if row.adjusted is None else f"{row.adjusted:.3f}" if row.adjusted >= 0.001 else "< .001",
+            _with_interval(row.recovered),
+            _with_interval(cost),
+        )
+    return table
+
+
+def _with_interval(score: Score | None) -> str:
+    return "" if score is None else f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"

@@ -1,23 +1,135 @@
 """Does a behaviour arrive, and what does it cost? Tasks, judges, controls, statistics."""
 
+from commandv.evaluate.arithmetic import (
+    arithmetic_prompts,
+)
+from commandv.evaluate.catalogue import (
+    NEEDS_FILE,
+    TASKS,
+    ByPrompt,
+    load_splits,
+    load_task,
+    write_outcome,
+)
+from commandv.evaluate.choices import (
+    Choices,
+    Question,
+    as_letters,
+    load_questions,
+    multiple_choice,
+)
+from commandv.evaluate.comparison import (
+    Comparison,
+    compare,
+    difference,
+    holm,
+    kappa,
+    paired_p,
+    pooled,
+    recovered_fraction,
+)
+from commandv.evaluate.endpoint import Endpoint, Usage
+from commandv.evaluate.formats import (
+    FORMATS,
+    capitals,
+    distinct,
+    distinct_share,
+    in_another_language,
+    json_fields,
+    json_lenient,
+    json_strict,
+    language,
+    opens_with,
+    outside_script,
+    repetition,
+    word_count,
+)
 from commandv.evaluate.graders import GRADERS, Grader, collapsed
-from commandv.evaluate.price import drift, reply_log_probs
+from commandv.evaluate.judges import JUDGES, Phrases, load_judge, refusal_phrases
+from commandv.evaluate.judgments import Cached, CostlyJudge, Judgment
+from commandv.evaluate.model_judges import Classifier, Guard
+from commandv.evaluate.price import (
+    drift,
+    drift_values,
+    perplexity,
+    perplexity_values,
+    reply_log_probs,
+)
+from commandv.evaluate.reasoning import (
+    Final,
+    final_answer,
+    is_right,
+    reasons_first,
+    words_before_answer,
+)
 from commandv.evaluate.scores import Score, mean, rate
 from commandv.evaluate.tasks import ByText, Judge, Outcome, Split, Task, measure
 
 __all__ = [
+    "FORMATS",
     "GRADERS",
+    "JUDGES",
+    "NEEDS_FILE",
+    "TASKS",
+    "ByPrompt",
     "ByText",
+    "Cached",
+    "Choices",
+    "Classifier",
+    "Comparison",
+    "CostlyJudge",
+    "Endpoint",
+    "Final",
     "Grader",
+    "Guard",
     "Judge",
+    "Judgment",
     "Outcome",
+    "Phrases",
+    "Question",
     "Score",
     "Split",
     "Task",
+    "Usage",
+    "arithmetic_prompts",
+    "as_letters",
+    "capitals",
     "collapsed",
+    "compare",
+    "difference",
+    "distinct",
+    "distinct_share",
     "drift",
+    "drift_values",
+    "final_answer",
+    "holm",
+    "in_another_language",
+    "is_right",
+    "json_fields",
+    "json_lenient",
+    "json_strict",
+    "kappa",
+    "language",
+    "load_judge",
+    "load_questions",
+    "load_splits",
+    "load_task",
     "mean",
     "measure",
+    "multiple_choice",
+    "opens_with",
+    "outside_script",
+    "paired_p",
+    "perplexity",
+    "perplexity_values",
+    "pooled",
     "rate",
+    "reasons_first",
+    "recovered_fraction",
+    "refusal_phrases",
+    "repetition",
     "reply_log_probs",
+    "word_count",
+    "words_before_answer",
+    "write_outcome",
 ]

@@ -30,9 +30,22 @@ def rate(name: str, outcomes: Sequence[bool]) -> Score:
     """
     if not len(outcomes):
         raise InputError(f"{name}: no outcomes to take a rate of")
-    hits = sum(map(bool, outcomes))
-    interval = stats.binomtest(hits, len(outcomes)).proportion_ci(0.95, method="wilson")
-    return Score(name, hits / len(outcomes), float(interval.low), float(interval.high), len(outcomes))
+    share = sum(map(bool, outcomes)) / len(outcomes)
+    return Score(name, share, *wilson(share, len(outcomes)), len(outcomes))
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share: all p with |share - p| <= z sqrt(p (1 - p) / n).
+
+    Args:
+        share: observed, 0 to 1.
+        n: number of outcomes; need not be whole, so that clustered outcomes can count as the fewer that they are worth.
+    """
+    z2 = float(stats.norm.ppf(0.975)) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    margin = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    # The formula gives 0 and 1 at the ends only up to rounding; the share itself must lie inside.
+    return max(0.0, min(share, centre - margin)), min(1.0, max(share, centre + margin))
 
 
 def mean(name: str, values: Sequence[float], unit: str) -> Score:

@@ -1,35 +1,17 @@
-"""The command line: one thin verb per library call. Heavy imports happen inside the verbs, so that `-h` is quick."""
+"""The verbs of the main job, one thin function per library call. Heavy imports happen inside, so that `-h` is quick."""
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commandv.errors import CommandVError
+from commandv.cli.app import app
+from commandv.cli.options import BatchSize, Device, Dtype, Json, Model, PromptsOption, Template, escaped, output, show
 
 if TYPE_CHECKING:
     from commandv.convert import Fitter
-
-app = typer.Typer(
-    help="Copy a behaviour from one language model, paste it into another.",
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: what the hardware does fast.")]
-Template = Annotated[str, typer.Option(help="auto, chat, or plain (question and answer).")]
-Device = Annotated[str | None, typer.Option("--device-map", help="auto, cpu, cuda, ...: where the model goes.")]
-PromptsOption = Annotated[str, typer.Option("--prompts", help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
 
 
 @app.command()
@@ -49,7 +31,7 @@ def profile(
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
     import commandv as cv
 
-    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=_template(template))
+    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     passages = None if text == "none" else cv.load_prompts(text)
     made = cv.profile(
         lm,
@@ -60,7 +42,7 @@ def profile(
         cache=out or True,
     )
     facts = {"profile": str(made.path), "model": made.model.id, "rows": len(made), "layers": made.n_layers}
-    _show({**facts, "d_model": made.d_model}, as_json)
+    show({**facts, "d_model": made.d_model}, as_json)
 
 
 @app.command()
@@ -92,7 +74,7 @@ def train(
     require_free(out)
     if kind not in TRAINABLE:
         raise InputError(f"kind {kind!r}: expected one of {', '.join(TRAINABLE)}")
-    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=_template(template))
+    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     rows = cv.load_prompts(examples)
     settings = cv.TrainSettings(
         epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, max_response=max_response
@@ -102,7 +84,7 @@ def train(
     adapter = cv.train(lm, rows, chosen, settings, name=Path(name).stem, checkpoint=checkpoint)
     cv.save(adapter, out)
     losses = adapter.provenance["held_out_loss"]
-    _show({"adapter": str(out), "held_out_loss": losses, "parameters": adapter.n_parameters}, as_json)
+    show({"adapter": str(out), "held_out_loss": losses, "parameters": adapter.n_parameters}, as_json)
 
 
 @app.command()
@@ -132,13 +114,13 @@ def paste(
     cv.save(pasted, out)
     rows = [row._asdict() for row in cv.fidelity(pasted, one, two)] if with_fidelity else []
     if as_json:
-        _show({"adapter": str(out), "layers": pasted.layers, "fidelity": rows}, True)
+        show({"adapter": str(out), "layers": pasted.layers, "fidelity": rows}, True)
         return
     if rows:
         from commandv.tables import fidelity_table
 
-        _print(fidelity_table(rows))
-    _show({"adapter": str(out), "layers": pasted.layers, "parameters": pasted.n_parameters}, False)
+        output(fidelity_table(rows))
+    show({"adapter": str(out), "layers": pasted.layers, "parameters": pasted.n_parameters}, False)
 
 
 @app.command()
@@ -166,14 +148,14 @@ def generate(
         raise InputError("give prompts as arguments, or --prompts with a set; one of the two")
     texts = cv.load_prompts(prompts).texts if prompts else list(prompt or [])
     attached = cv.load_adapter(adapter, layer=layer) if adapter else None
-    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=_template(template))
+    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     with cv.attach(lm, attached, scale=scale) if attached else contextlib.nullcontext():
         answers = cv.generate(lm, texts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if as_json:
-        _show({"answers": [{"prompt": a, "answer": b} for a, b in zip(texts, answers, strict=True)]}, True)
+        show({"answers": [{"prompt": a, "answer": b} for a, b in zip(texts, answers, strict=True)]}, True)
         return
     for text, answer in zip(texts, answers, strict=True):
-        _print(f"[bold]{_escape(text)}[/bold]\n{_escape(answer)}\n")
+        output(f"[bold]{escaped(text)}[/bold]\n{escaped(answer)}\n")
 
 
 @app.command()
@@ -185,7 +167,7 @@ def inspect(
     """Tell what a file or directory is, for which model, and what it holds."""
     from commandv.inspection import describe
 
-    _show(describe(path, layer=layer), as_json)
+    show(describe(path, layer=layer), as_json)
 
 
 @app.command()
@@ -195,11 +177,11 @@ def doctor(as_json: Json = False) -> None:
 
     checks = check()
     if as_json:
-        _show({"checks": [one._asdict() for one in checks]}, True)
+        show({"checks": [one._asdict() for one in checks]}, True)
     else:
         for one in checks:
             mark = "[green]ok[/green]  " if one.ok else "[red]FAIL[/red]"
-            _print(f"{mark} {one.name}: {_escape(one.found)}" + (f" -> {_escape(one.remedy)}" if one.remedy else ""))
+            output(f"{mark} {one.name}: {escaped(one.found)}" + (f" -> {escaped(one.remedy)}" if one.remedy else ""))
     if not all(one.ok for one in checks):
         raise typer.Exit(1)
 
@@ -215,11 +197,7 @@ def demo(
 
     results = run(n, out, quiet=as_json)
     if as_json:
-        _show(results, True)
-
-
-def _template(name: str) -> Any:
-    return name  # load_model checks it
+        show(results, True)
 
 
 def _fitter(name: str) -> Fitter:
@@ -241,53 +219,3 @@ def _matcher(text: str) -> Any:
         return explicit({int(a): int(b) for a, b in (part.split(":") for part in text.split(","))})
     except ValueError:
         raise InputError(f"match {text!r}: expected one of {', '.join(MATCHERS)}, or a map like 2:1,4:3") from None
-
-
-def _show(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        from pydantic_core import to_json
-
-        # Unlike json.dumps, NaN becomes null: other programs' parsers refuse NaN.
-        sys.stdout.write(to_json(facts, indent=2, inf_nan_mode="null", fallback=str).decode() + "\n")
-        return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        _print(f"[dim]{name.ljust(width)}[/dim]  {_escape(str(value))}")
-
-
-def _print(what: Any) -> None:
-    from rich.console import Console
-
-    Console(highlight=False, soft_wrap=isinstance(what, str)).print(what)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _quiet_libraries() -> None:
-    """Keep transformers' own bars and notices out of our output."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-
-
-def main(run: Callable[[], Any] = app) -> None:
-    """Run the command line; an expected error is one line on standard error and exit status 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("commandv").setLevel(logging.INFO)
-    _quiet_libraries()
-    try:
-        run()
-    except CommandVError as error:
-        sys.stderr.write(f"commandv: {' '.join(str(error).splitlines())}\n")
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

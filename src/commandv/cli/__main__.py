@@ -1,0 +1,5 @@
+"""`python -m commandv.cli`."""
+
+from commandv.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""Options and output that the verbs share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: what the hardware does fast.")]
+# Any, because load_model checks it: a misspelt format is our one-line error, not a usage box.
+Template = Annotated[Any, typer.Option(metavar="FORMAT", help="auto, chat, or plain (question and answer).")]
+Device = Annotated[str | None, typer.Option("--device-map", help="auto, cpu, cuda, ...: where the model goes.")]
+PromptsOption = Annotated[str, typer.Option("--prompts", help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+
+
+def show(facts: dict[str, Any], as_json: bool) -> None:
+    """Print facts as lines or as one JSON object."""
+    if as_json:
+        from pydantic_core import to_json
+
+        # Unlike json.dumps, NaN becomes null: other programs' parsers refuse NaN.
+        sys.stdout.write(to_json(facts, indent=2, inf_nan_mode="null", fallback=str).decode() + "\n")
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        output(f"[dim]{name.ljust(width)}[/dim]  {escaped(str(value))}")
+
+
+def output(what: Any) -> None:
+    """Print text with markup, or a table."""
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=isinstance(what, str)).print(what)
+
+
+def escaped(text: str) -> str:
+    """Return text whose brackets are no markup."""
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,104 @@
+"""The verbs that measure: evaluate, study, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commandv.cli.app import app
+from commandv.cli.options import BatchSize, Device, Dtype, Json, Model, Template, escaped, output, show
+
+Judges = Annotated[
+    list[str] | None,
+    typer.Option("--judge", help="refusal, gcg, arditi, xstest, classifier:ID#label, guard:ID, endpoint:URL#model."),
+]
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Argument(help="NAME or NAME:FILE, e.g. numbered-list, over-refusal, exact:gsm8k.jsonl")],
+    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Adapter to measure.")] = None,
+    scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
+    judge: Judges = None,
+    n: Annotated[int | None, typer.Option(help="Use the first so many test prompts.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
+    controls: Annotated[bool, typer.Option(help="Measure a random adapter of equal norm too.")] = True,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a label per prompt there, as JSONL.")] = None,
+    batch_size: BatchSize = 64,
+    dtype: Dtype = None,
+    device_map: Device = None,
+    template: Template = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
+    import commandv as cv
+    from commandv.evaluate.session import evaluate as run
+
+    attached = cv.load_adapter(adapter) if adapter else None
+    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
+    found = run(
+        lm, task, attached, scale=scale, judges=judge or [], limit=n, seed=seed, controls=controls,
+        batch_size=batch_size, out=out,
+    )  # fmt: skip
+    if as_json:
+        show(found.as_dict(), True)
+        return
+    for table in found.tables():
+        output(table)
+    for line in found.notes:
+        output(escaped(line))
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="Study file (YAML).")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory. Default: runs/NAME.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate the file and show the plan; run nothing.")
+    ] = False,
+    rehearse: Annotated[
+        int | None, typer.Option(help="Run with random weights in the models' shapes, widths divided by this.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study: donors x recipients x behaviours x methods x seeds x scales; resumes where it was cut off."""
+    from dataclasses import asdict
+
+    from commandv.study import load_study, plan, run_study
+    from commandv.study.models import ModelSource
+
+    spec = load_study(file)
+    spec.check_inputs()
+    models = ModelSource(spec, rehearsal=rehearse)
+    planned = plan(spec, None if dry_run else models)
+    if dry_run:
+        show({"study": spec.name, **asdict(planned)}, as_json)
+        return
+    if not as_json:
+        show({"study": spec.name, **asdict(planned)}, False)
+    place = out or Path("runs") / spec.name
+    run = run_study(spec, place, models=models)
+    failed = [cell for cell in run.cells if cell.state == "failed"]
+    show({"run": str(place), "cells": len(run.cells), "failed": [f"{c.donor} -> {c.recipient}, {c.behaviour}, "
+          f"seed {c.seed}: {c.error}" for c in failed]}, as_json)  # fmt: skip
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Directory that `commandv study` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the report goes. Default: the run's own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a study's report: one self-contained HTML file and a Markdown twin."""
+    from commandv.report import write_report
+    from commandv.results import load_run
+
+    html, markdown = write_report(load_run(run), out or run)
+    show({"html": str(html), "markdown": str(markdown)}, as_json)

@@ -1,0 +1,109 @@
+"""What a study will do, and about how long that takes, told before it starts."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from commandv.evaluate.catalogue import load_task
+from commandv.evaluate.controls import ARMS, BRIDGE_PROMPTS, BRIDGE_TOKENS
+from commandv.evaluate.price import REPLY_TOKENS
+from commandv.models import resolve_dtype
+from commandv.prompts import load_prompts
+from commandv.study.models import ModelSource
+from commandv.study.running import CALIBRATED, N_SAMPLES, SAMPLE_TOKENS
+from commandv.study.schema import Behaviour, Study
+
+PROMPT_TOKENS = 40  # of a usual prompt with its template, for estimates
+SLOWNESS = 3.0  # generation and small batches run at about this fraction below matrix products of the probe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of the work and its expected duration.
+
+    Attributes:
+        cells: of the study.
+        adapters: to train, donors and direct controls.
+        profiles: one per model.
+        arms: measured in every cell.
+        answers: generated in all.
+        tokens: forward tokens in all, by model.
+        seconds: expected; None where a model's size is not known before it is loaded.
+    """
+
+    cells: int
+    adapters: int
+    profiles: int
+    arms: int
+    answers: int
+    tokens: dict[str, int]
+    seconds: float | None
+
+
+def plan(study: Study, models: ModelSource | None = None) -> Plan:
+    """Count a study's work; with `models`, load them and estimate its duration on this machine."""
+    arms = [name for name in ARMS if name not in study.leave_out]
+    n_arms = len(arms) + len(study.methods) + 1
+    settings = len(study.scales) * len(study.layers) * sum(name in arms for name in CALIBRATED)
+    tokens = dict.fromkeys(study.models, 0)
+    answers = 0
+    for spec in study.cells():
+        behaviour = study.behaviours[spec.behaviour]
+        tasks = [load_task(name) for name in (behaviour.task, *behaviour.also)]
+        for number, task in enumerate(tasks):
+            asked = min(study.n_test, len(task.test)) * n_arms
+            if number == 0:
+                asked += min(study.n_dev, len(task.dev)) * settings
+            answers += asked + min(study.n_test, len(task.test))
+            tokens[spec.recipient] += asked * (PROMPT_TOKENS + task.max_new_tokens)
+            tokens[spec.donor] += min(study.n_test, len(task.test)) * (PROMPT_TOKENS + task.max_new_tokens)
+        passes = len(load_prompts("builtin:drift")) * (PROMPT_TOKENS + REPLY_TOKENS)
+        tokens[spec.recipient] += passes * (n_arms + settings) + 2 * N_SAMPLES * SAMPLE_TOKENS
+        if "text-bridge" in arms:
+            tokens[spec.donor] += 2 * BRIDGE_PROMPTS * (PROMPT_TOKENS + BRIDGE_TOKENS)
+    trained = _trained(study)
+    for name, trained_on, _ in trained:
+        tokens[name] += _training_tokens(study.behaviours[trained_on])
+    n_rows = len(load_prompts(study.prompts, limit=study.limit)) + (len(load_prompts(study.text)) if study.text else 0)
+    for name in tokens:
+        tokens[name] += n_rows * PROMPT_TOKENS
+    seconds = None
+    if models is not None:
+        rate = _flops_per_second()
+        seconds = sum(
+            2 * sum(p.numel() for p in models[name].model.parameters()) * count / rate * SLOWNESS
+            for name, count in tokens.items()
+        )
+    return Plan(len(study.cells()), len(trained), len(study.models), n_arms, answers, tokens, seconds)
+
+
+def _trained(study: Study) -> set[tuple[str, str, int]]:
+    """Return (model, behaviour, seed) of every adapter that is trained."""
+    found = set()
+    for spec in study.cells():
+        behaviour = study.behaviours[spec.behaviour]
+        sides = [spec.donor] + ([] if "direct" in study.leave_out else [spec.recipient])
+        found |= {(name, spec.behaviour, spec.seed) for name in sides if name not in behaviour.adapters}
+    return found
+
+
+def _training_tokens(behaviour: Behaviour) -> int:
+    assert behaviour.examples is not None
+    how, examples = behaviour.training, load_prompts(behaviour.examples)
+    labelled = min(how.max_response, math.ceil(sum(len(one.response) for one in examples) / len(examples) / 4))
+    return 3 * how.epochs * len(examples) * (PROMPT_TOKENS + labelled)  # a backward pass costs two forward ones
+
+
+def _flops_per_second() -> float:
+    """Measure a matrix product in the usual dtype."""
+    a = torch.randn(1024, 1024).to(resolve_dtype(None))
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+    return best

@@ -1,0 +1,242 @@
+"""Study files, their plans, and runs on tiny models: resumed, cut off, failing in part."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import yaml
+
+import commandv as cv
+import tiny
+from commandv.errors import FormatError, InputError
+from commandv.evaluate.controls import ARMS
+from commandv.results import load_run
+from commandv.study import load_study, plan, run_study
+from commandv.study import running as running_module
+from commandv.study.models import ModelSource
+
+STUDIES = Path(__file__).parent.parent / "studies"
+QUESTIONS = [
+    {"prompt": f"What is {n} and {m}?", "split": "dev" if m == 0 else "test"} for n in range(4) for m in (0, 1)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models, an adapter for each, prompts, examples and a task."""
+    folder = tmp_path_factory.mktemp("study")
+    for seed, name in enumerate(("one", "two")):
+        lm = tiny.tiny_lm(seed=seed)
+        lm.model.save_pretrained(folder / name)
+        lm.tokenizer.save_pretrained(folder / name)
+        cv.save(tiny.random_adapter(cv.load_model(str(folder / name)), layers=(1, 2, 3)), folder / f"{name}-adapter")
+    rows = [{"prompt": f"Why is {n} a number?"} for n in range(20)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    examples = [{"prompt": f"Say {n}", "response": "1. tea"} for n in range(8)]
+    (folder / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    return folder
+
+
+@pytest.fixture
+def content(folder):
+    """A study file's content that is valid and quick."""
+    return {
+        "name": "tiny",
+        "question": "Does it arrive?",
+        "prompts": str(folder / "prompts.jsonl"),
+        "text": None,
+        "models": {name: {"id": str(folder / name)} for name in ("one", "two")},
+        "pairs": [["one", "two"]],
+        "behaviours": {
+            "pirate": {
+                "task": f"pirate:{folder / 'questions.jsonl'}",
+                "adapters": {name: str(folder / f"{name}-adapter") for name in ("one", "two")},
+            }
+        },
+        "methods": {"error-map": {"match": "lowest-error", "prompts": 16}},
+        "layers": ["last_half"],
+        "scales": [1.0],
+        "n_dev": 2,
+        "n_test": 4,
+    }
+
+
+def written(content, path):
+    path.write_text(yaml.safe_dump(content))
+    return load_study(path)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Two passages are enough to see that drift is measured."""
+    passages = cv.load_prompts("builtin:drift")[:2]
+    original = cv.load_prompts
+
+    def load(source, **options):
+        return passages if source == "builtin:drift" else original(source, **options)
+
+    monkeypatch.setattr(running_module, "load_prompts", load)
+
+
+def test_a_run_measures_every_arm(content, tmp_path):
+    run = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run")
+    (cell,) = run.cells
+    assert (cell.state, cell.error) == ("done", "")
+    assert [arm.method for arm in cell.arms] == ["unmodified", *ARMS, "error-map", "donor"]
+    for arm in cell.arms:
+        assert len(arm.labels["pirate:questions"]) == 4
+        assert len(arm.price.get("kl", [])) == (0 if arm.method == "unmodified" else 2)
+    assert {point.method for point in cell.curve} == {"pasted", "pinv", "text-bridge"}
+    assert sum(point.chosen for point in cell.curve) == 3
+    assert cell.fidelity["pasted"]
+    assert cell.samples
+    assert run.versions["commandv"]
+    assert str(content["prompts"]) in run.hashes
+
+
+def test_finished_cells_are_kept_and_others_are_run_again(content, tmp_path, monkeypatch):
+    study = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
+    run_study(study, tmp_path / "run")
+    ran = []
+    original = running_module._CellRun.run
+    monkeypatch.setattr(
+        running_module._CellRun, "run", lambda self, given: ran.append(self.spec) or original(self, given)
+    )
+    assert len(run_study(study, tmp_path / "run").cells) == 2
+    assert ran == []
+    (tmp_path / "run" / "cells" / "one-two-pirate-1.json").unlink()
+    run_study(study, tmp_path / "run")
+    assert [spec.seed for spec in ran] == [1]
+    run_study(written({**content, "seeds": [0, 1], "n_test": 3}, tmp_path / "s.yaml"), tmp_path / "run")
+    assert [spec.seed for spec in ran] == [1, 0, 1]
+
+
+def test_a_failed_cell_is_reported_and_the_rest_is_run(content, tmp_path):
+    content["models"]["narrow"] = {"id": content["models"]["one"]["id"], "rotate": 8}
+    content["pairs"] = [["one", "narrow"], ["one", "two"]]
+    content["behaviours"]["pirate"]["adapters"]["narrow"] = content["behaviours"]["pirate"]["adapters"]["one"]
+    run = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run")
+    states = {cell.recipient: (cell.state, cell.error) for cell in run.cells}
+    assert states["two"] == ("done", "")
+    assert states["narrow"][0] == "failed"
+    assert "width 8 is below" in states["narrow"][1]
+
+
+def test_donors_and_direct_controls_are_trained_once(content, folder, tmp_path, cache):
+    content["behaviours"]["pirate"] = {
+        "task": f"pirate:{folder / 'questions.jsonl'}",
+        "examples": str(folder / "examples.jsonl"),
+        "training": {"rank": 2, "epochs": 1, "max_response": 2, "layers": "all_layers"},
+    }
+    run = run_study(written({**content, "leave_out": ["text-bridge"]}, tmp_path / "s.yaml"), tmp_path / "run")
+    assert run.cells[0].state == "done", run.cells[0].error
+    assert run.left_out == ["text-bridge"]
+    assert len([path for path in (cache / "adapters").iterdir() if path.is_dir()]) == 2
+
+
+def test_a_directory_serves_one_study_and_one_process(content, tmp_path):
+    study = written(content, tmp_path / "s.yaml")
+    out = tmp_path / "run"
+    out.mkdir()
+    context = multiprocessing.get_context("spawn")
+    held, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(str(out / ".lock"), held, done))
+    other.start()
+    try:
+        assert held.wait(30)
+        with pytest.raises(InputError, match="another process"):
+            run_study(study, out)
+    finally:
+        done.set()
+        other.join()
+    run_study(study, out)
+    with pytest.raises(InputError, match="holds the study 'tiny', not 'other'"):
+        run_study(written({**content, "name": "other"}, tmp_path / "s.yaml"), out)
+
+
+def _hold(path, held, done):
+    import filelock
+
+    with filelock.FileLock(path):
+        held.set()
+        done.wait(30)
+
+
+def test_a_damaged_result_is_named(content, tmp_path):
+    run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run")
+    file = tmp_path / "run" / "cells" / "one-two-pirate-0.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(FormatError, match=r"one-two-pirate-0\.json.*Remove the file"):
+        load_run(tmp_path / "run")
+    with pytest.raises(FormatError, match=r"no run\.json"):
+        load_run(tmp_path)
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sedes": [1]}, "sedes: unknown key"),
+        ({"pairs": [["one", "three"]]}, "'three' is not among the models"),
+        ({"pairs": []}, "pairs: expected at least one"),
+        ({"leave_out": ["luck"]}, "'luck': expected one of pinv, random"),
+        ({"layers": ["top"]}, r"layers: .*'top'"),
+        ({"scales": [-1]}, "scales.0: Input should be greater than 0"),
+        ({"methods": {"pinv": {}}}, "names of the default and its controls"),
+        ({"methods": {"mine": {"fit": "magic"}}}, "methods.mine.fit: 'magic': expected one of ridge"),
+        ({"name": "a/b"}, "name: "),
+        ({"behaviours": {"x": {"task": "pirate"}}}, "neither examples nor an adapter for the donor 'one'"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(content, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        written({**content, **change}, tmp_path / "s.yaml")
+
+
+def test_direct_is_left_out_only_by_an_explicit_word(content, tmp_path):
+    del content["behaviours"]["pirate"]["adapters"]["two"]
+    with pytest.raises(InputError, match=r"direct control needs .*leave_out: \[direct\]"):
+        written(content, tmp_path / "s.yaml")
+    written({**content, "leave_out": ["direct"]}, tmp_path / "s.yaml")
+
+
+def test_files_that_are_no_study(tmp_path):
+    with pytest.raises(InputError, match="no such study"):
+        load_study(tmp_path / "none.yaml")
+    for text, message in (("a: [", "not YAML"), ("- a", "expected a mapping")):
+        (tmp_path / "s.yaml").write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_study(tmp_path / "s.yaml")
+
+
+def test_missing_inputs_are_found_before_the_run(content, tmp_path):
+    content["behaviours"]["pirate"]["task"] = f"pirate:{tmp_path / 'none.jsonl'}"
+    with pytest.raises(InputError, match=r"behaviours\.pirate: task"):
+        written(content, tmp_path / "s.yaml").check_inputs()
+
+
+def test_plan_counts_the_work(content, tmp_path):
+    study = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
+    counted = plan(study)
+    assert (counted.cells, counted.adapters, counted.profiles) == (2, 0, 2)
+    assert counted.arms == len(ARMS) + 2  # unmodified and the extra method
+    # 4 test prompts for every arm and the donor, 2 development prompts for the three that are calibrated.
+    assert counted.answers == 2 * (4 * (counted.arms + 1) + 2 * 3)
+    assert counted.seconds is None
+    assert plan(study, ModelSource(study)).seconds > 0
+
+
+def test_rehearsal_needs_shapes_and_runs_random_weights(content, tmp_path):
+    with pytest.raises(InputError, match="needs a shape"):
+        ModelSource(written(content, tmp_path / "s.yaml"), rehearsal=4)
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_studies_are_valid(file):
+    load_study(file)
