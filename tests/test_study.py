@@ -217,8 +217,8 @@ def test_files_that_are_no_study(tmp_path):
 
 def test_missing_inputs_are_found_before_the_run(content, tmp_path):
     content["behaviours"]["pirate"]["task"] = f"pirate:{tmp_path / 'none.jsonl'}"
-    with pytest.raises(InputError, match=r"behaviours\.pirate: task"):
-        written(content, tmp_path / "s.yaml").check_inputs()
+    (problem,) = written(content, tmp_path / "s.yaml").unreadable()
+    assert problem.startswith("behaviours.pirate: task pirate:")
 
 
 def test_plan_counts_the_work(content, tmp_path):
@@ -232,7 +232,7 @@ def test_plan_counts_the_work(content, tmp_path):
     assert plan(study, ModelSource(study)).seconds > 0
 
 
-def test_rehearsal_needs_shapes_and_runs_random_weights(content, tmp_path):
+def test_rehearsal_needs_shapes(content, tmp_path):
     with pytest.raises(InputError, match="needs a shape"):
         ModelSource(written(content, tmp_path / "s.yaml"), rehearsal=4)
 
@@ -240,3 +240,11 @@ def test_rehearsal_needs_shapes_and_runs_random_weights(content, tmp_path):
 @pytest.mark.parametrize("file", sorted(STUDIES.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_studies_are_valid(file):
     load_study(file)
+
+
+@pytest.mark.real
+def test_a_study_of_the_paper_is_rehearsed_with_random_weights(tmp_path):
+    study = load_study(STUDIES / "paper" / "profile-size.yaml").rehearsed()
+    assert study.unreadable() == []
+    run = run_study(study, tmp_path / "run", models=ModelSource(study, rehearsal=24))
+    assert [(cell.state, cell.error) for cell in run.cells] == [("done", "")]

@@ -33,7 +33,6 @@ BEHAVIOUR = "numbered-list"
 SEED = 0
 DEFAULT = "pasted (commandv default)"
 N_SHOWN, SHOWN_TOKENS = 3, 32
-DRIFT_TOKENS = 16  # of each reply: Gemma's vocabulary makes them dear
 _Row = tuple[Score, Score | None]  # rate, drift
 
 
@@ -131,9 +130,9 @@ class _Meter:
 
     @functools.cached_property
     def _reference(self) -> list[Tensor]:
-        return reply_log_probs(self.lm, self.passages, tokens=DRIFT_TOKENS)
+        return reply_log_probs(self.lm, self.passages)
 
     def adapted(self, adapter: Adapter) -> _Row:
         """Return (rate, drift) with an adapter attached."""
         rate = measure(self.lm, self.task, adapter).score()
-        return rate, drift(self.lm, self.passages, adapter, reference=self._reference, tokens=DRIFT_TOKENS)
+        return rate, drift(self.lm, self.passages, adapter, reference=self._reference)

@@ -67,18 +67,24 @@ def study(
     """Run a study: donors x recipients x behaviours x methods x seeds x scales; resumes where it was cut off."""
     from dataclasses import asdict
 
+    from commandv.errors import InputError
     from commandv.study import load_study, plan, run_study
     from commandv.study.models import ModelSource
 
     spec = load_study(file)
-    spec.check_inputs()
-    models = ModelSource(spec, rehearsal=rehearse)
-    planned = plan(spec, None if dry_run else models)
+    if rehearse is not None:
+        spec = spec.rehearsed()
+    problems = spec.unreadable()
     if dry_run:
-        show({"study": spec.name, **asdict(planned)}, as_json)
+        counted = {} if problems else asdict(plan(spec))
+        facts = {"study": spec.name, "cells": len(spec.cells()), **counted, "not readable here": problems}
+        show(facts, as_json)
         return
+    if problems:
+        raise InputError(f"{file}: " + "; ".join(problems))
+    models = ModelSource(spec, rehearsal=rehearse)
     if not as_json:
-        show({"study": spec.name, **asdict(planned)}, False)
+        show({"study": spec.name, **asdict(plan(spec, models))}, False)
     place = out or Path("runs") / spec.name
     run = run_study(spec, place, models=models)
     failed = [cell for cell in run.cells if cell.state == "failed"]

@@ -16,7 +16,7 @@ from commandv.generation import batches
 from commandv.models import LM, Encoded, accepts, encode, pad_replies, uses_bos
 from commandv.prompts import PromptSet, as_prompts
 
-REPLY_TOKENS = 32  # of each passage on which drift is measured
+REPLY_TOKENS = 16  # of each passage on which drift is measured
 CONTEXT_TOKENS = 16  # of each passage that are read before perplexity counts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -223,36 +224,45 @@ class Study(_Strict):
             for behaviour in self.behaviours
         ]
 
-    def check_inputs(self) -> None:
-        """Load every prompt set and task, so that a study does not fail on one after hours.
+    def unreadable(self) -> list[str]:
+        """Try every prompt set and task, and tell which cannot be read here, with their places in the file.
 
-        Raises:
-            InputError: one of them cannot be read, with its place in the study file.
+        A study that would fail on one after hours is found out before it starts.
         """
         sets = [("prompts", self.prompts), ("text", self.text)]
         sets += [(f"behaviours.{name}.examples", one.examples) for name, one in self.behaviours.items()]
-        for place, source in sets:
-            if source is not None:
-                with _naming(place):
-                    load_prompts(source)
-        for name, one in self.behaviours.items():
-            for task in (one.task, *one.also):
-                with _naming(f"behaviours.{name}: task {task}"):
-                    load_task(task)
+        tries: list[tuple[str, Callable[[str], Any], str]] = [
+            (place, load_prompts, source) for place, source in sets if source is not None
+        ]
+        tries += [
+            (f"behaviours.{name}: task {task}", load_task, task)
+            for name, one in self.behaviours.items()
+            for task in (one.task, *one.also)
+        ]
+        problems = []
+        for place, load, source in tries:
+            try:
+                load(source)
+            except (InputError, OSError) as error:
+                problems.append(f"{place}: {error}")
+        return problems
 
-
-class _naming:
-    """Puts the place in the study file before an error's message."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, (InputError, OSError)):
-            raise InputError(f"{self.place}: {error}") from None
+    def rehearsed(self) -> Study:
+        """Return the study in small: built-in prompts, a few of each, one seed; models, pairs and methods stay."""
+        behaviours = {
+            name: Behaviour(
+                task="numbered-list",
+                examples="builtin:drift",
+                training=Training(epochs=1, max_response=8, layers="last_third"),
+            )
+            for name in self.behaviours
+        }
+        few = {
+            name: one.model_copy(update={"prompts": 32}) if one.prompts else one for name, one in self.methods.items()
+        }
+        small = {"prompts": "builtin:general", "limit": 48, "text": None, "behaviours": behaviours, "methods": few}
+        less = {"seeds": self.seeds[:1], "scales": self.scales[:1], "layers": self.layers[:1], "n_dev": 2, "n_test": 4}
+        return self.model_copy(update={"name": f"{self.name}-rehearsal", **small, **less})
 
 
 def load_study(path: Path | str) -> Study:
