@@ -17,6 +17,7 @@ from scipy.linalg import cython_blas, cython_lapack
 
 # Fortran sees a C-ordered array transposed, so what is upper here is lower there; a tenth faster than the other one.
 _UPPER = "L"
+_BLOCK = 64  # columns that LAPACK works on together, at most
 
 
 def add_gram(total: np.ndarray, block: np.ndarray, *, dual: bool) -> None:
@@ -41,7 +42,7 @@ def cholesky_solve(upper: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the eigenvalues, descending, and the eigenvectors as columns; `matrix` is overwritten.
+    """Return the eigenvalues, ascending, and the eigenvectors as columns; `matrix` is overwritten.
 
     Raises:
         numpy.linalg.LinAlgError: no convergence.
@@ -52,10 +53,65 @@ def eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _call("syevd", matrix.dtype, "V", _UPPER, n, matrix, n, values, work, len(work), iwork, len(iwork), info)
     if info.value:
         raise np.linalg.LinAlgError(f"the eigenvalues of a {n} x {n} matrix did not converge")
-    del work
-    half = n // 2
-    matrix[:half], matrix[n - half :] = matrix[n - half :][::-1], matrix[:half][::-1].copy()
-    return values[::-1], matrix.T
+    return values, matrix.T
+
+
+def tridiagonalise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reduce a matrix to Q T Qᵀ with T tridiagonal; its upper triangle is replaced by what `rotate` needs of Q.
+
+    Returns:
+        T's diagonal [n], what stands beside it [n - 1], and the reflectors' factors [n - 1].
+    """
+    n, dtype = len(matrix), matrix.dtype
+    diagonal, beside, factors = np.empty(n, dtype), np.empty(n - 1, dtype), np.empty(n - 1, dtype)
+    work = np.empty(_BLOCK * n, dtype)
+    shared = diagonal, beside, factors, work, len(work)
+    _call("sytrd", dtype, _UPPER, n, matrix, n, *shared, ctypes.c_int())
+    return diagonal, beside, factors
+
+
+def rotate(reflectors: np.ndarray, factors: np.ndarray, right: np.ndarray, *, back: bool) -> np.ndarray:
+    """Return Qᵀ right, or Q right (back), [n, k] in Fortran order, for Q as `tridiagonalise` leaves it."""
+    n, out = len(reflectors), np.array(right, reflectors.dtype, order="F")
+    # Room for the blocks that LAPACK likes, and its triangular factor of 65 x 64.
+    width = out.shape[1]
+    work = np.empty(_BLOCK * (width + 65), out.dtype)
+    shared = reflectors, n, factors, out, n, work, len(work)
+    _call("ormtr", out.dtype, "L", _UPPER, "N" if back else "T", n, width, *shared, ctypes.c_int())
+    return out
+
+
+def tridiagonal_values(diagonal: np.ndarray, beside: np.ndarray) -> np.ndarray:
+    """Return the eigenvalues of a tridiagonal matrix, ascending.
+
+    Raises:
+        numpy.linalg.LinAlgError: no convergence.
+    """
+    values, info = diagonal.copy(), ctypes.c_int()
+    _call("sterf", values.dtype, len(values), values, beside.copy(), info)
+    if info.value:
+        raise np.linalg.LinAlgError(f"the eigenvalues of a {len(values)} x {len(values)} matrix did not converge")
+    return values
+
+
+def tridiagonal_factor(diagonal: np.ndarray, beside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return D [n] and what stands below the diagonal of L [n - 1], for a tridiagonal matrix = L D Lᵀ.
+
+    Raises:
+        numpy.linalg.LinAlgError: not positive definite.
+    """
+    pivots, lower, info = diagonal.copy(), beside.copy(), ctypes.c_int()
+    _call("pttrf", pivots.dtype, len(pivots), pivots, lower, info)
+    if info.value:
+        raise np.linalg.LinAlgError(f"a {len(pivots)} x {len(pivots)} tridiagonal matrix is not positive definite")
+    return pivots, lower
+
+
+def tridiagonal_solve(pivots: np.ndarray, lower: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return (L D Lᵀ)⁻¹ right, [n, k] in Fortran order."""
+    n, out = len(pivots), np.array(right, pivots.dtype, order="F")
+    _call("pttrs", out.dtype, n, out.shape[1], pivots, lower, out, n, ctypes.c_int())
+    return out
 
 
 @functools.cache

@@ -13,19 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commandv.convert.factor import (
-    EIGH_FLOAT32_FLOOR,
-    EXACT_RTOL,
-    Cholesky,
-    Factor,
-    FactorStore,
-    Solver,
-    choose_strength,
-    least_squares_gains,
-    sketch,
-)
+from commandv.convert.factor import EXACT_RTOL, Cholesky, Factor, FactorStore, Solver, Spectral
 from commandv.convert.linear import Converter, Dense, Solved
 from commandv.convert.rows import Rows
+from commandv.convert.strength import FLOAT32_FLOOR, choose_strength
 from commandv.errors import InputError
 
 Key = tuple[Hashable, Hashable]
@@ -160,22 +151,17 @@ class Ridge:
         targets = Rows(y, *kept.get((names, "targets"), lambda: Rows.of(y, centre=True, standardise=True).moments))
 
         def factorise(dtype: type) -> Factor:
-            return kept.get((names[0], "spectrum", self.standardise, dtype), lambda: Factor.of(rows, dtype))
+            return kept.get((names[0], "factor", self.standardise, dtype), lambda: Factor.of(rows, dtype))
 
-        def choose(factor: Factor) -> float:
-            if self.strength is not None:
-                return self.strength * factor.unit
+        def choose() -> float:
             own = np.arange(len(x)) if groups is None else groups
-            return choose_strength(factor, sketch(targets, factor.vectors.dtype.type), own, self.select)
+            return choose_strength(factorise, targets, own, self.select)
 
-        # Float32 is enough unless the strength turns out to be near its rounding noise.
+        strength = self.strength or kept.get((names, self, "strength"), choose)
         factor = factorise(np.float32)
-        strength = kept.get((names, self, "strength"), lambda: choose(factor))
-        if strength < EIGH_FLOAT32_FLOOR * factor.values[0]:
+        if strength * factor.unit < FLOAT32_FLOOR * factor.bound:
             factor = factorise(np.float64)
-            strength = kept.get((names, self, "strength64"), lambda: choose(factor))
-        facts = {"fit": self.name, "strength": strength / factor.unit}
-        return factor.solver(1.0 / (factor.values + strength)), rows, targets, facts
+        return factor.ridge(strength), rows, targets, {"fit": self.name, "strength": strength}
 
 
 @dataclass(frozen=True)
@@ -265,9 +251,7 @@ def _least_squares(
     def make() -> Solver:
         if exact and (cholesky := Cholesky.of(rows)) is not None:
             return cholesky
-        factor = Factor.of(rows, np.float64)
-        rtol = EXACT_RTOL if exact else max(rows.n, rows.d) * float(np.finfo(np.float32).eps)
-        return factor.solver(least_squares_gains(factor, rtol))
+        return Spectral.of(rows, EXACT_RTOL if exact else max(rows.n, rows.d) * float(np.finfo(np.float32).eps))
 
     if store is None or key is None:
         return make()
