@@ -36,9 +36,14 @@ def arms(
         own = 1.0 if method in ("unmodified", "mean-ablation", "direct", "donor") else scale
         made.append(
             Arm(
-                method=method, scale=own, layers=[] if method == "unmodified" else [20, 21, 22, 24],
-                labels={task: labels.tolist()}, units={task: unit}, price=price, seconds=12.5,
-            )  # fmt: skip
+                method=method,
+                scale=own,
+                layers=[] if method == "unmodified" else [20, 21, 22, 24],
+                labels={task: labels.tolist()},
+                units={task: unit},
+                price=price,
+                seconds=12.5,
+            )
         )
     return made
 
@@ -90,13 +95,18 @@ def cell(donor: str, recipient: str, behaviour: str, seed: int, **changes: Any) 
     return Cell(**(content | changes))
 
 
-def study(behaviours: tuple[str, ...] = tuple(RATES), seeds: tuple[int, ...] = (0, 1), **changes: Any) -> Run:
+def study(
+    behaviours: tuple[str, ...] = tuple(RATES),
+    seeds: tuple[int, ...] = (0, 1),
+    pairs: tuple[tuple[str, str], ...] = PAIRS[:1],
+    **changes: Any,
+) -> Run:
     """Return a realistic run; `changes` replaces its fields."""
-    cells = [cell(*pair, behaviour, seed) for seed in seeds for pair in PAIRS for behaviour in behaviours]
+    cells = [cell(*pair, behaviour, seed) for seed in seeds for pair in pairs for behaviour in behaviours]
     content: dict[str, Any] = {
         "name": "families", "question": "Which behaviours cross between model families?", "planned": len(cells),
         "study": {
-            "name": "families", "pairs": [list(pair) for pair in PAIRS], "seeds": list(seeds),
+            "name": "families", "pairs": [list(pair) for pair in pairs], "seeds": list(seeds),
             "models": {"gemma-3-270m": {"id": "/home/someone/models/gemma-3-270m"}},
             "behaviours": {name: {"task": name, "examples": f"builtin:{name}"} for name in behaviours},
         },

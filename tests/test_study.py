@@ -13,7 +13,7 @@ import commandv as cv
 import tiny
 from commandv.errors import FormatError, InputError
 from commandv.evaluate.controls import ARMS
-from commandv.results import load_run
+from commandv.results import Arm, Cell, Run, load_run, save_cell, save_head
 from commandv.study import load_study, plan, run_study
 from commandv.study import running as running_module
 from commandv.study.models import ModelSource
@@ -94,6 +94,7 @@ def test_a_run_measures_every_arm(content, tmp_path):
     assert sum(point.chosen for point in cell.curve) == 3
     assert cell.fidelity["pasted"]
     assert cell.samples
+    assert cell.settings["success"] == {"pirate:questions": "more"}
     assert run.versions["commandv"]
     assert str(content["prompts"]) in run.hashes
 
@@ -174,6 +175,15 @@ def test_a_damaged_result_is_named(content, tmp_path):
         load_run(tmp_path / "run")
     with pytest.raises(FormatError, match=r"no run\.json"):
         load_run(tmp_path)
+
+
+def test_results_that_are_not_finite_are_read_again(tmp_path):
+    arm = Arm(method="pasted", price={"kl": [float("inf"), float("nan")]})
+    save_cell(Cell(donor="a", recipient="b", behaviour="c", seed=0, arms=[arm]), tmp_path / "cells" / "c.json")
+    save_head(Run(name="x", planned=1), tmp_path)
+    values = load_run(tmp_path).cells[0].arms[0].price["kl"]
+    assert values[0] == float("inf")
+    assert values[1] != values[1]
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Arm(_Strict):

@@ -243,6 +243,7 @@ class _CellRun:
         donor = self.worker.models[self.spec.donor]
         arms.append(self._measured("donor", donor, self.material.adapter, 1.0, model=self.spec.donor))
         fits = {name: one for name, one in made.items() if name == PASTED or name in self.study.methods}
+        identity["settings"]["success"] = {task.name: task.success for task in (self.task, *self.also)}
         return Cell(
             **identity,
             arms=arms,
