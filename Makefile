@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU build of torch is small; the registry's default build brings gigabytes of CUDA.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format adapters docs bench clean
+.PHONY: demo test check format adapters docs bench studies clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,9 +36,17 @@ adapters: $(VENV)/.installed  ## train the shipped adapters again
 docs: $(VENV)/.installed  ## write docs/cli.md again
 	$(BIN)/python -m typer commandv.cli utils docs --name commandv > docs/cli.md
 
+studies: $(VENV)/.installed  ## run the small studies (about an hour), write their reports and the claims page
+	for study in studies/small/*.yaml; do name=$$(basename $$study .yaml); \
+		$(BIN)/commandv study $$study -o studies/results/$$name && \
+		$(BIN)/commandv report studies/results/$$name -o docs/studies/$$name || exit 1; done
+	$(BIN)/python benchmarks/claims.py
+
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/judges.py
+	$(BIN)/python benchmarks/overhead.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass
 
 import torch
 
+from commandv.errors import CommandVError
 from commandv.evaluate.catalogue import load_task
 from commandv.evaluate.controls import ARMS, BRIDGE_PROMPTS, BRIDGE_TOKENS
 from commandv.evaluate.price import REPLY_TOKENS
@@ -16,6 +18,8 @@ from commandv.prompts import load_prompts
 from commandv.study.models import ModelSource
 from commandv.study.running import CALIBRATED, N_SAMPLES, SAMPLE_TOKENS
 from commandv.study.schema import Behaviour, Study
+
+log = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 40  # of a usual prompt with its template, for estimates
 SLOWNESS = 3.0  # generation and small batches run at about this fraction below matrix products of the probe
@@ -32,7 +36,7 @@ class Plan:
         arms: measured in every cell.
         answers: generated in all.
         tokens: forward tokens in all, by model.
-        seconds: expected; None where a model's size is not known before it is loaded.
+        seconds: expected; None where models are not loaded, or cannot be.
     """
 
     cells: int
@@ -71,14 +75,21 @@ def plan(study: Study, models: ModelSource | None = None) -> Plan:
     n_rows = len(load_prompts(study.prompts, limit=study.limit)) + (len(load_prompts(study.text)) if study.text else 0)
     for name in tokens:
         tokens[name] += n_rows * PROMPT_TOKENS
-    seconds = None
-    if models is not None:
-        rate = _flops_per_second()
-        seconds = sum(
-            2 * sum(p.numel() for p in models[name].model.parameters()) * count / rate * SLOWNESS
-            for name, count in tokens.items()
-        )
+    seconds = None if models is None else _seconds(tokens, models)
     return Plan(len(study.cells()), len(trained), len(study.models), n_arms, answers, tokens, seconds)
+
+
+def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
+    """Return the expected duration; None when a model cannot be loaded, which its cells will tell."""
+    rate, total = _flops_per_second(), 0.0
+    for name, count in tokens.items():
+        try:
+            size = sum(p.numel() for p in models[name].model.parameters())
+        except CommandVError as error:
+            log.warning("%s cannot be loaded: %s", name, error)
+            return None
+        total += 2 * size * count / rate * SLOWNESS
+    return round(total)
 
 
 def _trained(study: Study) -> set[tuple[str, str, int]]:

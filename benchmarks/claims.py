@@ -1,0 +1,160 @@
+"""The paper's claims, each with what the small studies say of it: confirmed, refuted, or not examinable here.
+
+    make studies                  # runs the studies, writes their reports and this page
+    python benchmarks/claims.py   # the page alone, from studies/results/
+
+A verdict follows from figures by the rule that stands beside it; nothing is worded by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from commandv.evaluate.comparison import difference, pooled
+from commandv.evaluate.scores import Score
+from commandv.results import Cell, load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "studies" / "results"
+SPEED = ROOT / "benchmarks" / "results" / "speed.json"
+TABLE = ROOT / "docs" / "benchmarks" / "claims.md"
+
+Labels = list[list[float | None]]
+
+
+def cells(study: str) -> list[Cell]:
+    return [cell for cell in load_run(RUNS / study).cells if cell.state == "done"]
+
+
+def labels(some: Iterable[Cell], method: str) -> Labels:
+    """Return one row per cell: the behaviour's own task, first in every arm."""
+    found = []
+    for cell in some:
+        arm = next(arm for arm in cell.arms if arm.method == method)
+        found.append(next(iter(arm.labels.values())))
+    return found
+
+
+def shown(score: Score) -> str:
+    return f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"
+
+
+def rate(some: list[Cell], method: str) -> Score:
+    return pooled(method, labels(some, method), "rate")
+
+
+def within_family() -> tuple[str, str, str]:
+    """A sibling counts as family: the same function, with damage."""
+    family, across = cells("siblings"), cells("across-families")
+    lines, better = [], []
+    for behaviour in sorted({cell.behaviour for cell in family}):
+        near = [cell for cell in family if cell.behaviour == behaviour and cell.recipient == "noisy"]
+        far = [cell for cell in across if cell.behaviour == behaviour and cell.donor == "smollm2"]
+        one, other = rate(near, "pasted"), rate(far, "pasted")
+        lines.append(f"{behaviour}: noisy sibling {shown(one)}, other family {shown(other)}")
+        better.append(one.low > other.high)
+        if one.high < other.low:
+            return "refuted", "; ".join(lines), RULE_MORE
+    return ("confirmed" if any(better) else "not told apart"), "; ".join(lines), RULE_MORE
+
+
+RULE_MORE = "confirmed if for some behaviour the intervals lie apart in this order, and for none in the other"
+
+
+def matching() -> tuple[str, str, str]:
+    some = [cell for cell in cells("across-families") if cell.behaviour == "numbered-list"]
+    lines, signs = [], []
+    for recipient in sorted({cell.recipient for cell in some}):
+        own = [cell for cell in some if cell.recipient == recipient]
+        gap = difference("gap", labels(own, "pasted"), labels(own, "lowest-error"), "rate")
+        lines.append(f"into {recipient}: {shown(rate(own, 'pasted'))} against {shown(rate(own, 'lowest-error'))}")
+        signs.append(1 if gap.low > 0 else -1 if gap.high < 0 else 0)
+    verdict = "not told apart" if not any(signs) else "confirmed" if min(signs) >= 0 else "refuted"
+    rule = "confirmed if the paired difference is above 0 for a direction and below 0 for none"
+    return verdict, "; ".join(lines), rule
+
+
+def weak_donor() -> tuple[str, str, str]:
+    some = cells("weak-donor")
+    lines, moved = [], []
+    for cell in some:
+        gap = difference("gap", labels([cell], "pasted"), labels([cell], "unmodified"), "rate")
+        donor = rate([cell], "donor")
+        lines.append(f"{cell.donor} -> {cell.recipient}: donor {shown(donor)}, pasted minus unmodified {shown(gap)}")
+        moved.append(gap.low > 0 or gap.high < 0)
+    return ("refuted" if any(moved) else "confirmed"), "; ".join(lines), "refuted if a paired difference excludes 0"
+
+
+def agnostic() -> tuple[str, str, str]:
+    some = [cell for cell in cells("across-families") if cell.behaviour == "numbered-list"]
+    lines, works = [], []
+    for recipient in sorted({cell.recipient for cell in some}):
+        own = [cell for cell in some if cell.recipient == recipient]
+        gap = difference("gap", labels(own, "pasted"), labels(own, "random"), "rate")
+        lines.append(f"into {recipient}: {shown(rate(own, 'pasted'))}, {shown(gap)} above random")
+        works.append(gap.low > 0)
+    return ("confirmed" if all(works) else "refuted"), "; ".join(lines), "confirmed if above random in both directions"
+
+
+def text_alone() -> tuple[str, str, str]:
+    some = [cell for cell in cells("across-families") if cell.behaviour == "numbered-list"]
+    lines, signs = [], []
+    for recipient in sorted({cell.recipient for cell in some}):
+        own = [cell for cell in some if cell.recipient == recipient]
+        gap = difference("gap", labels(own, "pasted"), labels(own, "text-bridge"), "rate")
+        lines.append(f"into {recipient}: {shown(rate(own, 'pasted'))} against {shown(rate(own, 'text-bridge'))}")
+        signs.append(gap.low > 0)
+    rule = "confirmed if the paired difference is above 0 in both directions (our claim, not the paper's)"
+    return ("confirmed" if all(signs) else "refuted"), "; ".join(lines), rule
+
+
+def converter_seconds() -> tuple[str, str, str]:
+    rule = "confirmed if 16 layer pairs of 3072 <-> 4096 from 1,030 prompts take under 6.35 s on this machine"
+    if not SPEED.exists():
+        return "not measured", "run benchmarks/speed.py", rule
+    cell = json.loads(SPEED.read_text())["cells"]["N 1030, 3072 <-> 4096"]["seconds"]
+    published = min(cell["published"]["median"], cell["published, one core per pair"]["median"])
+    text = (
+        f"as published {published:.1f} s on 2 cores, ours {cell['ridge']['median']:.1f} s (ridge), "
+        f"{cell['exact']['median']:.1f} s (the same solution, exact)"
+    )
+    return ("confirmed" if cell["ridge"]["median"] < 6.35 else "refuted"), text, rule
+
+
+CLAIMS = [
+    ("Within a family behaviours transfer better than across", within_family),
+    ("A layer map that minimises the error is worse than a map by depth", matching),
+    ("An adapter that does little to its donor does nothing in the recipient", weak_donor),
+    ("Task-agnostic profile prompts suffice", agnostic),
+    ("Converters take seconds (6.35 s on a laptop)", converter_seconds),
+    ("Carrying activations beats what the donor's texts alone can carry", text_alone),
+]
+NOT_HERE = [
+    ("Reasoning accuracy is kept", "neither packaged model solves the arithmetic or ARC tasks above chance"),
+    ("Refusal enhancement and suppression at 3B to 8B", "needs the paper's models; `studies/paper/` holds the studies"),
+]
+
+
+def main() -> None:
+    lines = [
+        "# The paper's claims at this size\n",
+        "Written by `python benchmarks/claims.py` from the small studies (`studies/small/`, reports in "
+        "[studies](../studies/README.md)). Two models of 135M and 270M parameters and siblings of the first; 95 % "
+        "intervals; a verdict holds for these and follows the rule beside it.\n",
+        "| claim | here | figures | rule |",
+        "|---|---|---|---|",
+    ]
+    for claim, examine in CLAIMS:
+        verdict, figures, rule = examine()
+        lines.append(f"| {claim} | **{verdict}** | {figures} | {rule} |")
+    lines += [f"| {claim} | not examinable | | {why} |" for claim, why in NOT_HERE]
+    took = sum(cell.seconds for cell in itertools.chain(*(cells(one.name) for one in sorted(RUNS.iterdir()))))
+    lines.append(f"\nThe cells took {took / 60:.0f} minutes in all.")
+    TABLE.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

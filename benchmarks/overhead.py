@@ -1,0 +1,92 @@
+"""What measuring adds to generating: `commandv.measure` against plain batched `generate` of the same prompts.
+
+    python benchmarks/overhead.py     # writes results/overhead.json and ../docs/benchmarks/overhead.md
+
+Both run at the same batch size, in turns; figures are medians of ratios within one turn. Plain generation gets its
+batches tokenised and padded in advance and its tokens are not decoded: what it leaves out is counted as our overhead.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import commandv as cv
+from commandv.evaluate.catalogue import load_task
+from commandv.generation import batches, greedy
+from commandv.models import encode, pad
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results" / "overhead.json"
+TABLE = ROOT.parent / "docs" / "benchmarks" / "overhead.md"
+TURNS, N, BATCH = 5, 64, 32
+TARGET = 0.9
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def throughput(name: str) -> dict[str, dict[str, float]]:
+    """Return measured over plain throughput, without and with a prefill adapter."""
+    lm = cv.load_model(name)
+    task = load_task("numbered-list")
+    adapter = cv.load_adapter(f"builtin:numbered-list@{name}")
+    rows = [encode(lm, text).ids for text in task.test.texts[:N]]
+    padded = [pad(lm, [rows[i] for i in members]) for members in batches([len(row) for row in rows], BATCH)]
+
+    def plain() -> None:
+        for batch in padded:
+            with torch.inference_mode(), greedy(lm, task.max_new_tokens) as config:
+                lm.model.generate(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+                )
+
+    def attached() -> None:
+        with cv.attach(lm, adapter):
+            plain()
+
+    arms: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "unmodified": (plain, lambda: cv.measure(lm, task, limit=N, batch_size=BATCH)),
+        # An adapter changes how long answers get, so it is attached on both sides.
+        "with an adapter": (attached, lambda: cv.measure(lm, task, adapter, limit=N, batch_size=BATCH)),
+    }
+    found = {}
+    for arm, (one, other) in arms.items():
+        one(), other()  # warm up
+        ratios = []
+        for turn in range(TURNS):
+            order = (one, other) if turn % 2 == 0 else (other, one)
+            taken = {work: seconds(work) for work in order}
+            ratios.append(taken[one] / taken[other])
+        found[arm] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return found
+
+
+def main() -> None:
+    result = {name: throughput(name) for name in ("smollm2-135m-instruct", "gemma-3-270m")}
+    lines = [
+        "# What measuring adds to generating\n",
+        f"Written by `python benchmarks/overhead.py`: throughput of `measure` over plain `generate`, {N} prompts, "
+        f"batch {BATCH}, {TURNS} turns; target at least {TARGET}.\n",
+        "| model | | median | least | greatest | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, arms in result.items():
+        for arm, one in arms.items():
+            verdict = "met" if one["median"] >= TARGET else "**not met**"
+            lines.append(f"| {name} | {arm} | {one['median']:.2f} | {one['min']:.2f} | {one['max']:.2f} | {verdict} |")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    TABLE.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
