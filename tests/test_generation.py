@@ -120,3 +120,11 @@ def test_batches_hold_every_index_once_longest_first():
     assert [len(batch) for batch in found] == [3, 3, 1]
     assert [lengths[i] for batch in found for i in batch] == sorted(lengths, reverse=True)
     assert sorted(i for batch in found for i in batch) == list(range(7))
+
+
+def test_answers_that_would_leave_the_context_are_refused():
+    lm = tiny.tiny_lm("gpt2", n_positions=32)
+    longest = max(len(encode(lm, prompt).ids) for prompt in PROMPTS[3:])
+    cv.generate(lm, PROMPTS[3:], max_new_tokens=32 - longest)
+    with pytest.raises(InputError, match="make 33, the context of tiny-gpt2 is 32"):
+        cv.generate(lm, PROMPTS[3:], max_new_tokens=33 - longest)

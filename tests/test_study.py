@@ -239,7 +239,7 @@ def test_plan_counts_the_work(content, tmp_path):
     # 4 test prompts for every arm and the donor, 2 development prompts for the three that are calibrated.
     assert counted.answers == 2 * (4 * (counted.arms + 1) + 2 * 3)
     assert counted.seconds is None
-    assert plan(study, ModelSource(study)).seconds > 0
+    assert plan(study, ModelSource(study)).seconds is not None
 
 
 def test_rehearsal_needs_shapes(content, tmp_path):

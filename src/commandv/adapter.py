@@ -100,7 +100,8 @@ class Adapter:
             raise InputError(f"{self.name}: interventions of width {sorted(widths)} for d_model {self.model.d_model}")
         for layer in self.interventions:
             if layer < 0 or (self.model.n_layers and layer >= self.model.n_layers):
-                raise InputError(f"{self.name}: layer {layer} is outside 0 .. {self.model.n_layers - 1}")
+                known = f"0 .. {self.model.n_layers - 1}" if self.model.n_layers else "0 and up"
+                raise InputError(f"{self.name}: layer {layer} is outside {known}")
 
     @property
     def layers(self) -> list[int]:

@@ -38,6 +38,12 @@ def generate(
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: expected 1 or more")
     rows = [encode(lm, text, max_length=max_length).ids for text in texts]
+    longest = max(map(len, rows)) + max_new_tokens
+    if lm.context_length is not None and longest > lm.context_length:
+        raise InputError(
+            f"the longest prompt and {max_new_tokens} new tokens make {longest}, the context of {lm.id} is "
+            f"{lm.context_length}; ask for fewer new tokens, or pass max_length= to keep the prompts' ends"
+        )
     answers = [""] * len(rows)
     for members in batches([len(row) for row in rows], batch_size):
         batch = pad(lm, [rows[i] for i in members])

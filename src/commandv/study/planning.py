@@ -89,7 +89,7 @@ def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
             log.warning("%s cannot be loaded: %s", name, error)
             return None
         total += 2 * size * count / rate * SLOWNESS
-    return round(total)
+    return round(total, 1)
 
 
 def _trained(study: Study) -> set[tuple[str, str, int]]:
