@@ -123,8 +123,8 @@ def test_batches_hold_every_index_once_longest_first():
 
 
 def test_answers_that_would_leave_the_context_are_refused():
-    lm = tiny.tiny_lm("gpt2", n_positions=32)
+    lm = tiny.tiny_lm("gpt2", n_positions=64)
     longest = max(len(encode(lm, prompt).ids) for prompt in PROMPTS[3:])
-    cv.generate(lm, PROMPTS[3:], max_new_tokens=32 - longest)
-    with pytest.raises(InputError, match="make 33, the context of tiny-gpt2 is 32"):
-        cv.generate(lm, PROMPTS[3:], max_new_tokens=33 - longest)
+    cv.generate(lm, PROMPTS[3:], max_new_tokens=64 - longest)
+    with pytest.raises(InputError, match="make 65, the context of tiny-gpt2 is 64"):
+        cv.generate(lm, PROMPTS[3:], max_new_tokens=65 - longest)

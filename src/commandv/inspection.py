@@ -42,11 +42,12 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
             "rank": one.rank,
             "activation": one.activation,
             "positions": str(one.positions),
-            "write_norm": round(float(one.write.norm()), 4),
+            "write_norm": round(one.write_norm, 4),
         }
         for at in adapter.layers
         for one in adapter.interventions[at]
     ]
+    stated = ("convention", "model_hint") if kind == "control-vector" else ()
     return {
         "what": kind,
         "name": adapter.name,
@@ -57,6 +58,7 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
         "parameters": adapter.n_parameters,
         "prefill_only": adapter.prefill_only,
         "made_by": adapter.provenance.get("made_by", "not stated"),
+        **{key: adapter.provenance[key] for key in stated},
         "interventions": interventions,
     }
 

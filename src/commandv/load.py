@@ -6,13 +6,14 @@ from pathlib import Path
 
 from commandv.adapter import Adapter
 from commandv.errors import FormatError
+from commandv.interop.control_vectors import is_control_vector, read_control_vector
 from commandv.interop.pyreft import is_pyreft, read_pyreft
 from commandv.interop.vectors import SUFFIXES, read_vector
 from commandv.store import builtin_path, read
 
 
 def detect(path: str | Path) -> str:
-    """Tell what a path holds: `commandv-adapter`, `commandv-profile`, `pyreft` or `vector`.
+    """Tell what a path holds: `commandv-adapter`, `commandv-profile`, `pyreft`, `vector` or `control-vector`.
 
     Raises:
         FormatError: none of these; says what was found.
@@ -21,7 +22,11 @@ def detect(path: str | Path) -> str:
     if path.is_file():
         if path.suffix in SUFFIXES:
             return "vector"
-        raise FormatError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(sorted(SUFFIXES))}")
+        if path.suffix == ".gguf":
+            if is_control_vector(path):
+                return "control-vector"
+            raise FormatError(f"{path}: a GGUF file of a model, not of a control vector; open it with load_model")
+        raise FormatError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(sorted({*SUFFIXES, '.gguf'}))}")
     if not path.is_dir():
         raise FormatError(f"{path}: no such file or directory")
     if is_pyreft(path):
@@ -30,6 +35,8 @@ def detect(path: str | Path) -> str:
         return "commandv-profile"
     if (path / "tensors.safetensors").is_file():
         return "commandv-adapter"
+    if (path / "sae_weights.safetensors").is_file():
+        raise FormatError(f"{path}: a sparse autoencoder; open it with commandv.interop.sae and steer one feature")
     if (path / "config.json").is_file():
         raise FormatError(f"{path}: has a config.json but no weights beside it; copy the whole directory")
     names = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
@@ -37,11 +44,12 @@ def detect(path: str | Path) -> str:
 
 
 def load_adapter(source: str | Path, *, layer: int | None = None) -> Adapter:
-    """Load an adapter: `builtin:BEHAVIOUR@MODEL`, a directory of ours, a pyreft directory, or a vector file.
+    """Load an adapter: `builtin:BEHAVIOUR@MODEL`, a directory of ours, a pyreft directory, a vector file, or a control
+    vector of llama.cpp.
 
     Args:
         source: what to load.
-        layer: for a vector file, the layer it acts on.
+        layer: for a vector file, the layer it acts on; of a stack or a control vector, the only layer to take.
 
     Raises:
         FormatError: unsafe, damaged, unknown or of another kind; says what was got and what to do.
@@ -57,4 +65,6 @@ def load_adapter(source: str | Path, *, layer: int | None = None) -> Adapter:
         return read_pyreft(Path(source))
     if kind == "vector":
         return read_vector(Path(source), layer=layer)
+    if kind == "control-vector":
+        return read_control_vector(Path(source), layer=layer)
     raise FormatError(f"{source}: a profile, not an adapter; open it with load_profile")

@@ -23,10 +23,10 @@ def export(
     """Write an adapter in another project's format, or say why that format cannot hold it."""
     import commandv as cv
     from commandv.errors import InputError
-    from commandv.interop import EXPORTS
+    from commandv.interop.control_vectors import write_control_vector
 
-    if format not in EXPORTS:
-        raise InputError(f"format {format!r}: expected one of {', '.join(EXPORTS)}")
+    if format != "control-vector":
+        raise InputError(f"format {format!r}: expected control-vector")
     loaded = cv.load_adapter(adapter, layer=layer)
-    path = EXPORTS[format](loaded, out, model_hint)
+    path = write_control_vector(loaded, out, model_hint)
     show({"file": str(path), "format": format, "layers": loaded.layers, "d_model": loaded.d_model}, as_json)
