@@ -335,7 +335,10 @@ def test_json_has_no_nan(capsys):
     assert Ran(0, out, "").json == {"r2": [1.5, None, None], "path": "a", "name": "ünï"}
 
 
-VERBS = ("profile", "train", "paste", "generate", "inspect", "doctor", "demo", "evaluate", "study", "report")
+VERBS = (
+    *("profile", "train", "paste", "generate", "inspect", "doctor", "demo"),
+    *("export", "steer", "evaluate", "study", "report"),
+)
 
 
 def test_help_loads_no_heavy_library():

@@ -31,11 +31,18 @@ from .adapter import (
     steering_vector as steering_vector,
 )
 from .attaching import attach as attach
+from .carried import Carried as Carried
 from .convert import (
     Affine as Affine,
 )
 from .convert import (
+    Autoencoder as Autoencoder,
+)
+from .convert import (
     FactorStore as FactorStore,
+)
+from .convert import (
+    FourierRidge as FourierRidge,
 )
 from .convert import (
     Pinv as Pinv,
@@ -105,6 +112,46 @@ from .profiles import (
 )
 from .prompts import PromptSet as PromptSet
 from .prompts import load_prompts as load_prompts
+from .steering import (
+    Contrast as Contrast,
+)
+from .steering import (
+    Probe as Probe,
+)
+from .steering import (
+    auc as auc,
+)
+from .steering import (
+    carry_directions as carry_directions,
+)
+from .steering import (
+    carry_probes as carry_probes,
+)
+from .steering import (
+    clamp as clamp,
+)
+from .steering import (
+    directions as directions,
+)
+from .steering import (
+    from_directions as from_directions,
+)
+from .steering import (
+    load_contrast as load_contrast,
+)
+from .steering import (
+    mean_ablation_along as mean_ablation_along,
+)
+from .steering import (
+    probes as probes,
+)
+from .steering import (
+    prompt_states as prompt_states,
+)
+from .steering import (
+    steer as steer,
+)
+from .steering.choosing import choose_layer as choose_layer
 from .store import save as save
 from .training import (
     ConsReFT as ConsReFT,

@@ -22,7 +22,7 @@ from commandv.study.schema import Behaviour, Study
 log = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 40  # of a usual prompt with its template, for estimates
-SLOWNESS = 3.0  # generation and small batches run at about this fraction below matrix products of the probe
+SLOWNESS = 1.5  # generation and small batches run at about this fraction below matrix products of the probe
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""The verb that makes steering adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commandv.cli.app import app
+from commandv.cli.options import BatchSize, Device, Dtype, Json, Model, Template, show
+
+
+@app.command()
+def steer(
+    model: Model,
+    contrast: Annotated[
+        str, typer.Argument(help="{positive, negative} lines (.jsonl); with --negative the positive prompts.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the adapter.")],
+    negative: Annotated[str | None, typer.Option(help="The negative prompts: a file or builtin:NAME.")] = None,
+    paired: Annotated[bool, typer.Option("--paired", help="The two sets belong together line by line.")] = False,
+    method: Annotated[str, typer.Option(help="caa (difference in means), actadd (one pair), pca, probe.")] = "caa",
+    positions: Annotated[str, typer.Option(help="Tokens to read: l1, l4, all, g8 (of replies).")] = "l1",
+    trigger: Annotated[str | None, typer.Option(help="Read at this string's last token instead.")] = None,
+    negative_trigger: Annotated[str | None, typer.Option(help="The negative side's, where it is another.")] = None,
+    layers: Annotated[str, typer.Option(help="middle_third, all_layers, ... or 4,8,12.")] = "middle_third",
+    kind: Annotated[str, typer.Option(help="add, ablate, mean-ablate, clamp.")] = "add",
+    strength: Annotated[float, typer.Option(help="1 adds what the sides differ by, or ablates wholly.")] = 1.0,
+    relative: Annotated[bool, typer.Option("--relative", help="As a share of the stream's typical norm.")] = False,
+    at: Annotated[str, typer.Option(help="Tokens to act on: all, l1, f1+l1, g8, ...")] = "all",
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    device_map: Device = None,
+    template: Template = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a steering adapter from contrasting prompts or replies."""
+    import commandv as cv
+    from commandv.errors import InputError
+    from commandv.store import require_free
+
+    require_free(out)
+    if negative_trigger is not None and trigger is None:
+        raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
+    sides = cv.load_contrast(contrast, negative, paired=paired)
+    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
+    both = (trigger, negative_trigger) if trigger is not None and negative_trigger is not None else trigger
+    adapter = cv.steer(
+        lm, sides, method=method, positions=positions, trigger=both, layers=layers, kind=kind, strength=strength,
+        relative=relative, at=at, batch_size=batch_size, name=out.name,
+    )  # fmt: skip
+    cv.save(adapter, out)
+    show({"adapter": str(out), "method": method, "kind": kind, "layers": adapter.provenance["layers"]}, as_json)
