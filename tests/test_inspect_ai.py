@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 
-import huggingface_hub
 import pytest
 import torch
 
 import commandv as cv
+import network
 import tiny
 
 inspect_ai = pytest.importorskip("inspect_ai", reason="needs pip install 'commandv[inspect]'")
@@ -42,25 +41,8 @@ TURNS = [
 def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
-    # The environment is read once, when the hub's client is imported; here that has happened.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for processes that a test starts
-    attempts, connect = [], socket.socket.connect
-
-    def local_only(self, address):
-        if self.family != socket.AF_UNIX:
-            attempts.append(address)
-            raise OSError(f"a test tried to reach {address}")
-        return connect(self, address)
-
-    def no_names(host, *_, **__):
-        attempts.append(host)
-        raise OSError(f"a test tried to look up {host}")
-
-    monkeypatch.setattr(socket.socket, "connect", local_only)
-    monkeypatch.setattr(socket, "getaddrinfo", no_names)
-    yield
-    assert not attempts  # the frameworks swallow the error
+    with network.refused(monkeypatch):
+        yield
 
 
 def evaluate(model, log_dir, **options):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
 import torch
 
 import commandv as cv
+import network
 import tiny
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs pip install 'commandv[lm-eval]'")
@@ -69,25 +68,8 @@ metric_list:
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    # The environment is read once, when the hub's client is imported; here that has happened.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for processes that a test starts
-    attempts, connect = [], socket.socket.connect
-
-    def local_only(self, address):
-        if self.family != socket.AF_UNIX:
-            attempts.append(address)
-            raise OSError(f"a test tried to reach {address}")
-        return connect(self, address)
-
-    def no_names(host, *_, **__):
-        attempts.append(host)
-        raise OSError(f"a test tried to look up {host}")
-
-    monkeypatch.setattr(socket.socket, "connect", local_only)
-    monkeypatch.setattr(socket, "getaddrinfo", no_names)
-    yield
-    assert not attempts  # the frameworks swallow the error
+    with network.refused(monkeypatch):
+        yield
 
 
 @pytest.fixture

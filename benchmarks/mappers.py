@@ -1,0 +1,249 @@
+"""The mapper ablation: every way to fit a converter, on the same rows of the two packaged models, both ways.
+
+    python benchmarks/mappers.py            # everything; writes results/mappers.json and docs/benchmarks/mappers.md
+    python benchmarks/mappers.py --quick    # one layer pair and 8 prompts each way; prints the table, writes nothing
+    python benchmarks/mappers.py --report   # the table again, from results/mappers.json
+
+Figures are on prompts that no fit has seen. The shipped numbered-list adapter of one model is pasted into the other at
+scale 1 with nothing chosen, on the same layers for every method, and its rate is that of development questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import commandv as cv
+from commandv.evaluate import GRADERS, rate
+from commandv.match import LayerPair
+from commandv.pasting import HOLDOUT, Bridge, _carried, held_out_prompts, varying
+from commandv.profiles import paired_rows
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results" / "mappers.json"
+TABLE = ROOT.parent / "docs" / "benchmarks" / "mappers.md"
+SMOL, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
+BEHAVIOUR, TOKENS, N_DEV = "numbered-list", 16, 48
+LONGER = {"epochs": 60, "learning_rate": 1e-3}
+METHODS: dict[str, Any] = {
+    "pinv (published)": cv.Pinv(),
+    "affine": cv.Affine(),
+    "ridge": cv.Ridge(),
+    "reduced rank": cv.ReducedRank(),
+    "Procrustes": cv.Procrustes(),
+    "Fourier ridge": cv.FourierRidge(),
+    "autoencoder": cv.Autoencoder(),
+    "its affine twin": cv.Autoencoder(relu=False),
+    "autoencoder, longer": cv.Autoencoder(**LONGER),
+    "its affine twin, longer": cv.Autoencoder(relu=False, **LONGER),
+}
+
+
+@functools.cache
+def model(name: str) -> cv.LM:
+    return cv.load_model(name)
+
+
+@functools.cache
+def profiled(name: str) -> cv.Profile:
+    return cv.profile(model(name), cv.load_prompts("builtin:general"), text=cv.load_prompts("builtin:text"))
+
+
+def layer_pairs(donor: str, recipient: str, n_pairs: int) -> tuple[cv.Adapter, list[LayerPair]]:
+    """Return the shipped adapter and the first of its layer pairs within the recipient's last third."""
+    adapter = cv.load_adapter(f"builtin:{BEHAVIOUR}@{donor}")
+    allowed = set(cv.last_third(profiled(recipient).n_layers))
+    pairs = [p for p in cv.proportional(profiled(donor), profiled(recipient), adapter.layers) if p.recipient in allowed]
+    return adapter, pairs[:n_pairs]
+
+
+# -- one method -------------------------------------------------------------------------------------------------------
+
+
+def bridge_of(donor: cv.Profile, recipient: cv.Profile, fit: Any) -> Bridge:
+    return Bridge(donor, recipient, fit, "end", None, HOLDOUT, None, cv.FactorStore())
+
+
+def per_prompt(predicted: torch.Tensor, true: torch.Tensor, prompts: np.ndarray) -> dict[str, dict[int, float]]:
+    """Return each prompt's part of the standardised R², 1 - error, and its mean cosine."""
+    keep = varying(true)
+    error = ((predicted - true).square()[:, keep] / true.var(0, correction=0)[keep]).mean(1).numpy()
+    z, t = (((rows - true.mean(0)) / true.std(0))[:, keep] for rows in (predicted, true))
+    cosine = torch.nn.functional.cosine_similarity(z, t).numpy()
+    return {
+        name: {int(p): float(values[prompts == p].mean()) for p in np.unique(prompts)}
+        for name, values in (("r2", 1 - error), ("cosine", cosine))
+    }
+
+
+def pooled(many: list[dict[int, float]]) -> dict[str, Any]:
+    """Return the mean over prompts of the mean over layer pairs, with a 95 % bootstrap interval over prompts."""
+    values = np.array([np.mean([one[p] for one in many]) for p in many[0]])
+    drawn = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def measured(donor: str, recipient: str, fit: Any, n_pairs: int, n_dev: int) -> dict[str, Any]:
+    """Fit, measure and paste one method one way."""
+    adapter, pairs = layer_pairs(donor, recipient, n_pairs)
+    bridge = bridge_of(profiled(donor), profiled(recipient), fit)
+    seconds, parts, made, facts = [], [], {}, []
+    for pair in pairs:
+        start = time.perf_counter()
+        made[pair.recipient], *chosen = _carried(bridge, pair, adapter.interventions[pair.donor], 1.0)
+        seconds.append(time.perf_counter() - start)
+        facts.append(chosen)
+        found = {}
+        for side, converter in (("read", bridge.into(pair)), ("write", bridge.back(pair))):
+            of_donor, of_recipient, prompts = bridge.rows(side, pair, held_out=True)
+            x, y = (of_recipient, of_donor) if side == "read" else (of_donor, of_recipient)
+            for name, values in per_prompt(converter(x.double()), y.double(), prompts).items():
+                found[f"{side}_{name}"] = values
+        parts.append(found)
+    pasted = cv.Adapter(made, profiled(recipient).model, adapter.name)
+    return {
+        **{name: pooled([part[name] for part in parts]) for name in parts[0]},
+        "behaviour": behaviour(recipient, pasted, n_dev),
+        "seconds": {"median": float(np.median(seconds)), "min": min(seconds), "max": max(seconds)},
+        "parameters": pasted.n_parameters,
+        "chosen": facts,
+    }
+
+
+def behaviour(name: str, adapter: cv.Adapter | None, n_dev: int) -> dict[str, Any]:
+    questions = cv.load_prompts("builtin:questions-dev")[:n_dev]
+    with cv.attach(model(name), adapter) if adapter else contextlib.nullcontext():
+        answers = cv.generate(model(name), questions, max_new_tokens=TOKENS, batch_size=n_dev)
+    return rate(BEHAVIOUR, [int(GRADERS[BEHAVIOUR](answer)) for answer in answers])._asdict()
+
+
+def memory(method: str, donor: str, recipient: str) -> None:
+    """Print by how many bytes one layer pair's fits raise the peak of this process; run in a process of its own."""
+    one, two = (cv.load_profile(path) for path in (donor, recipient))
+    adapter = cv.load_adapter(f"builtin:{BEHAVIOUR}@{GEMMA}")
+    pair = LayerPair(adapter.layers[-1], cv.last_third(two.n_layers)[0])
+    for side in ("end", "text"):
+        paired_rows(one, two, side)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = peak()
+    _carried(bridge_of(one, two, METHODS[method]), pair, adapter.interventions[pair.donor], 1.0)
+    print(peak() - before)
+
+
+def peak() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run(quick: bool) -> dict[str, Any]:
+    n_pairs, n_dev = (1, 8) if quick else (3, N_DEV)
+    methods = {name: METHODS[name] for name in ("ridge", "Fourier ridge", "autoencoder")} if quick else METHODS
+    paths = [str(profiled(name).path) for name in (GEMMA, SMOL)]
+    command = [sys.executable, __file__, "--memory"]
+    bytes_of = {
+        name: int(subprocess.run([*command, name, *paths], check=True, capture_output=True, text=True).stdout)
+        for name in methods
+    }
+    ways = []
+    for donor, recipient in ((GEMMA, SMOL), (SMOL, GEMMA)):
+        adapter, pairs = layer_pairs(donor, recipient, n_pairs)
+        rows = {}
+        for side in ("end", "text"):
+            prompts = paired_rows(profiled(donor), profiled(recipient), side)[2]
+            unseen = held_out_prompts(prompts, HOLDOUT)
+            rows[side] = {"fitted": int((~unseen).sum()), "held_out": int(unseen.sum())}
+        way = {"donor": donor, "recipient": recipient, "pairs": [list(pair) for pair in pairs], "rows": rows}
+        way["unmodified"] = behaviour(recipient, None, n_dev)
+        way["donor with its adapter"] = behaviour(donor, adapter, n_dev)
+        way["methods"] = {}
+        for name, fit in methods.items():
+            way["methods"][name] = measured(donor, recipient, fit, n_pairs, n_dev)
+            print(donor, name, json.dumps({k: v for k, v in way["methods"][name].items() if k != "chosen"}), flush=True)
+        ways.append(way)
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "peak_bytes": bytes_of, "ways": ways}
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+HEAD = """# Mappers
+
+Written by `python benchmarks/mappers.py`. Every method is fitted on the same rows of the cached profiles
+(`builtin:general`, `builtin:text`): last-token rows for reading (recipient -> donor), text rows for writing. Read and
+write: standardised R² and cosine of centred, standardised rows on held-out prompts, mean over the layer pairs, with
+95 % intervals from a bootstrap over prompts. Behaviour: the share of development questions answered with a numbered
+list once the donor's shipped adapter is pasted on these layer pairs only, at scale 1, nothing chosen; 95 % Wilson
+intervals. Seconds: both fits of one layer pair, one thread, on a machine shared with other jobs. Memory: by how much
+both fits raise the peak of a fresh process.
+
+*autoencoder* and *its affine twin* have the settings of arXiv 2503.04429 (3 epochs at 1e-4, batches of 16 rows, 4
+accumulated), which was given far more rows; *longer* is at most 60 epochs at 1e-3, stopped on a tenth of the prompts.
+"""
+
+
+def shown(score: dict[str, Any]) -> str:
+    return f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
+
+
+def report(result: dict[str, Any]) -> str:
+    out = [HEAD]
+    for way in result["ways"]:
+        pairs = ", ".join(f"{a} -> {b}" for a, b in way["pairs"])
+        rows = way["rows"]
+        some = next(iter(way["methods"].values()))
+        out += [
+            f"## {way['donor']} -> {way['recipient']}\n",
+            f"Layer pairs {pairs}. Rows fitted: {rows['end']['fitted']} for reading, {rows['text']['fitted']} for "
+            f"writing; held out: {rows['end']['held_out']} rows of {some['read_r2']['n']} prompts, and "
+            f"{rows['text']['held_out']} of {some['write_r2']['n']}. Behaviour on n = {some['behaviour']['n']}: "
+            f"unmodified {shown(way['unmodified'])}, donor with its adapter {shown(way['donor with its adapter'])}.\n",
+            "| method | read R² | read cosine | write R² | write cosine | behaviour | s per pair | memory | held |",
+            "|---" * 9 + "|",
+        ]
+        for name, one in way["methods"].items():
+            figures = (one[key] for key in ("read_r2", "read_cosine", "write_r2", "write_cosine", "behaviour"))
+            out.append(
+                f"| {name} | {' | '.join(map(shown, figures))} | {one['seconds']['median']:.2f} | "
+                f"{result['peak_bytes'][name] / 1e6:.0f} MB | {one['parameters'] * 4 / 1e6:.1f} MB |"
+            )
+        out.append("")
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one layer pair, three methods; prints the table only")
+    parser.add_argument("--report", action="store_true", help="the table again, from the results")
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(1)
+    if options.memory:
+        memory(*options.memory)
+        return
+    result = json.loads(RESULTS.read_text()) if options.report else run(options.quick)
+    text = report(result)
+    print(text)
+    if options.quick:
+        return
+    for path, content in ((RESULTS, json.dumps(result, indent=1) + "\n"), (TABLE, text)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
