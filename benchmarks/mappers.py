@@ -5,7 +5,8 @@
     python benchmarks/mappers.py --report   # the table again, from results/mappers.json
 
 Figures are on prompts that no fit has seen. The shipped numbered-list adapter of one model is pasted into the other at
-scale 1 with nothing chosen, on the same layers for every method, and its rate is that of development questions.
+scale 1 with nothing chosen, on the same layers for every method, and its rate is that of development questions; all of
+its layers that are matched to the recipient's last third are used.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def profiled(name: str) -> cv.Profile:
     return cv.profile(model(name), cv.load_prompts("builtin:general"), text=cv.load_prompts("builtin:text"))
 
 
-def layer_pairs(donor: str, recipient: str, n_pairs: int) -> tuple[cv.Adapter, list[LayerPair]]:
+def layer_pairs(donor: str, recipient: str, n_pairs: int | None) -> tuple[cv.Adapter, list[LayerPair]]:
     """Return the shipped adapter and the first of its layer pairs within the recipient's last third."""
     adapter = cv.load_adapter(f"builtin:{BEHAVIOUR}@{donor}")
     allowed = set(cv.last_third(profiled(recipient).n_layers))
@@ -96,15 +97,17 @@ def pooled(many: list[dict[int, float]]) -> dict[str, Any]:
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
-def measured(donor: str, recipient: str, fit: Any, n_pairs: int, n_dev: int) -> dict[str, Any]:
+def measured(donor: str, recipient: str, fit: Any, n_pairs: int | None, n_dev: int) -> dict[str, Any]:
     """Fit, measure and paste one method one way."""
     adapter, pairs = layer_pairs(donor, recipient, n_pairs)
     bridge = bridge_of(profiled(donor), profiled(recipient), fit)
-    seconds, parts, made, facts = [], [], {}, []
+    seconds, parts, facts = [], [], []
+    made: dict[int, tuple[cv.Intervention, ...]] = {}
     for pair in pairs:
         start = time.perf_counter()
-        made[pair.recipient], *chosen = _carried(bridge, pair, adapter.interventions[pair.donor], 1.0)
+        carried, *chosen = _carried(bridge, pair, adapter.interventions[pair.donor], 1.0)
         seconds.append(time.perf_counter() - start)
+        made[pair.recipient] = (*made.get(pair.recipient, ()), *carried)
         facts.append(chosen)
         found = {}
         for side, converter in (("read", bridge.into(pair)), ("write", bridge.back(pair))):
@@ -150,8 +153,27 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def measured_way(
+    donor: str, recipient: str, methods: dict[str, Any], n_pairs: int | None, n_dev: int
+) -> dict[str, Any]:
+    """Measure every method from one donor to one recipient."""
+    adapter, pairs = layer_pairs(donor, recipient, n_pairs)
+    rows = {}
+    for side in ("end", "text"):
+        prompts = paired_rows(profiled(donor), profiled(recipient), side)[2]
+        unseen = held_out_prompts(prompts, HOLDOUT)
+        rows[side] = {"fitted": int((~unseen).sum()), "held_out": int(unseen.sum())}
+    way: dict[str, Any] = {"donor": donor, "recipient": recipient, "pairs": [list(pair) for pair in pairs]}
+    way |= {"rows": rows, "unmodified": behaviour(recipient, None, n_dev)}
+    way |= {"donor with its adapter": behaviour(donor, adapter, n_dev), "methods": {}}
+    for name, fit in methods.items():
+        way["methods"][name] = measured(donor, recipient, fit, n_pairs, n_dev)
+        print(donor, name, json.dumps({k: v for k, v in way["methods"][name].items() if k != "chosen"}), flush=True)
+    return way
+
+
 def run(quick: bool) -> dict[str, Any]:
-    n_pairs, n_dev = (1, 8) if quick else (3, N_DEV)
+    n_pairs, n_dev = (1, 8) if quick else (None, N_DEV)
     methods = {name: METHODS[name] for name in ("ridge", "Fourier ridge", "autoencoder")} if quick else METHODS
     paths = [str(profiled(name).path) for name in (GEMMA, SMOL)]
     command = [sys.executable, __file__, "--memory"]
@@ -159,22 +181,7 @@ def run(quick: bool) -> dict[str, Any]:
         name: int(subprocess.run([*command, name, *paths], check=True, capture_output=True, text=True).stdout)
         for name in methods
     }
-    ways = []
-    for donor, recipient in ((GEMMA, SMOL), (SMOL, GEMMA)):
-        adapter, pairs = layer_pairs(donor, recipient, n_pairs)
-        rows = {}
-        for side in ("end", "text"):
-            prompts = paired_rows(profiled(donor), profiled(recipient), side)[2]
-            unseen = held_out_prompts(prompts, HOLDOUT)
-            rows[side] = {"fitted": int((~unseen).sum()), "held_out": int(unseen.sum())}
-        way = {"donor": donor, "recipient": recipient, "pairs": [list(pair) for pair in pairs], "rows": rows}
-        way["unmodified"] = behaviour(recipient, None, n_dev)
-        way["donor with its adapter"] = behaviour(donor, adapter, n_dev)
-        way["methods"] = {}
-        for name, fit in methods.items():
-            way["methods"][name] = measured(donor, recipient, fit, n_pairs, n_dev)
-            print(donor, name, json.dumps({k: v for k, v in way["methods"][name].items() if k != "chosen"}), flush=True)
-        ways.append(way)
+    ways = [measured_way(*names, methods, n_pairs, n_dev) for names in ((GEMMA, SMOL), (SMOL, GEMMA))]
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "peak_bytes": bytes_of, "ways": ways}
 
 

@@ -139,7 +139,7 @@ def test_no_global_seed_is_read_or_changed():
     x, y = planted(curved=True)
     for fit in (FourierRidge(features=16), Autoencoder(epochs=1)):
         torch.manual_seed(1)
-        np.random.seed(1)  # noqa: NPY002
+        np.random.seed(1)
         first, state = fit(x, y), torch.get_rng_state()
         torch.manual_seed(2)
         assert not torch.equal(torch.get_rng_state(), state)

@@ -72,6 +72,28 @@ class Intervention:
         """Return what is added to `h` [..., d_model], in the same shape."""
         return ACTIVATIONS[self.activation](h @ self.read.T + self.bias) @ self.write
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers it holds."""
+        return self.read.numel() + self.bias.numel() + self.write.numel()
+
+    @property
+    def write_norm(self) -> float:
+        """Norm of W."""
+        return float(self.write.norm())
+
+    def scaled(self, scale: float) -> Intervention:
+        """Return it with its delta multiplied."""
+        return replace(self, write=self.write * scale)
+
+    def at(self, positions: Positions) -> Intervention:
+        """Return it acting elsewhere."""
+        return replace(self, positions=positions)
+
+    def turned(self, turn: Tensor) -> Intervention:
+        """Return it with its delta turned, Delta(h) Q for `turn` Q, [d_model, d_model]."""
+        return replace(self, write=(self.write.double() @ turn.double()).float())
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -121,11 +143,7 @@ class Adapter:
     @property
     def n_parameters(self) -> int:
         """Numbers it holds."""
-        return sum(
-            one.read.numel() + one.bias.numel() + one.write.numel()
-            for many in self.interventions.values()
-            for one in many
-        )
+        return sum(one.n_parameters for many in self.interventions.values() for one in many)
 
     def map(self, change: Callable[[Intervention], Intervention], **fields: Any) -> Adapter:
         """Return an adapter with every intervention changed, and other fields replaced."""
@@ -134,11 +152,11 @@ class Adapter:
 
     def scaled(self, scale: float) -> Adapter:
         """Return the adapter with its deltas multiplied by `scale`."""
-        return self.map(lambda one: replace(one, write=one.write * scale))
+        return self.map(lambda one: one.scaled(scale))
 
     def at(self, positions: Positions) -> Adapter:
         """Return the adapter acting at other positions."""
-        return self.map(lambda one: replace(one, positions=positions))
+        return self.map(lambda one: one.at(positions))
 
     def on_layers(self, layers: Mapping[int, Any] | list[int] | range) -> Adapter:
         """Return the part of the adapter that acts on some layers.

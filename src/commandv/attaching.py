@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from commandv.adapter import ACTIVATIONS, Adapter, Intervention
+from commandv.carried import Carried
 from commandv.errors import InputError, MismatchError
 from commandv.models import LM
 from commandv.positions import Positions
@@ -197,6 +198,18 @@ class _Edit:
         return (self.activation(torch.addmm(self.bias, h.float(), self.read)) @ self.write).to(h.dtype)
 
 
+class _CarriedEdit:
+    """One intervention that is carried through converters which are not affine; it cannot be stacked."""
+
+    def __init__(self, one: Carried, scale: float) -> None:
+        self.positions, self.one = one.positions, one.scaled(scale)
+
+    def delta(self, h: Tensor) -> Tensor:
+        if self.one.into.mean.device != h.device:
+            self.one = self.one.to(h.device)
+        return self.one.delta(h)
+
+
 class _Places:
     """Positions in one forward pass as row and column indices, computed once for all layers."""
 
@@ -211,14 +224,17 @@ class _Places:
         return self._moved[device]
 
 
-def _group(interventions: tuple[Intervention, ...], scale: float) -> list[_Edit]:
+def _group(interventions: tuple[Intervention, ...], scale: float) -> list[_Edit | _CarriedEdit]:
     groups: dict[tuple[Positions, str], list[Intervention]] = defaultdict(list)
+    carried = [one for one in interventions if isinstance(one, Carried)]
     for one in interventions:
-        groups[one.positions, one.activation].append(one)
-    return [_Edit(members, scale) for members in groups.values()]
+        if not isinstance(one, Carried):
+            groups[one.positions, one.activation].append(one)
+    folded = [_Edit(members, scale) for members in groups.values()]
+    return [*folded, *(_CarriedEdit(one, scale) for one in carried)]
 
 
-def _edit_hook(live: list[tuple[_Edit, _Places]]) -> Callable[[nn.Module, Any, Any], Any]:
+def _edit_hook(live: list[tuple[_Edit | _CarriedEdit, _Places]]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
         changed = h

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from commandv.carried import Carried
 from commandv.load import detect, load_adapter
 from commandv.profiles import END, load_profile
 
@@ -43,6 +44,7 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
             "activation": one.activation,
             "positions": str(one.positions),
             "write_norm": round(one.write_norm, 4),
+            **({"through": repr(one)} if isinstance(one, Carried) else {}),
         }
         for at in adapter.layers
         for one in adapter.interventions[at]

@@ -2,7 +2,8 @@
 
 With into(h) = h A + a (recipient -> donor) and back(d) = d B (donor -> recipient, differences), an intervention
 act(h Rᵀ + b) W of the donor becomes act(h (R Aᵀ)ᵀ + b + R a) (W B), the same form in the recipient's space. Only the
-2 · rank right-hand sides that matter are solved; no converter is formed or applied when the model runs.
+2 · rank right-hand sides that matter are solved; no converter is formed or applied when the model runs. Converters that
+are not affine do not fold: the intervention is wrapped in them (`commandv.carried`).
 
 Source: arXiv 2506.19140, section 3, equations 3 to 5; folding, regularisation and separate rows are ours.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,8 +21,9 @@ import threadpoolctl
 import torch
 from torch import Tensor
 
-from commandv.adapter import Adapter, Intervention
-from commandv.convert import FITTERS, Converter, FactorStore, Fitter, ReducedRank, Ridge
+from commandv.adapter import ACTIVATIONS, Adapter, Intervention
+from commandv.carried import Carried
+from commandv.convert import FITTERS, Converter, FactorStore, Fitter, Network, ReducedRank, Ridge
 from commandv.errors import InputError, MismatchError
 from commandv.match import LayerChoice, LayerPair, Matcher, choose_layers, last_third, proportional
 from commandv.profiles import Profile, Rows, paired_rows
@@ -88,16 +90,8 @@ def paste(
     bridge = Bridge(donor, recipient, fit, read_rows, write_rows, holdout, shuffle, store)
 
     def carry(pair: LayerPair) -> tuple[tuple[Intervention, ...], dict[str, Any]]:
-        many = adapter.interventions[pair.donor]
-        into = bridge.into(pair)
-        pulled, read_facts = [into.pull(one.read) for one in many], into.facts
-        del into  # frees its factorisation before the next is made
-        back = bridge.back(pair)
-        carried = tuple(
-            fold(one, read, shift, scale * back.push(one.write))
-            for one, (read, shift) in zip(many, pulled, strict=True)
-        )
-        return carried, {"pair": list(pair), "read": read_facts, "write": back.facts}
+        carried, read_facts, write_facts = _carried(bridge, pair, adapter.interventions[pair.donor], scale)
+        return carried, {"pair": list(pair), "read": read_facts, "write": write_facts}
 
     interventions: dict[int, tuple[Intervention, ...]] = {}
     facts = []
@@ -114,6 +108,35 @@ def paste(
         "layers": facts,
     }
     return Adapter(interventions, recipient.model, adapter.name, provenance, donor=adapter)
+
+
+def _carried(
+    bridge: Bridge, pair: LayerPair, many: tuple[Intervention, ...], scale: float
+) -> tuple[tuple[Intervention, ...], dict[str, Any], dict[str, Any]]:
+    """Return one layer's interventions in the recipient, and what the fits of reading and writing chose."""
+    into = bridge.into(pair)
+    if isinstance(into, Network):
+        back = bridge.back(pair)
+        return _wrapped(many, into, back, scale), into.facts, back.facts
+    pulled, read_facts = [into.pull(one.read) for one in many], into.facts
+    del into  # frees its factorisation before the next is made
+    back = bridge.back(pair)
+    if isinstance(back, Network):
+        return _wrapped(many, bridge.into(pair), back, scale), read_facts, back.facts
+    folded = tuple(
+        fold(one, read, shift, scale * back.push(one.write)) for one, (read, shift) in zip(many, pulled, strict=True)
+    )
+    return folded, read_facts, back.facts
+
+
+def _wrapped(
+    many: tuple[Intervention, ...], into: Converter | Network, back: Converter | Network, scale: float
+) -> tuple[Carried, ...]:
+    """Return interventions that do not fold, because a converter is not affine."""
+    d_donor = many[0].d_model
+    reads = Network.of(into, d_donor)
+    writes = Network.of(back, reads.d_x)
+    return tuple(Carried(one, reads, writes, scale) for one in many)
 
 
 def fold(one: Intervention, read: Tensor, shift: Tensor, write: Tensor) -> Intervention:
@@ -146,7 +169,8 @@ class Bridge:
 
     def settings(self) -> dict[str, Any]:
         """Return what is needed to fit the same converters again, JSON-able."""
-        options = asdict(self.fit)  # type: ignore[call-overload]
+        known = asdict(self.fit)  # type: ignore[call-overload]
+        options = {one.name: known[one.name] for one in fields(self.fit) if one.compare}  # type: ignore[arg-type]
         return {
             "fit": {"name": self.fit.name, **options},
             "rows": self.sides,
@@ -184,14 +208,14 @@ class Bridge:
         donor, recipient = self.donor.layer(pair.donor), self.recipient.layer(pair.recipient)
         return taken(donor, i), taken(recipient, j), prompts
 
-    def into(self, pair: LayerPair) -> Converter:
+    def into(self, pair: LayerPair) -> Converter | Network:
         """Fit recipient -> donor, for reading."""
         donor, recipient, prompts = self.rows("read", pair)
         x = (self.recipient, pair.recipient, self.donor, self.sides["read"], self.holdout)
         y = (pair.donor, self.shuffle)
         return self.fit(recipient, donor, groups=prompts, store=self.store, key=(x, y))
 
-    def back(self, pair: LayerPair) -> Converter:
+    def back(self, pair: LayerPair) -> Converter | Network:
         """Fit donor -> recipient, for writing."""
         donor, recipient, prompts = self.rows("write", pair)
         x = (self.donor, pair.donor, self.recipient, self.sides["write"], self.holdout, self.shuffle)
@@ -236,12 +260,17 @@ def random_like(adapter: Adapter, seed: int) -> Adapter:
     """
     generator = torch.Generator().manual_seed(seed)
 
+    def uniform(n: int) -> Tensor:
+        drawn = torch.linalg.qr(torch.randn(adapter.d_model, n, generator=generator, dtype=torch.float64))
+        return drawn.Q * drawn.R.diagonal().sign()  # LAPACK's own signs favour half of the space
+
     def turn(many: tuple[Intervention, ...]) -> tuple[Intervention, ...]:
+        if any(isinstance(one, Carried) for one in many):  # what it writes spans no few directions
+            whole = uniform(adapter.d_model)
+            return tuple(one.turned(whole) for one in many)
         writes = torch.cat([one.write for one in many]).double()
         shape = torch.linalg.qr(writes.T).R  # writes = shapeᵀ · orthonormal rows
-        drawn = torch.linalg.qr(torch.randn(adapter.d_model, len(shape), generator=generator, dtype=torch.float64))
-        basis = drawn.Q * drawn.R.diagonal().sign()  # uniform: LAPACK's own signs favour half of the space
-        turned = (shape.T @ basis.T).float().split([one.rank for one in many])
+        turned = (shape.T @ uniform(len(shape)).T).float().split([one.rank for one in many])
         return tuple(replace(one, write=write) for one, write in zip(many, turned, strict=True))
 
     interventions = {layer: turn(many) for layer, many in adapter.interventions.items()}
@@ -264,7 +293,8 @@ class Fidelity(NamedTuple):
         write_cosine: the same of the writing converter.
         cycle_error: ||back(into(x)) - x||² / ||x||² of centred, standardised recipient rows; says little alone.
         adapter_read_r2: R² of exactly what the adapter reads, h Rᵀ.
-        adapter_write_r2: R² along exactly the directions it writes, h W'ᵀ.
+        adapter_write_r2: R² along exactly the directions it writes, h W'ᵀ; through a writing converter that is not
+            affine, along the mean over held-out states of what a step of typical length along each direction becomes.
     """
 
     donor: int
@@ -323,9 +353,9 @@ def fidelity(
         cycled, keep = back(read), varying(x)
         centred = ((x - x.mean(0)) / x.std(0))[:, keep]
         error = ((cycled - cycled.mean(0)) / x.std(0))[:, keep] - centred
-        reads = torch.cat([one.read for one in original.interventions[pair.donor]]).double()
-        writes = torch.cat([one.write for one in original.interventions[pair.donor]]).double()
-        into_directions = back.push(writes).T
+        many = original.interventions[pair.donor]
+        reads = torch.cat([one.read for one in many]).double()
+        into_directions = torch.cat([written(back, one, y_text) for one in many]).T
         return Fidelity(
             pair.donor,
             pair.recipient,
@@ -340,6 +370,25 @@ def fidelity(
         )
 
     return parallel(measure, pairs)
+
+
+def written(back: Converter | Network, one: Intervention, states: Tensor) -> Tensor:
+    """Return the directions [rank, d_y] that an intervention writes through a converter; lengths do not matter.
+
+    Through a map that is not affine, W_k becomes the mean over states y of back(y + c_k W_k) - back(y), with c_k the
+    root mean square over these states of act(y Rᵀ + b)_k, which is how far the intervention steps.
+
+    Args:
+        back: donor -> recipient.
+        one: the donor's intervention.
+        states: of the donor, [n, d_x] float64.
+    """
+    if not isinstance(back, Network):
+        return back.push(one.write.double())
+    coefficients = ACTIVATIONS[one.activation](states @ one.read.double().T + one.bias.double())
+    steps = coefficients.square().mean(0).sqrt()[:, None] * one.write.double()
+    before = back(states)
+    return torch.stack([(back(states + step) - before).mean(0) for step in steps])
 
 
 def varying(true: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,12 +15,14 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY = 15.0  # seconds between log lines when there is no terminal
 
+_bar = threading.Lock()  # one terminal has room for one bar; work beside it logs
+
 
 @contextlib.contextmanager
 def track(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances the progress of `title` by so many of `total` steps."""
     console = Console(stderr=True)
-    if console.is_terminal:
+    if console.is_terminal and _bar.acquire(blocking=False):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -27,9 +30,12 @@ def track(title: str, total: int) -> Iterator[Callable[[int], None]]:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(title, total=total)
-            yield lambda steps: progress.advance(task, steps)
+        try:
+            with Progress(*columns, console=console, transient=True) as progress:
+                task = progress.add_task(title, total=total)
+                yield lambda steps: progress.advance(task, steps)
+        finally:
+            _bar.release()
         return
     started = last = time.monotonic()
     done = 0

@@ -15,6 +15,8 @@ import torch
 from pydantic_core import PydanticSerializationError
 
 from commandv.adapter import Adapter, Intervention
+from commandv.carried import Carried
+from commandv.convert.network import Network, shapes
 from commandv.errors import FormatError
 from commandv.models import ModelRef
 from commandv.paths import atomic_directory
@@ -28,12 +30,26 @@ class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
 
+class _NetworkSpec(_Strict):
+    activation: str
+    hidden: int
+    linear: bool
+
+
+class _CarriedSpec(_Strict):
+    d_donor: int
+    into: _NetworkSpec
+    back: _NetworkSpec
+    scale: float
+
+
 class _InterventionSpec(_Strict):
     layer: int
     kind: str
     rank: int
     activation: str
     positions: str
+    carried: _CarriedSpec | None = None
 
 
 class _ModelSpec(_Strict):
@@ -68,15 +84,11 @@ def save(adapter: Adapter, path: str | Path) -> Path:
     for layer in adapter.layers:
         for one in adapter.interventions[layer]:
             number = len(specs)
-            specs.append(
-                _InterventionSpec(
-                    layer=layer, kind="affine", rank=one.rank, activation=one.activation, positions=str(one.positions)
-                )
-            )
-            for part in ("read", "bias", "write"):
+            specs.append(_spec(layer, one))
+            for part, value in _parts(one).items():
                 # A copy each, because safetensors refuses tensors that share memory.
                 tensors[f"{number}.{part}"] = torch.clone(
-                    getattr(one, part).detach().float().cpu(), memory_format=torch.contiguous_format
+                    value.detach().float().cpu(), memory_format=torch.contiguous_format
                 )
     config = _Config(
         format=FORMAT,
@@ -88,7 +100,7 @@ def save(adapter: Adapter, path: str | Path) -> Path:
         provenance=dict(adapter.provenance),
     )
     try:
-        text = config.model_dump_json(indent=2)  # NaN and infinity, which JSON lacks, become null
+        text = config.model_dump_json(indent=2, exclude_unset=True)  # NaN and infinity, which JSON lacks, become null
     except PydanticSerializationError as error:
         raise FormatError(f"{path}: the provenance of {adapter.name} is not plain JSON ({error})") from error
     with atomic_directory(path) as directory:
@@ -155,26 +167,81 @@ def read(path: str | Path) -> Adapter:
     return _build(config, tensors, path)
 
 
+def _spec(layer: int, one: Intervention) -> _InterventionSpec:
+    common: dict[str, Any] = {
+        "layer": layer, "rank": one.rank, "activation": one.activation, "positions": str(one.positions)
+    }  # fmt: skip
+    if not isinstance(one, Carried):
+        return _InterventionSpec(kind="affine", **common)
+    into, back = (
+        _NetworkSpec(activation=net.activation, hidden=len(net.shift), linear=net.linear is not None)
+        for net in (one.into, one.back)
+    )
+    carried = _CarriedSpec(d_donor=one.inner.d_model, into=into, back=back, scale=one.scale)
+    return _InterventionSpec(kind="carried", carried=carried, **common)
+
+
+def _parts(one: Intervention) -> dict[str, torch.Tensor]:
+    """Return the tensors of an intervention by name."""
+    if not isinstance(one, Carried):
+        return {part: getattr(one, part) for part in ("read", "bias", "write")}
+    networks = {"into": one.into, "back": one.back}
+    maps = {f"{side}.{part}": value for side, net in networks.items() for part, value in net.tensors().items()}
+    return {**_parts(one.inner), **maps}
+
+
+def _shapes(spec: _InterventionSpec, d_model: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that an intervention's tensors must have, by name."""
+    d_inner = spec.carried.d_donor if spec.carried else d_model
+    out: dict[str, tuple[int, ...]] = {
+        "read": (spec.rank, d_inner), "bias": (spec.rank,), "write": (spec.rank, d_inner)
+    }  # fmt: skip
+    if spec.carried:
+        for side, net, widths in (
+            ("into", spec.carried.into, (d_model, d_inner)),
+            ("back", spec.carried.back, (d_inner, d_model)),
+        ):
+            out |= {f"{side}.{part}": shape for part, shape in shapes(*widths, net.hidden, net.linear).items()}
+    return out
+
+
+def _intervention(spec: _InterventionSpec, parts: dict[str, torch.Tensor]) -> Intervention:
+    made = Intervention(
+        **{part: parts[part] for part in ("read", "bias", "write")},
+        activation=spec.activation,
+        positions=Positions.parse(spec.positions),
+    )
+    if spec.carried is None:
+        return made
+
+    def network(side: str, net: _NetworkSpec) -> Network:
+        own = {part.removeprefix(f"{side}."): value for part, value in parts.items() if part.startswith(f"{side}.")}
+        return Network.from_tensors(own, net.activation)
+
+    into, back = network("into", spec.carried.into), network("back", spec.carried.back)
+    return Carried(made, into, back, spec.carried.scale)
+
+
 def _build(config: _Config, tensors: dict[str, torch.Tensor], path: Path) -> Adapter:
     interventions: dict[int, tuple[Intervention, ...]] = {}
-    expected = {f"{i}.{part}" for i in range(len(config.interventions)) for part in ("read", "bias", "write")}
+    for number, spec in enumerate(config.interventions):
+        if spec.kind not in ("affine", "carried") or (spec.kind == "carried") != (spec.carried is not None):
+            raise FormatError(f"{path}: intervention {number} is of the unknown kind {spec.kind!r}; upgrade commandv")
+    layouts = [_shapes(spec, config.model.d_model) for spec in config.interventions]
+    expected = {f"{number}.{part}" for number, layout in enumerate(layouts) for part in layout}
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise FormatError(f"{path}: tensors {odd[:4]} are missing or not in the config")
-    d_model = config.model.d_model
-    for number, spec in enumerate(config.interventions):
-        if spec.kind != "affine":
-            raise FormatError(f"{path}: intervention {number} is of the unknown kind {spec.kind!r}; upgrade commandv")
-        shapes = {"read": (spec.rank, d_model), "bias": (spec.rank,), "write": (spec.rank, d_model)}
-        parts = {part: tensors[f"{number}.{part}"] for part in shapes}
-        for part, shape in shapes.items():
+    for number, (spec, layout) in enumerate(zip(config.interventions, layouts, strict=True)):
+        parts = {part: tensors[f"{number}.{part}"] for part in layout}
+        for part, shape in layout.items():
             if tuple(parts[part].shape) != shape or parts[part].dtype != torch.float32:
                 raise FormatError(
                     f"{path}: {number}.{part} is {parts[part].dtype} {tuple(parts[part].shape)}, "
                     f"the config says float32 {shape}"
                 )
         try:
-            made = Intervention(**parts, activation=spec.activation, positions=Positions.parse(spec.positions))
+            made = _intervention(spec, parts)
         except ValueError as error:
             raise FormatError(f"{path}: intervention {number}: {error}") from error
         interventions[spec.layer] = (*interventions.get(spec.layer, ()), made)

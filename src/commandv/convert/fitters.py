@@ -15,6 +15,7 @@ from torch import Tensor
 
 from commandv.convert.factor import EXACT_RTOL, Cholesky, Factor, FactorStore, Solver, Spectral
 from commandv.convert.linear import Converter, Dense, Solved
+from commandv.convert.network import Network
 from commandv.convert.rows import Rows
 from commandv.convert.strength import FLOAT32_FLOOR, choose_strength
 from commandv.errors import InputError
@@ -35,7 +36,7 @@ class Fitter(Protocol):
         groups: np.ndarray | None = None,
         store: FactorStore | None = None,
         key: Key | None = None,
-    ) -> Converter:
+    ) -> Converter | Network:
         """Fit y from x.
 
         Args:
@@ -75,7 +76,7 @@ class Pinv:
         key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
-        _check(x, y)
+        check_pairs(x, y)
         rows = Rows.of(x, centre=False, standardise=False)
         solver = _least_squares(self, rows, self.exact, store, key)
         return Solved(solver, rows, Rows.of(y, centre=False, standardise=False), facts={"fit": self.name})
@@ -97,7 +98,7 @@ class Affine:
         key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
-        _check(x, y)
+        check_pairs(x, y)
         rows = Rows.of(x, centre=True, standardise=False)
         solver = _least_squares(self, rows, True, store, key)
         return Solved(solver, rows, Rows.of(y, centre=True, standardise=False), facts={"fit": self.name})
@@ -143,7 +144,7 @@ class Ridge:
         self, x: Tensor, y: Tensor, *, groups: np.ndarray | None, store: FactorStore | None, key: Key | None
     ) -> tuple[Solver, Rows, Rows, dict[str, Any]]:
         """Return the regularised pseudo-inverse of x, its rows, the rows of y standardised, and what was chosen."""
-        _check(x, y)
+        check_pairs(x, y)
         kept, names = (FactorStore(), (None, None)) if store is None or key is None else (store, key)
         rows = kept.get(
             (names[0], "rows", self.standardise), lambda: Rows.of(x, centre=True, standardise=self.standardise)
@@ -223,7 +224,7 @@ class Procrustes:
         key: Key | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
-        _check(x, y)
+        check_pairs(x, y)
         rows = Rows.of(x, centre=True, standardise=True)
         targets = Rows.of(y, centre=True, standardise=True)
         cross = rows.transposed_times(targets.dense(np.float32))
@@ -237,10 +238,8 @@ class Procrustes:
         return Dense(weight.float(), bias, {"fit": self.name})
 
 
-FITTERS: dict[str, type[Any]] = {cls.name: cls for cls in (Ridge, Pinv, Affine, ReducedRank, Procrustes)}
-
-
-def _check(x: Tensor, y: Tensor) -> None:
+def check_pairs(x: Tensor, y: Tensor) -> None:
+    """Raise `InputError` unless there are as many rows of x as of y."""
     if len(x) != len(y):
         raise InputError(f"{len(x)} rows of x and {len(y)} rows of y; expected pairs")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,12 @@ from commandv.convert.rows import Rows
 
 
 class Converter(Protocol):
-    """y = x A + a from one residual stream (x, width d_x) to another (y, width d_y)."""
+    """y = x A + a from one residual stream (x, width d_x) to another (y, width d_y).
+
+    A fitter may also give a `Network`, which is not `affine` and can only be called.
+    """
+
+    affine: ClassVar[bool]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -32,6 +37,8 @@ class Converter(Protocol):
 
 class _Affine:
     """What every affine converter can do once it can pull and push."""
+
+    affine: ClassVar[bool] = True
 
     def pull(self, read: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
