@@ -6,6 +6,8 @@ profile layer is ever made.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +20,15 @@ from commandv.errors import InputError
 
 BLOCK_BYTES = 4 << 20  # of one block in the working precision
 _TORCH: dict[type, torch.dtype] = {np.float32: torch.float32, np.float64: torch.float64}
+
+
+def own_pages(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Return zeros on memory pages of their own, which go back to the system as soon as the array is dropped.
+
+    malloc keeps freed blocks of up to 32 MB for the thread that freed them: with a few workers that doubles the peak.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), dtype).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +122,7 @@ class Rows:
     def _row_blocks(self, dtype: type, size: int = BLOCK_BYTES) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield X by blocks of rows; the next block takes the memory of the last."""
         step = min(self.n, max(64, size // (np.dtype(dtype).itemsize * self.d)))
-        buffer = torch.empty(step * self.d, dtype=_TORCH[dtype])
+        buffer = torch.from_numpy(own_pages((step * self.d,), dtype))
         for a in range(0, self.n, step):
             rows = slice(a, min(a + step, self.n))
             width = rows.stop - a
@@ -120,7 +131,7 @@ class Rows:
     def _column_blocks(self, dtype: type, size: int = BLOCK_BYTES) -> Iterator[np.ndarray]:
         """Yield X by blocks of columns; the next block takes the memory of the last."""
         step = min(self.d, max(64, size // (np.dtype(dtype).itemsize * self.n)))
-        buffer = torch.empty(step * self.n, dtype=_TORCH[dtype])
+        buffer = torch.from_numpy(own_pages((step * self.n,), dtype))
         for a in range(0, self.d, step):
             columns = slice(a, min(a + step, self.d))
             width = columns.stop - a
@@ -129,7 +140,7 @@ class Rows:
     def gram(self, dtype: type) -> np.ndarray:
         """Return the upper triangle of X Xᵀ [n, n] (dual) when n <= d, else of Xᵀ X [d, d] (primal)."""
         k = min(self.n, self.d)
-        total: np.ndarray = np.zeros((k, k), dtype)
+        total = own_pages((k, k), dtype)
         size = max(BLOCK_BYTES, total.nbytes // 4)  # each block passes over the whole of the total
         if self.dual:
             for block in self._column_blocks(dtype, size):
