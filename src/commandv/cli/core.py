@@ -93,7 +93,9 @@ def paste(
     donor: Annotated[Path, typer.Argument(help="Profile directory of the donor.")],
     recipient: Annotated[Path, typer.Argument(help="Profile directory of the recipient.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the pasted adapter.")],
-    fit: Annotated[str, typer.Option(help="ridge, pinv (as published), affine, reduced-rank, procrustes.")] = "ridge",
+    fit: Annotated[
+        str, typer.Option(help="ridge, pinv (as published), affine, reduced-rank, procrustes, fourier, autoencoder.")
+    ] = "ridge",
     match: Annotated[str, typer.Option(help="proportional, nearest, or a map like 2:1,4:3.")] = "proportional",
     layers: Annotated[
         str, typer.Option(help="Recipient layers to act on: last_third, all_layers, 4,8.")
