@@ -120,7 +120,10 @@ CLAIMS = [
     ),
 ]
 NOT_HERE = [
-    ("Reasoning accuracy is kept", "not measured: models of this size hardly reason; `studies/paper/auto-cot.yaml` asks"),
+    (
+        "Reasoning accuracy is kept",
+        "not measured: models of this size hardly reason; `studies/paper/auto-cot.yaml` asks",
+    ),
     ("Refusal enhancement and suppression at 3B to 8B", "needs the paper's models; `studies/paper/` holds the studies"),
 ]
 
