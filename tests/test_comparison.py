@@ -183,8 +183,8 @@ def test_the_order_of_prompts_does_not_matter(grid: list[list[list[float]]], ran
     assert paired_p(b, a, unit) == pytest.approx(paired_p(*grid, unit))
     moved, still = difference("d", a, b, unit), difference("d", *grid, unit)
     assert moved.value == pytest.approx(still.value)
-    if len(grid[0]) == 1:  # no resampling
-        assert moved[1:4] == pytest.approx(still[1:4], nan_ok=True)
+    if len(grid[0]) == 1:  # no resampling; where arms are alike the width is the root of a rounding error
+        assert moved[1:4] == pytest.approx(still[1:4], nan_ok=True, abs=1e-6)
 
 
 def binary(rng: np.random.Generator, seeds: int) -> list[list[float]]:
