@@ -47,6 +47,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/judges.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/mappers.py
+	$(BIN)/python benchmarks/vectors.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
