@@ -171,6 +171,8 @@ def report(result: dict[str, Any]) -> str:
             note += f" Published was run on {cell['published_pairs']} of the {cell['pairs']} pairs and scaled."
         rows = cell_rows(name, cell)
         out += [f"## {name}\n", note + "\n", table(("what", "measured", "target", ""), rows)]
+    if "note" in result:
+        out.append(result["note"] + "\n")
     rows = [
         (
             f"{float(condition):.0e}",

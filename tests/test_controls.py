@@ -10,7 +10,7 @@ import torch
 import commandv as cv
 import tiny
 from commandv.errors import InputError
-from commandv.evaluate import ByText, Task
+from commandv.evaluate import ByText, Task, controls
 from commandv.evaluate.calibration import calibrate
 from commandv.evaluate.controls import ARMS, CONTROLS, Material, arms_without
 from commandv.profiles import END
@@ -65,6 +65,16 @@ def test_text_bridge_of_an_adapter_that_does_nothing_is_nothing(material):
     idle = material.adapter.scaled(0.0)
     bridge = ARMS["text-bridge"](dataclasses.replace(material, adapter=idle))
     assert all(not one.write.any() for many in bridge.interventions.values() for one in many)
+
+
+def test_text_bridge_reads_the_texts_once_for_all_settings(material, monkeypatch):
+    asked = []
+    original = controls.generate
+    monkeypatch.setattr(controls, "generate", lambda *args, **options: asked.append(1) or original(*args, **options))
+    shared = dataclasses.replace(material, store=cv.FactorStore())
+    made = [ARMS["text-bridge"](dataclasses.replace(shared, layers=layers)) for layers in ("last_half", "all_layers")]
+    assert len(asked) == 2  # without the adapter and with it
+    assert torch.equal(made[0].interventions[3][0].write, made[1].interventions[3][0].write)
 
 
 def test_direct_needs_an_adapter(material):

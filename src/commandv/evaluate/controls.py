@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from commandv.adapter import Adapter, Intervention, steering_vector
 from commandv.attaching import attach
@@ -43,7 +43,7 @@ class Material:
         layers: of the pasted arm, and of the controls that mirror it.
         published_layers: of the published method.
         seed: of random controls.
-        store: keeps factorisations for all arms.
+        store: keeps factorisations, and what the text bridge read, for all arms.
     """
 
     adapter: Adapter
@@ -108,7 +108,20 @@ def text_bridge(material: Material) -> Adapter:
     its mean states over the first tokens of the answers is added where the pasted adapter acts. Carrying activations
     is worth its while only where it beats this.
     """
-    like, prompts = _paste(material), material.prompts[:BRIDGE_PROMPTS]
+    like = _paste(material)
+    # The texts do not depend on layers, so that one pair of readings serves every setting that is tried.
+    kept = material.store or FactorStore()
+    difference = kept.get(("text bridge", material.adapter), lambda: _text_difference(material))
+    interventions = {
+        layer: tuple(replace(one, positions=_positions(like, layer)) for one in steering_vector(difference[layer]))
+        for layer in like.layers
+    }
+    return Adapter(interventions, like.model, f"text bridge for {like.name}")
+
+
+def _text_difference(material: Material) -> Tensor:
+    """Return the mean state over the donor's answers with its adapter minus without, read by the recipient, [layers, d]."""
+    prompts = material.prompts[:BRIDGE_PROMPTS]
 
     def answered() -> PromptSet:
         answers = generate(material.donor_lm, prompts, max_new_tokens=BRIDGE_TOKENS, batch_size=BRIDGE_PROMPTS)
@@ -118,15 +131,8 @@ def text_bridge(material: Material) -> Adapter:
     without = answered()
     with attach(material.donor_lm, material.adapter):
         with_it = answered()
-    difference = (
-        mean_states(material.recipient_lm, with_it, BRIDGE_POSITIONS)
-        - mean_states(material.recipient_lm, without, BRIDGE_POSITIONS)
-    ).float()  # fmt: skip
-    interventions = {
-        layer: tuple(replace(one, positions=_positions(like, layer)) for one in steering_vector(difference[layer]))
-        for layer in like.layers
-    }
-    return Adapter(interventions, like.model, f"text bridge for {like.name}")
+    states = [mean_states(material.recipient_lm, texts, BRIDGE_POSITIONS) for texts in (with_it, without)]
+    return (states[0] - states[1]).float()
 
 
 def direct(material: Material) -> Adapter:
@@ -165,7 +171,7 @@ CONTROLS: dict[str, Maker] = {
 ARMS: dict[str, Maker] = {PASTED: pasted, **CONTROLS}
 
 
-def arms_without(left_out: list[str]) -> dict[str, Any]:
+def arms_without(left_out: Collection[str]) -> dict[str, Maker]:
     """Return the arms but for the controls that are left out by name.
 
     Raises:

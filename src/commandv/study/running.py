@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -124,7 +123,7 @@ class _Worker:
     def __init__(self, study: Study, models: ModelSource) -> None:
         self.study, self.models = study, models
         self.passages = load_prompts("builtin:drift")
-        self.profiles: OrderedDict[str, Profile] = OrderedDict()
+        self.profiles: dict[str, Profile] = {}
         self.reference = functools.lru_cache(maxsize=2)(self._reference)
 
     def finish(self, spec: CellSpec, file: Path) -> None:
@@ -231,7 +230,7 @@ class _CellRun:
         self.material = replace(self.material, layers=settings.layers)
         arms = [self._measured("unmodified", self.recipient, None, 1.0)]
         made: dict[str, Adapter] = {}
-        for name, make in arms_without(list(self.study.leave_out)).items():
+        for name, make in arms_without(self.study.leave_out).items():
             pick = chosen[name].chosen if name in chosen else settings
             material = replace(self.material, layers=pick.layers, published_layers=pick.layers)
             made[name] = make(material)
