@@ -120,7 +120,7 @@ def text_bridge(material: Material) -> Adapter:
 
 
 def _text_difference(material: Material) -> Tensor:
-    """Return the mean state over the donor's answers with its adapter minus without, read by the recipient, [layers, d]."""
+    """Return the mean state over the donor's answers with its adapter minus without, in the recipient."""
     prompts = material.prompts[:BRIDGE_PROMPTS]
 
     def answered() -> PromptSet:
