@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from commandv.errors import InputError
-from commandv.prompts import BUILTIN, Prompt, PromptSet, as_prompts, load_prompts
+from commandv.prompts import Prompt, PromptSet, as_prompts, builtin_names, load_prompts
 
 NEAR = 0.7  # Jaccard similarity of word sets from which two prompts count as near-duplicates
 DISJOINT = [
@@ -95,7 +95,7 @@ def test_questions_do_not_ask_for_the_form_they_measure():
             assert not re.search(r"\blists?\b|\bnumbered\b|\bpirate", text, re.IGNORECASE), text
 
 
-@pytest.mark.parametrize("name", BUILTIN)
+@pytest.mark.parametrize("name", builtin_names("prompts", "behaviours"))
 def test_every_built_in_set_loads(name):
     prompts = load_prompts(f"builtin:{name}")
     assert prompts.name == f"builtin:{name}"

@@ -7,6 +7,8 @@ import functools
 import importlib.resources
 import io
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +18,8 @@ from commandv.errors import InputError
 from commandv.paths import digest
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "conversations", "input", "goal")
+FOLDERS = ("prompts", "behaviours", "contrasts")  # of data/; contrasts are for `load_contrast`
 RESPONSE_COLUMNS = ("response", "output", "answer", "target", "completion")
-
-# Each built-in set is the concatenation of files under data/.
-BUILTIN = {
-    "general": ("prompts/general-1.jsonl", "prompts/general-2.jsonl", "prompts/general-3.jsonl"),
-    "text": ("prompts/text-1.jsonl", "prompts/text-2.jsonl"),
-    "drift": ("prompts/drift.jsonl",),
-    "numbered-list": ("behaviours/numbered-list.jsonl",),
-    "pirate": ("behaviours/pirate.jsonl",),
-    "questions-dev": ("behaviours/questions-dev.jsonl",),
-    "questions-test": ("behaviours/questions-test.jsonl",),
-    "lookalikes-dev": ("behaviours/lookalikes-dev.jsonl",),
-    "lookalikes-test": ("behaviours/lookalikes-test.jsonl",),
-}
 
 
 class Prompt(NamedTuple):
@@ -92,10 +82,9 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     """Load a prompt set.
 
     Args:
-        source: `builtin:NAME` (general, text, drift, numbered-list, pirate, questions-dev, questions-test,
-            lookalikes-dev, lookalikes-test); a .txt file (one prompt a line), .csv or .jsonl file; or a hub dataset
-            id, optionally with a split (`GAIR/lima`, `tatsu-lab/alpaca:train`), which needs the `datasets` package.
-            `lima` is short for `GAIR/lima`.
+        source: `builtin:NAME`, see `builtin_names`; a .txt file (one prompt a line), .csv or .jsonl file; or a
+            hub dataset id, optionally with a split (`GAIR/lima`, `tatsu-lab/alpaca:train`), which needs the `datasets`
+            package. `lima` is short for `GAIR/lima`.
         column: the column that holds the prompt; found among the usual names when not given.
         limit: keep the first so many prompts.
 
@@ -105,10 +94,8 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     source = str(source)
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}: expected 1 or more")
-    if source.startswith("builtin:"):
-        rows = _builtin_rows(source.removeprefix("builtin:"))
-    elif Path(source).is_file() or Path(source).suffix in {".txt", ".csv", ".jsonl"}:
-        rows = file_rows(Path(source))
+    if source.startswith("builtin:") or Path(source).is_file() or Path(source).suffix in {".txt", ".csv", ".jsonl"}:
+        rows = file_rows(source)
     else:
         rows = _hub_rows(source)
     prompts = []
@@ -119,20 +106,40 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     return PromptSet(tuple(prompts), source)
 
 
+@functools.cache
+def _builtin_files() -> dict[str, list[str]]:
+    """Return the files of each built-in set: `NAME.jsonl`, or its parts `NAME-1.jsonl`, `NAME-2.jsonl` ..."""
+    data, found = importlib.resources.files("commandv") / "data", defaultdict[str, list[str]](list)
+    for folder in FOLDERS:
+        for file in sorted(one.name for one in (data / folder).iterdir() if one.name.endswith(".jsonl")):
+            found[re.sub(r"(-\d+)?\.jsonl$", "", file)].append(f"{folder}/{file}")
+    return found
+
+
+def builtin_names(*folders: str) -> list[str]:
+    """Return the names of what comes with the library in these of `FOLDERS`; in all when none is given."""
+    wanted = folders or FOLDERS
+    return sorted(name for name, files in _builtin_files().items() if files[0].split("/")[0] in wanted)
+
+
 def _builtin_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if name not in BUILTIN:
-        raise InputError(f"builtin:{name}: no such built-in prompt set; there are {', '.join(sorted(BUILTIN))}")
-    for file in BUILTIN[name]:
+    if name not in _builtin_files():
+        raise InputError(f"builtin:{name}: no such built-in prompt set; there are {', '.join(builtin_names())}")
+    for file in _builtin_files()[name]:
         text = (importlib.resources.files("commandv") / "data" / file).read_text("utf-8")
         yield from _jsonl_rows(text, file)
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file and line number, row) of a .txt, .csv or .jsonl file.
+def file_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file and line number, row) of a .txt, .csv or .jsonl file, or of a built-in set, `builtin:NAME`.
 
     Raises:
         InputError: missing file, not UTF-8, or a malformed row.
     """
+    if str(source).startswith("builtin:"):
+        yield from _builtin_rows(str(source).removeprefix("builtin:"))
+        return
+    path = Path(source)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:

@@ -48,9 +48,9 @@ def load_contrast(source: str | Path, negative: str | Path | None = None, *, pai
     """Load a contrast from one file of pairs or from two prompt sets.
 
     Args:
-        source: without `negative`, a .jsonl (or .csv) file of pairs: `{"positive": text, "negative": text}`, or
-            `{"prompt": text, "positive": reply, "negative": reply}` where the sides are replies to one prompt.
-            With it, the positive prompts, as `load_prompts` takes them.
+        source: without `negative`, a .jsonl (or .csv) file of pairs, or built-in ones (`builtin:NAME`):
+            `{"positive": text, "negative": text}`, or `{"prompt": text, "positive": reply, "negative": reply}` where
+            the sides are replies to one prompt. With it, the positive prompts, as `load_prompts` takes them.
         negative: the negative prompts, as `load_prompts` takes them.
         paired: whether two prompt sets belong together line by line; a file of pairs always does.
 
@@ -59,10 +59,9 @@ def load_contrast(source: str | Path, negative: str | Path | None = None, *, pai
     """
     if negative is not None:
         return Contrast(load_prompts(source), load_prompts(negative), paired)
-    path = Path(source)
     sides: tuple[list[Prompt], list[Prompt]] = ([], [])
     with_prompt: bool | None = None
-    for where, row in file_rows(path):
+    for where, row in file_rows(source):
         prompt = _text(row, "prompt", where) if row.get("prompt") is not None else ""
         if with_prompt is None:
             with_prompt = bool(prompt)
@@ -72,8 +71,8 @@ def load_contrast(source: str | Path, negative: str | Path | None = None, *, pai
             text = _text(row, name, where)
             side.append(Prompt(prompt, text) if prompt else Prompt(text))
     if not sides[0]:
-        raise InputError(f"{path}: no pairs; expected lines of {{positive, negative}}")
-    return Contrast(PromptSet(tuple(sides[0]), str(path)), PromptSet(tuple(sides[1]), str(path)), paired=True)
+        raise InputError(f"{source}: no pairs; expected lines of {{positive, negative}}")
+    return Contrast(PromptSet(tuple(sides[0]), str(source)), PromptSet(tuple(sides[1]), str(source)), paired=True)
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:
