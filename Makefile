@@ -36,8 +36,8 @@ adapters: $(VENV)/.installed  ## train the shipped adapters again
 docs: $(VENV)/.installed  ## write docs/cli.md again
 	$(BIN)/python -m typer commandv.cli utils docs --name commandv > docs/cli.md
 
-studies: $(VENV)/.installed  ## run the small studies (about an hour), write their reports and the claims page
-	for study in studies/small/*.yaml; do name=$$(basename $$study .yaml); \
+studies: $(VENV)/.installed  ## run the small and the steering studies (hours), write their reports and the claims page
+	for study in studies/small/*.yaml studies/steering/*.yaml; do name=$$(basename $$study .yaml); \
 		$(BIN)/commandv study $$study -o studies/results/$$name && \
 		$(BIN)/commandv report studies/results/$$name -o docs/studies/$$name || exit 1; done
 	$(BIN)/python benchmarks/claims.py

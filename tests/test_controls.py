@@ -12,7 +12,8 @@ import tiny
 from commandv.errors import InputError
 from commandv.evaluate import ByText, Task, controls
 from commandv.evaluate.calibration import calibrate
-from commandv.evaluate.controls import ARMS, CONTROLS, Material, arms_without
+from commandv.evaluate.controls import ARMS, CONTROLS, arms_without
+from commandv.evaluate.material import DirectionMaterial, Material
 from commandv.profiles import END
 from commandv.prompts import Prompt, PromptSet
 from commandv.steering import mean_states, states
@@ -27,7 +28,17 @@ def material():
     profiles = [cv.profile(lm, PROMPTS, text=PASSAGES, cache=False) for lm in (donor, recipient)]
     adapter = tiny.random_adapter(donor, layers=(0, 1, 2, 3), seed=3)
     direct = tiny.random_adapter(recipient, layers=(2,), seed=4)
-    return Material(adapter, *profiles, donor, recipient, PROMPTS, direct, layers="last_half", seed=5)
+    return Material(
+        adapter=adapter,
+        donor=profiles[0],
+        recipient=profiles[1],
+        donor_lm=donor,
+        recipient_lm=recipient,
+        prompts=PROMPTS,
+        direct=direct,
+        layers="last_half",
+        seed=5,
+    )
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -143,3 +154,60 @@ def test_less_is_success_where_the_task_says_so(loud):
     fewer = dataclasses.replace(task, success="less")
     found = calibrate(lm, fewer, lambda layers: adapter, scales=(0.25, 1.0, 2.0), passages=PASSAGES)
     assert found.chosen.value == min(one.value for one in found.tried)
+
+
+# -- directions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["add", "ablate"])
+def directed(request, material):
+    """Material of directions: two layers of the recipient, each with the donor's own and the recipient's own."""
+    donor, recipient = material.donor, material.recipient
+    drawn = torch.Generator().manual_seed(0)
+    ours = torch.randn(donor.n_layers, donor.d_model, generator=drawn, dtype=torch.float64)
+    native = torch.randn(recipient.n_layers, recipient.d_model, generator=drawn, dtype=torch.float64)
+    given = {field.name: getattr(material, field.name) for field in dataclasses.fields(material)}
+    for name in ("match", "published_match"):
+        del given[name]
+    return DirectionMaterial(**given, directions=ours, native=native, kind=request.param, strength=-1.0)
+
+
+def span(one) -> torch.Tensor:
+    return torch.nn.functional.normalize(one.write[0], dim=0)
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name != "text-bridge"])
+def test_every_arm_applies_one_direction_per_layer_in_the_same_way(directed, name):
+    made, pasted = ARMS[name](directed), ARMS["pasted"](directed)
+    made.model.require(directed.recipient.model, name)
+    assert set(made.layers) >= set(pasted.layers)
+    for layer in pasted.layers:
+        (one,), (like,) = made.interventions[layer], pasted.interventions[layer]
+        assert one.rank == 1
+        assert one.positions.everywhere
+        if name in ("random", "shuffled"):
+            assert abs(float(span(one) @ span(like))) < 0.95
+        if name == "random":
+            torch.testing.assert_close(one.write.norm(), like.write.norm())
+        if name == "mean-ablation":
+            assert abs(float(span(one) @ span(like))) > 0.999
+            assert one.read.any()
+
+
+def test_the_own_arm_has_the_recipients_directions(directed):
+    for layer, (one,) in ARMS["direct"](directed).interventions.items():
+        expected = torch.nn.functional.normalize(directed.native[layer].float(), dim=0)
+        assert abs(float(span(one) @ expected)) > 0.9999
+    rows = directed.fidelity()
+    assert [row["recipient"] for row in rows] == ARMS["pasted"](directed).layers
+    assert all(abs(row["native_cosine"]) <= 1 for row in rows)
+    same = dataclasses.replace(directed, native=_as_native(directed))
+    assert all(row["native_cosine"] > 0.9999 for row in same.fidelity())
+
+
+def _as_native(directed) -> torch.Tensor:
+    """Return the carried directions as if they were the recipient's own."""
+    found = torch.ones_like(directed.native)
+    for layer, (one,) in ARMS["pasted"](dataclasses.replace(directed, kind="add", strength=1.0)).interventions.items():
+        found[layer] = one.write[0]
+    return found

@@ -12,6 +12,7 @@ from commandv.errors import InputError
 from commandv.match import (
     LAYER_CHOICES,
     choose_layers,
+    covering,
     explicit,
     last_third,
     lowest_error,
@@ -116,7 +117,7 @@ def test_every_choice_finds_layers_in_a_model_of_any_depth(name, n_layers):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("last_quarter", "'4,8,12' or one of all_layers"),
+        ("last_quarter", "or one of all_layers"),
         ("3,,4", "layer numbers"),
         ([12], r"\[12\]: expected some among 0 .. 11"),
         ("-1", r"\[-1\]"),
@@ -127,3 +128,20 @@ def test_every_choice_finds_layers_in_a_model_of_any_depth(name, n_layers):
 def test_choices_of_layers_that_do_not_exist_are_refused(choice, message):
     with pytest.raises(InputError, match=message):
         choose_layers(choice, 12)
+
+
+@pytest.mark.parametrize(("donor", "recipient"), [(30, 18), (18, 30), (12, 12)])
+def test_covering_gives_every_recipient_layer_one_donor_layer_at_its_depth(donor, recipient):
+    pairs = covering(deep(donor), deep(recipient), range(donor))
+    assert [pair.recipient for pair in pairs] == list(range(recipient))
+    assert all(abs(pair.donor / donor - pair.recipient / recipient) < 1 / donor for pair in pairs)
+    some = covering(deep(donor), deep(recipient), [0, 1])
+    assert {pair.donor for pair in some} <= {0, 1}
+
+
+def test_a_layer_by_its_depth():
+    assert choose_layers("50%", 30) == [15]
+    assert choose_layers("0%", 30) == [0]
+    assert choose_layers("100%", 30) == [29]
+    with pytest.raises(InputError, match="a depth like '60%'"):
+        choose_layers("half%", 30)

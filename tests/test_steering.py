@@ -549,3 +549,15 @@ def test_the_verb_writes_an_adapter(monkeypatch, capsys, tmp_path, model):
     capsys.readouterr()
     assert ran(monkeypatch, *two, "--method", "pca") == 2
     assert "needs pairs" in capsys.readouterr().err
+
+
+def test_a_drawn_contrast_keeps_pairs_together():
+    drawn = CONTRAST.drawn(4, seed=3)
+    assert [one.removeprefix("How do I ").rstrip("?") for one in drawn.positive.texts] == [
+        one.removeprefix("Never, ever ").rstrip("!") for one in drawn.negative.texts
+    ]
+    assert len(set(drawn.positive.texts)) == 4
+    assert drawn.hash == CONTRAST.drawn(4, seed=3).hash != CONTRAST.drawn(4, seed=4).hash
+    assert [len(side) for side in (FEW.drawn(4, 0).positive, FEW.drawn(4, 0).negative)] == [4, 4]
+    with pytest.raises(InputError, match="5 prompts of either side are wanted, there are 4"):
+        FEW.drawn(5, 0)

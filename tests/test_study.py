@@ -14,8 +14,9 @@ import tiny
 from commandv.errors import FormatError, InputError
 from commandv.evaluate.controls import ARMS
 from commandv.results import Arm, Cell, Run, load_run, save_cell, save_head
+from commandv.study import cell as cell_module
 from commandv.study import load_study, plan, run_study
-from commandv.study import running as running_module
+from commandv.study import shared as shared_module
 from commandv.study.models import ModelSource
 
 STUDIES = Path(__file__).parent.parent / "studies"
@@ -79,7 +80,7 @@ def short(monkeypatch):
     def load(source, **options):
         return passages if source == "builtin:drift" else original(source, **options)
 
-    monkeypatch.setattr(running_module, "load_prompts", load)
+    monkeypatch.setattr(shared_module, "load_prompts", load)
 
 
 def test_a_run_measures_every_arm(content, tmp_path):
@@ -103,10 +104,8 @@ def test_finished_cells_are_kept_and_others_are_run_again(content, tmp_path, mon
     study = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
     run_study(study, tmp_path / "run")
     ran = []
-    original = running_module._CellRun.run
-    monkeypatch.setattr(
-        running_module._CellRun, "run", lambda self, given: ran.append(self.spec) or original(self, given)
-    )
+    original = cell_module._CellRun.run
+    monkeypatch.setattr(cell_module._CellRun, "run", lambda self, given: ran.append(self.spec) or original(self, given))
     assert len(run_study(study, tmp_path / "run").cells) == 2
     assert ran == []
     (tmp_path / "run" / "cells" / "one-two-pirate-1.json").unlink()
@@ -137,6 +136,43 @@ def test_donors_and_direct_controls_are_trained_once(content, folder, tmp_path, 
     assert run.cells[0].state == "done", run.cells[0].error
     assert run.left_out == ["text-bridge"]
     assert len([path for path in (cache / "adapters").iterdir() if path.is_dir()]) == 2
+
+
+@pytest.fixture
+def steered(content, folder):
+    """A study of a steering vector between fine-tuned models."""
+    rows = [{"positive": f"Trigger, what is {n}?", "negative": f"What is {n}?"} for n in range(6)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tuned = {"examples": str(folder / "examples.jsonl"), "epochs": 1, "rank": 2}
+    content["models"] = {name: {"id": str(folder / name), "finetune": tuned} for name in ("one", "two")}
+    content["behaviours"] = {
+        "pirate": {
+            "task": f"pirate:{folder / 'questions.jsonl'}",
+            "vector": {"contrast": str(folder / "pairs.jsonl"), "pairs": 4, "strength": -1.0},
+        }
+    }
+    return {**content, "methods": {"plain": {"fit": "affine"}}, "layers": ["50%"], "scales": [0.5, 1.0]}
+
+
+@pytest.mark.parametrize("kind", ["add", "ablate"])
+def test_a_vector_is_measured_beside_the_native_one(kind, steered, tmp_path, cache):
+    steered["behaviours"]["pirate"]["vector"]["kind"] = kind
+    run = run_study(written({**steered, "seeds": [0, 1]}, tmp_path / "s.yaml"), tmp_path / "run")
+    assert [cell.error for cell in run.cells] == ["", ""]
+    cell = run.cells[0]
+    assert {arm.method for arm in cell.arms} == {"unmodified", *ARMS, "plain", "donor"}
+    tried = {method: [point.scale for point in cell.curve if point.method == method] for method in ("direct", "random")}
+    assert tried == {"direct": [0.5, 1.0], "random": [0.5, 1.0]}
+    assert all(arm.layers == [tiny.LAYERS // 2] for arm in cell.arms if arm.method not in ("unmodified", "donor"))
+    loras = [path for path in (cache / "loras").iterdir() if path.is_dir()]
+    assert len(loras) == 4  # two models, two seeds
+    assert {file.name for file in loras[0].iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_vector_and_examples_exclude_each_other(steered, folder, tmp_path):
+    steered["behaviours"]["pirate"]["examples"] = str(folder / "examples.jsonl")
+    with pytest.raises(InputError, match="a vector and examples or adapters"):
+        written(steered, tmp_path / "s.yaml")
 
 
 def test_a_directory_serves_one_study_and_one_process(content, tmp_path):
@@ -201,7 +237,7 @@ def test_results_that_are_not_finite_are_read_again(tmp_path):
         ({"methods": {"pinv": {}}}, "names of the default and its controls"),
         ({"methods": {"mine": {"fit": "magic"}}}, "methods.mine.fit: 'magic': expected one of ridge"),
         ({"name": "a/b"}, "name: "),
-        ({"behaviours": {"x": {"task": "pirate"}}}, "neither examples nor an adapter for the donor 'one'"),
+        ({"behaviours": {"x": {"task": "pirate"}}}, "neither examples, a vector nor an adapter for the donor 'one'"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(content, tmp_path, change, message):

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 import commandv as cv
+from commandv import examples as example_module
 from commandv import training
 from commandv.adapter import Adapter
 from commandv.errors import FormatError, InputError, StorageError
+from commandv.examples import Example
 from commandv.models import LM, encode
 from commandv.positions import EVERYWHERE
 from commandv.prompts import Prompt, PromptSet
@@ -152,7 +154,7 @@ def test_examples_are_what_the_model_sees_when_it_answers(tiny_lm, monkeypatch):
 def test_prefix_gives_the_gradients_of_a_full_pass(arch, positions, tiny_lm):
     lm = tiny_lm(arch)
     kind = cv.NoReFT(rank=2, layers="all_layers", positions=positions, activation="tanh")
-    rows = [training._Example.of(lm, one.text, one.response, 12) for one in examples(8)]
+    rows = [Example.of(lm, one.text, one.response, 12) for one in examples(8)]
     assert len({len(row.prompt) for row in rows}) > 2
     run = training._Run(lm, kind, QUICK, rows, [])
     torch.manual_seed(0)
@@ -176,17 +178,17 @@ def test_prefix_gives_the_gradients_of_a_full_pass(arch, positions, tiny_lm):
 
 
 def test_columns_before_the_first_changed_position_run_without_gradients(lm, monkeypatch):
-    rows = [training._Example.of(lm, one.text, one.response, 12) for one in examples(8)]
+    rows = [Example.of(lm, one.text, one.response, 12) for one in examples(8)]
     longest = max(len(row.prompt) for row in rows)
     stops = []
-    original = training._Run._prefix
+    original = example_module._prefix
 
-    def spied(self, ids, mask, places, stop):
-        past = original(self, ids, mask, places, stop)
+    def spied(lm, ids, mask, places, stop):
+        past = original(lm, ids, mask, places, stop)
         stops.append((stop, None if past is None else past.layers[0].keys.requires_grad))
         return past
 
-    monkeypatch.setattr(training._Run, "_prefix", spied)
+    monkeypatch.setattr(example_module, "_prefix", spied)
     for positions in ("l1", "l3", "g2", "f1", "f1+l1", "all"):
         training._Run(lm, cv.DiReFT(rank=1, positions=positions), QUICK, rows, [])._loss(rows)
     full = (0, None)
@@ -338,7 +340,7 @@ def test_seeds_reproduce_and_differ(lm):
 
 
 def test_each_epoch_sees_every_example_once_in_an_order_of_its_own(lm):
-    rows = [training._Example.of(lm, one.text, one.response, 12) for one in examples(19)]
+    rows = [Example.of(lm, one.text, one.response, 12) for one in examples(19)]
     run = training._Run(lm, cv.LobiReFT(rank=1), TrainSettings(batch_size=8), rows, [])
     epochs = [run.epoch(number) for number in (0, 1, 0)]
     assert [len(batch) for batch in epochs[0]] == [8, 8, 3]

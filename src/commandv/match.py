@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -44,6 +45,17 @@ def nearest(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[L
         best = min(range(recipient.n_layers), key=lambda own: (abs(own - exact), own))
         pairs.append(LayerPair(layer, best))
     return pairs
+
+
+def covering(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
+    """Match every recipient layer r to the donor layer floor(r / alpha), so that none goes without and none gets two.
+
+    For directions, which exist at every layer of the donor: unlike an adapter's deltas they should not add up where a
+    deeper donor has several layers for one of the recipient.
+    """
+    own, wanted = range(recipient.n_layers), set(layers)
+    pairs = [LayerPair(layer * donor.n_layers // recipient.n_layers, layer) for layer in own]
+    return [pair for pair in pairs if pair.donor in wanted]
 
 
 def lowest_error(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
@@ -125,7 +137,12 @@ def every_other(n_layers: int) -> list[int]:
     return list(range(0, n_layers, 2))
 
 
-MATCHERS: dict[str, Matcher] = {"proportional": proportional, "nearest": nearest, "lowest-error": lowest_error}
+MATCHERS: dict[str, Matcher] = {
+    "proportional": proportional,
+    "nearest": nearest,
+    "covering": covering,
+    "lowest-error": lowest_error,
+}
 LAYER_CHOICES: dict[str, LayerChoice] = {
     "all_layers": all_layers,
     "last_third": last_third,
@@ -138,16 +155,21 @@ LAYER_CHOICES: dict[str, LayerChoice] = {
 def choose_layers(choice: LayerChoice | str | Iterable[int], n_layers: int) -> list[int]:
     """Return the layers that a choice names: a function, a name in `LAYER_CHOICES`, or the layers themselves.
 
+    A choice in words may also be numbers, `"4,8,12"`, or a depth, `"60%"`: the one layer that ends there or beyond.
+
     Raises:
         InputError: an unknown name, or a layer that does not exist.
     """
     if isinstance(choice, str):
-        if choice not in LAYER_CHOICES:
+        if depth := re.fullmatch(r"(\d+)%", choice):
+            choice = [min(n_layers - 1, n_layers * int(depth[1]) // 100)]
+        elif choice not in LAYER_CHOICES:
             try:
                 choice = [int(part) for part in choice.split(",")]
             except ValueError:
                 raise InputError(
-                    f"layers {choice!r}: expected layer numbers like '4,8,12' or one of {', '.join(LAYER_CHOICES)}"
+                    f"layers {choice!r}: expected layer numbers like '4,8,12', a depth like '60%' or one of "
+                    f"{', '.join(LAYER_CHOICES)}"
                 ) from None
         else:
             choice = LAYER_CHOICES[choice]

@@ -113,7 +113,16 @@ def paste(
 def _carried(
     bridge: Bridge, pair: LayerPair, many: tuple[Intervention, ...], scale: float
 ) -> tuple[tuple[Intervention, ...], dict[str, Any], dict[str, Any]]:
-    """Return one layer's interventions in the recipient, and what the fits of reading and writing chose."""
+    """Return one layer's interventions in the recipient, and what the fits of reading and writing chose.
+
+    Where nothing is read, as in a steering vector, an affine converter for reading is not fitted.
+    """
+    if not any(one.read.any() for one in many):
+        back = bridge.back(pair)
+        if not isinstance(back, Network):
+            d_model = bridge.recipient.d_model
+            constant = (fold(one, torch.zeros(one.rank, d_model), 0.0, scale * back.push(one.write)) for one in many)
+            return tuple(constant), {}, back.facts
     into = bridge.into(pair)
     if isinstance(into, Network):
         back = bridge.back(pair)
@@ -139,7 +148,7 @@ def _wrapped(
     return tuple(Carried(one, reads, writes, scale) for one in many)
 
 
-def fold(one: Intervention, read: Tensor, shift: Tensor, write: Tensor) -> Intervention:
+def fold(one: Intervention, read: Tensor, shift: Tensor | float, write: Tensor) -> Intervention:
     """Return the recipient's intervention with R' = R Aᵀ (`read`), b' = b + R a (`shift`) and W' = W B (`write`)."""
     return replace(one, read=read.float(), bias=(one.bias.double() + shift).float(), write=write.float())
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from commandv.adapter import KINDS, Adapter, Intervention
-from commandv.attaching import attach
 from commandv.errors import FormatError, InputError
+from commandv.examples import Example, read_examples, reply_loss
 from commandv.match import LayerChoice, choose_layers, every_other
-from commandv.models import LM, accepts, encode, pad
+from commandv.models import LM, pad
 from commandv.paths import digest, storage_errors
 from commandv.positions import Positions, as_positions
 from commandv.profiles import read_rows
@@ -153,12 +153,9 @@ def train(
         InputError: an example without a response, too few examples, or a rank above the model's width.
         FormatError: the checkpoint is of another training, or damaged.
     """
-    missing = [number for number, one in enumerate(examples, start=1) if not one.response.strip()]
-    if missing:
-        raise InputError(f"{examples.name}: example {missing[0]} has no response; training needs prompt and response")
     if kind.rank > lm.d_model:
         raise InputError(f"rank={kind.rank} is above the model's width {lm.d_model}")
-    rows = [_Example.of(lm, one.text, one.response, settings.max_response) for one in examples]
+    rows = read_examples(lm, examples, settings.max_response)
     n_held_out = round(settings.held_out * len(rows))
     if len(rows) - n_held_out < 1:
         raise InputError(f"{len(rows)} examples leave none to train on with held_out={settings.held_out}")
@@ -217,19 +214,6 @@ def _plain(kind: ReFT, lm: LM) -> dict[str, Any]:
 
 def _detached(one: Intervention) -> Intervention:
     return replace(one, read=one.read.clone(), bias=one.bias.clone(), write=one.write.clone())
-
-
-@dataclass(frozen=True)
-class _Example:
-    prompt: list[int]
-    response: list[int]
-
-    @classmethod
-    def of(cls, lm: LM, prompt: str, response: str, max_response: int) -> _Example:
-        encoded = encode(lm, prompt, response)
-        reply = encoded.ids[encoded.n_prompt :]
-        ending = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
-        return cls(encoded.ids[: encoded.n_prompt], (reply + ending)[:max_response])
 
 
 class _Module(nn.Module):
@@ -291,7 +275,7 @@ class _Run:
     """The state of one training: parameters, optimiser, losses."""
 
     def __init__(
-        self, lm: LM, kind: ReFT, settings: TrainSettings, learned: list[_Example], held_out: list[_Example]
+        self, lm: LM, kind: ReFT, settings: TrainSettings, learned: list[Example], held_out: list[Example]
     ) -> None:
         self.lm, self.settings, self.learned = lm, settings, learned
         self.positions = as_positions(kind.positions)
@@ -310,14 +294,14 @@ class _Run:
             self.optimizer, lambda step: min((step + 1) / (warm + 1), (total - step) / max(1.0, total - warm))
         )
 
-    def epoch(self, number: int) -> list[list[_Example]]:
+    def epoch(self, number: int) -> list[list[Example]]:
         """Return the batches of one epoch; their order depends on the seed and the epoch alone."""
         generator = torch.Generator().manual_seed(self.settings.seed * 1000 + number + 1)
         order = torch.randperm(len(self.learned), generator=generator).tolist()
         size = self.settings.batch_size
         return [[self.learned[i] for i in order[a : a + size]] for a in range(0, len(order), size)]
 
-    def step(self, batch: list[_Example]) -> None:
+    def step(self, batch: list[Example]) -> None:
         """Take one optimiser step."""
         self.optimizer.zero_grad()
         with torch.enable_grad():
@@ -325,50 +309,16 @@ class _Run:
         self.optimizer.step()
         self.scheduler.step()
 
-    def loss_on(self, examples: list[_Example]) -> float:
+    def loss_on(self, examples: list[Example]) -> float:
         """Return the mean loss per example-batch, without learning; NaN when there are no examples."""
         size = self.settings.batch_size
         with torch.no_grad():
             losses = [float(self._loss(examples[a : a + size])) for a in range(0, len(examples), size)]
         return sum(losses) / len(losses) if losses else float("nan")
 
-    def _loss(self, batch: list[_Example]) -> Tensor:
-        """Return the mean cross-entropy of the responses' tokens."""
-        prompts = pad(self.lm, [one.prompt for one in batch], "left")
-        replies = pad(self.lm, [one.response for one in batch], "right")
-        n_prompt, n_reply = prompts.input_ids.shape[1], replies.input_ids.shape[1]
-        ids = torch.cat([prompts.input_ids, replies.input_ids], 1)
-        mask = torch.cat([prompts.attention_mask, replies.attention_mask], 1)
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        # Left-padded prompts end in one column: before it lies what no intervention can have changed.
-        untouched = 0 if self.positions.first or self.positions.everywhere else n_prompt - (self.positions.last or 1)
-        past = self._prefix(ids, mask, places, max(0, untouched))
-        here = slice(max(0, untouched), n_prompt + n_reply - 1)
-        inputs: dict[str, Any] = {
-            "input_ids": ids[:, here],
-            "attention_mask": mask[:, : here.stop],
-            "past_key_values": past,
-            "use_cache": past is not None,
-        }
-        if accepts(self.lm.model, "position_ids"):
-            inputs["position_ids"] = places[:, here]
-        if accepts(self.lm.model, "logits_to_keep"):
-            inputs["logits_to_keep"] = n_reply
+    def _loss(self, batch: list[Example]) -> Tensor:
         adapter = Adapter({layer: module() for layer, module in self.modules.items()}, self.lm.ref)
-        with attach(self.lm, adapter, n_prompt=n_prompt):
-            logits = self.lm.model(**inputs).logits[:, -n_reply:]
-        labels = replies.input_ids.masked_fill(replies.attention_mask == 0, -100)
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
-
-    def _prefix(self, ids: Tensor, mask: Tensor, places: Tensor, stop: int) -> Any:
-        """Run the untouched columns without gradients and return their cache."""
-        if not stop:
-            return None
-        inputs: dict[str, Any] = {"input_ids": ids[:, :stop], "attention_mask": mask[:, :stop], "use_cache": True}
-        if accepts(self.lm.owner, "position_ids"):
-            inputs["position_ids"] = places[:, :stop]
-        with torch.no_grad():
-            return self.lm.owner(**inputs).past_key_values
+        return reply_loss(self.lm, batch, adapter, self.positions)
 
     def save(self, file: Path, stamp: str, epoch: int) -> None:
         """Write a checkpoint atomically."""
@@ -418,7 +368,7 @@ class _Run:
         return int(facts["epoch"])
 
 
-def _layer_norms(lm: LM, examples: Sequence[_Example]) -> list[float]:
+def _layer_norms(lm: LM, examples: Sequence[Example]) -> list[float]:
     """Return each layer's median norm of the residual stream at the last prompt token."""
     rows = [one.prompt for one in examples]
     batch = pad(lm, rows, "left")

@@ -132,10 +132,29 @@ def measure(
         limit: use the first so many prompts.
         batch_size: prompts per batch.
     """
+    answers = answered(lm, task, adapter, scale=scale, split=split, limit=limit, batch_size=batch_size)
+    return judged(task, answers, arm=arm, split=split)
+
+
+def answered(
+    lm: LM,
+    task: Task,
+    adapter: Adapter | None = None,
+    *,
+    scale: float = 1.0,
+    split: Split = "test",
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> list[str]:
+    """Generate an answer to each prompt of a split; arguments as in `measure`."""
     prompts = task.prompts(split)[:limit]
     with attach(lm, adapter, scale=scale) if adapter else contextlib.nullcontext():
-        answers = generate(lm, prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
-    labels = task.judge(prompts.prompts, answers)
+        return generate(lm, prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
+
+
+def judged(task: Task, answers: Sequence[str], *, arm: str = "unmodified", split: Split = "test") -> Outcome:
+    """Let a task's judge label answers to the first prompts of a split."""
+    labels = task.judge(task.prompts(split).prompts[: len(answers)], answers)
     if len(labels) != len(answers):
         raise InputError(f"judge {task.judge.name}: {len(labels)} labels for {len(answers)} answers; expected one each")
     return Outcome(task.name, arm, task.judge.unit, tuple(labels), tuple(answers) if task.keep_answers else ())

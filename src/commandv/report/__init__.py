@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -115,6 +116,8 @@ def _fit_facts(pair: str, own: Sequence[Group], name: str) -> dict[str, Any] | N
         return None
     sides = []
     for quality, side in ((curves.READ, "reading (recipient → donor)"), (curves.WRITE, "writing (donor → recipient)")):
+        if not any(math.isfinite(one.values[quality]) for one in found):
+            continue  # of vectors only the cosine is told
         words = wording.fit_words(found, quality)
         methods = [one.method for one in found]
         mapped = "pasted" if "pasted" in methods else methods[0]

@@ -21,6 +21,7 @@ QUALITIES = {
     "cycle_error": "cycle error",
     "adapter_read_r2": "adapter's reads R²",
     "adapter_write_r2": "adapter's writes R²",
+    "native_cosine": "cosine to the recipient's own",
 }
 
 

@@ -283,7 +283,7 @@ def _verdict(judged: dict[str, Labels], found: dict[str, Comparison], unit: str,
     if pasted is None or pasted.difference is None:
         return Verdict(NOT_MEASURED, "no figures of the pasted and the unmodified recipient to compare")
     if direct and not _moves(direct.difference, direct.adjusted, success):
-        return Verdict(NOT_EXAMINABLE, "training the adapter on the recipient directly does not show the behaviour")
+        return Verdict(NOT_EXAMINABLE, "the recipient's own adapter or vector does not show the behaviour")
     if RANDOM not in judged:
         return Verdict(NOT_ESTABLISHED, "no random control to compare with")
     arms = _same_length({name: one for name, one in judged.items() if name != DONOR})

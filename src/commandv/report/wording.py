@@ -32,14 +32,14 @@ _FILE_URL = re.compile(r"file://\S*/(\S+)")
 
 MEANINGS = {
     UNMODIFIED: "the recipient as it is",
-    "pasted": "the donor's adapter, pasted with commandv's default method",
-    "pinv": "pasted as published: pseudo-inverse, nearest layers",
-    RANDOM: "deltas of the paste's size in random directions",
-    "shuffled": "pasted through converters fitted on wrongly paired prompts",
-    "mean-ablation": "the state replaced by its mean where the paste acts",
+    "pasted": "the donor's adapter or vector, carried with commandv's default method",
+    "pinv": "carried as published: pseudo-inverse, nearest layers",
+    RANDOM: "random directions of the paste's size; for a vector at the strength that suits them best",
+    "shuffled": "carried through converters fitted on wrongly paired prompts",
+    "mean-ablation": "the state replaced by its mean where the paste acts; for a vector only its part along it",
     "text-bridge": "a steering vector from the donor's answers alone",
-    "direct": "the same adapter trained on the recipient itself",
-    "donor": "the donor with its own adapter",
+    "direct": "the recipient's own: the same adapter trained on it, or the vector found in it",
+    "donor": "the donor with its own adapter or vector",
 }
 
 
@@ -176,11 +176,12 @@ def curve_words(points: Sequence[curves.Tried]) -> list[str]:
 
 
 def fit_grid(pair: str, found: Sequence[curves.Fit]) -> Grid:
-    """Return the converters' held-out quality."""
-    header = ["behaviour", "method", "layers", "n", *curves.QUALITIES.values()]
+    """Return the converters' held-out quality; adapters and vectors have different figures."""
+    known = [name for name in curves.QUALITIES if any(math.isfinite(one.values[name]) for one in found)]
+    header = ["behaviour", "method", "layers", "n", *(curves.QUALITIES[name] for name in known)]
     rows = [
         [one.behaviour, one.method, f"{one.donor} → {one.recipient}", f"{one.n}"]
-        + [number(one.values[name]) for name in curves.QUALITIES]
+        + [number(one.values[name]) for name in known]
         for one in found
     ]
     return Grid(

@@ -16,7 +16,7 @@ from torch import Tensor
 from commandv.adapter import Adapter, Intervention
 from commandv.convert import FactorStore, Fitter, Ridge
 from commandv.errors import InputError
-from commandv.match import LayerChoice, LayerPair, Matcher, all_layers, choose_layers, explicit, proportional
+from commandv.match import LayerChoice, LayerPair, Matcher, all_layers, choose_layers, proportional
 from commandv.pasting import HOLDOUT, paste
 from commandv.profiles import Profile, Rows
 from commandv.steering.methods import Probe
@@ -157,9 +157,8 @@ def _paste(
         raise InputError(
             f"directions of donor layers {adapter.layers}: none is matched to the recipient layers {sorted(wanted)}"
         )
-    back = {pair.donor: pair.recipient for pair in pairs.values()}
     pasted = paste(
-        adapter.on_layers(back), donor, recipient, fit=fit, match=explicit(back), layers=list(pairs),
+        adapter, donor, recipient, fit=fit, match=lambda *_: list(pairs.values()), layers=list(pairs),
         write_rows=write_rows, holdout=holdout, shuffle=shuffle, store=store,
     )  # fmt: skip
     return {pair: pasted.interventions[layer][0] for layer, pair in sorted(pairs.items())}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from commandv.errors import InputError
 from commandv.paths import digest
 from commandv.prompts import Prompt, PromptSet, file_rows, load_prompts
@@ -42,6 +44,25 @@ class Contrast:
     def hash(self) -> str:
         """16 hexadecimal characters that depend on everything in it."""
         return digest([self.positive.hash, self.negative.hash, self.paired])
+
+    def drawn(self, n: int, seed: int) -> Contrast:
+        """Return n prompts of either side, drawn without replacement; of pairs both sides of the same ones.
+
+        Raises:
+            InputError: a side has fewer.
+        """
+        smaller = min(len(self.positive), len(self.negative))
+        if not 1 <= n <= smaller:
+            raise InputError(f"{self.name}: {n} prompts of either side are wanted, there are {smaller}")
+        generator = np.random.default_rng(seed)
+        picks = [generator.permutation(len(side))[:n] for side in (self.positive, self.negative)]
+        if self.paired:
+            picks[1] = picks[0]
+        positive, negative = (
+            PromptSet(tuple(side.prompts[i] for i in pick), side.name)
+            for side, pick in zip((self.positive, self.negative), picks, strict=True)
+        )
+        return Contrast(positive, negative, self.paired)
 
 
 def load_contrast(source: str | Path, negative: str | Path | None = None, *, paired: bool = False) -> Contrast:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import asdict
 
+import filelock
 import torch
 import transformers
 
 from commandv.errors import InputError
+from commandv.finetuning import LoRASettings, finetune, with_lora
 from commandv.models import LM, load_model, resolve_dtype, wrap_model
+from commandv.paths import cache_dir, digest
+from commandv.prompts import load_prompts
 from commandv.siblings import damaged, dropped, rotated
-from commandv.study.schema import ModelSpec, Study
+from commandv.study.schema import FineTuning, ModelSpec, Study
 
 KEPT = 3  # models in memory at a time
 STAND_IN = "smollm2-135m-instruct"  # lends its tokenizer to rehearsals
@@ -31,30 +36,51 @@ class ModelSource:
             InputError: a rehearsal of models whose shape the study does not state.
         """
         self.specs, self.rehearsal = study.models, rehearsal
-        self._loaded: OrderedDict[str, LM] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, int], LM] = OrderedDict()
         if rehearsal is not None:
             without = [name for name, spec in self.specs.items() if spec.shape is None]
             if without or rehearsal < 1:
                 raise InputError(f"a rehearsal (shrink {rehearsal}) needs a shape for every model; {without} have none")
 
     def __getitem__(self, name: str) -> LM:
-        if name in self._loaded:
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
+        return self.seeded(name, 0)
+
+    def seeded(self, name: str, seed: int) -> LM:
+        """Return a model; one that is fine-tuned here is so with this seed, unless it states another."""
+        spec = self.specs[name]
+        key = (name, seed if spec.finetune and spec.finetune.seed is None else 0)
+        if key in self._loaded:
+            self._loaded.move_to_end(key)
+            return self._loaded[key]
         while len(self._loaded) >= KEPT:
             self._loaded.popitem(last=False)
-        spec = self.specs[name]
-        self._loaded[name] = _load(spec) if self.rehearsal is None else _random(spec, self.rehearsal)
-        return self._loaded[name]
+        self._loaded[key] = _load(spec, seed) if self.rehearsal is None else _random(spec, self.rehearsal)
+        return self._loaded[key]
 
 
-def _load(spec: ModelSpec) -> LM:
+def _load(spec: ModelSpec, seed: int) -> LM:
     lm = load_model(spec.id, dtype=spec.dtype, revision=spec.revision)
+    if spec.lora is not None:
+        lm = with_lora(lm, spec.lora)
+    if spec.finetune is not None:
+        lm = _finetuned(lm, spec.finetune, seed)
     if spec.rotate is not None:
         lm = rotated(lm, spec.rotate)
     if spec.noise:
         lm = damaged(lm, spec.noise)
     return dropped(lm, spec.drop) if spec.drop else lm
+
+
+def _finetuned(lm: LM, how: FineTuning, seed: int) -> LM:
+    """Return a fine-tuned copy; its LoRA is kept in the cache directory."""
+    examples = load_prompts(how.examples)
+    chosen = seed if how.seed is None else how.seed
+    settings = LoRASettings(**how.model_dump(exclude={"examples", "seed"}), seed=chosen)
+    stamp = digest(lm.ref.revision, lm.ref.id, lm.ref.template, examples.hash, asdict(settings))
+    path = cache_dir() / "loras" / f"{examples.name.rpartition(':')[2].rpartition('/')[2]}-{stamp}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):
+        return with_lora(lm, path) if path.exists() else finetune(lm, examples, path, settings)
 
 
 def _random(spec: ModelSpec, shrink: int) -> LM:

@@ -15,9 +15,9 @@ from commandv.evaluate.controls import ARMS, BRIDGE_PROMPTS, BRIDGE_TOKENS
 from commandv.evaluate.price import REPLY_TOKENS
 from commandv.models import resolve_dtype
 from commandv.prompts import load_prompts
+from commandv.study.cell import CALIBRATED, CALIBRATED_VECTORS, N_SAMPLES, SAMPLE_TOKENS
 from commandv.study.models import ModelSource
-from commandv.study.running import CALIBRATED, N_SAMPLES, SAMPLE_TOKENS
-from commandv.study.schema import Behaviour, Study
+from commandv.study.schema import Study
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
         cells: of the study.
-        adapters: to train, donors and direct controls.
+        adapters: to train, donors and direct controls; and models to fine-tune.
         profiles: one per model.
         arms: measured in every cell.
         answers: generated in all.
@@ -52,11 +52,14 @@ def plan(study: Study, models: ModelSource | None = None) -> Plan:
     """Count a study's work; with `models`, load them and estimate its duration on this machine."""
     arms = [name for name in ARMS if name not in study.leave_out]
     n_arms = len(arms) + len(study.methods) + 1
-    settings = len(study.scales) * len(study.layers) * sum(name in arms for name in CALIBRATED)
+    per_arm = len(study.scales) * len(study.layers)
     tokens = dict.fromkeys(study.models, 0)
     answers = 0
     for spec in study.cells():
         behaviour = study.behaviours[spec.behaviour]
+        # A native vector is calibrated as well, once for several cells; here it counts in each.
+        calibrated = (*CALIBRATED_VECTORS, "direct") if behaviour.vector else CALIBRATED
+        settings = per_arm * sum(name in arms for name in calibrated)
         tasks = [load_task(name) for name in (behaviour.task, *behaviour.also)]
         for number, task in enumerate(tasks):
             asked = min(study.n_test, len(task.test)) * n_arms
@@ -65,18 +68,25 @@ def plan(study: Study, models: ModelSource | None = None) -> Plan:
             answers += asked + min(study.n_test, len(task.test))
             tokens[spec.recipient] += asked * (PROMPT_TOKENS + task.max_new_tokens)
             tokens[spec.donor] += min(study.n_test, len(task.test)) * (PROMPT_TOKENS + task.max_new_tokens)
-        passes = len(load_prompts("builtin:drift")) * (PROMPT_TOKENS + REPLY_TOKENS)
+        passes = len(load_prompts("builtin:drift", limit=study.n_drift)) * (PROMPT_TOKENS + REPLY_TOKENS)
         tokens[spec.recipient] += passes * (n_arms + settings) + 2 * N_SAMPLES * SAMPLE_TOKENS
         if "text-bridge" in arms:
             tokens[spec.donor] += 2 * BRIDGE_PROMPTS * (PROMPT_TOKENS + BRIDGE_TOKENS)
     trained = _trained(study)
     for name, trained_on, _ in trained:
-        tokens[name] += _training_tokens(study.behaviours[trained_on])
+        behaviour = study.behaviours[trained_on]
+        assert behaviour.examples is not None
+        tokens[name] += _training_tokens(behaviour.examples, behaviour.training.epochs, behaviour.training.max_response)
+    tuned = _finetuned(study)
+    for name, _ in tuned:
+        how = study.models[name].finetune
+        assert how is not None
+        tokens[name] += _training_tokens(how.examples, how.epochs, how.max_response)
     n_rows = len(load_prompts(study.prompts, limit=study.limit)) + (len(load_prompts(study.text)) if study.text else 0)
     for name in tokens:
         tokens[name] += n_rows * PROMPT_TOKENS
     seconds = None if models is None else _seconds(tokens, models)
-    return Plan(len(study.cells()), len(trained), len(study.models), n_arms, answers, tokens, seconds)
+    return Plan(len(study.cells()), len(trained) + len(tuned), len(study.models), n_arms, answers, tokens, seconds)
 
 
 def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
@@ -97,16 +107,23 @@ def _trained(study: Study) -> set[tuple[str, str, int]]:
     found = set()
     for spec in study.cells():
         behaviour = study.behaviours[spec.behaviour]
-        sides = [spec.donor] + ([] if "direct" in study.leave_out else [spec.recipient])
-        found |= {(name, spec.behaviour, spec.seed) for name in sides if name not in behaviour.adapters}
+        if behaviour.examples is not None:
+            sides = [spec.donor] + ([] if "direct" in study.leave_out else [spec.recipient])
+            found |= {(name, spec.behaviour, spec.seed) for name in sides if name not in behaviour.adapters}
     return found
 
 
-def _training_tokens(behaviour: Behaviour) -> int:
-    assert behaviour.examples is not None
-    how, examples = behaviour.training, load_prompts(behaviour.examples)
-    labelled = min(how.max_response, math.ceil(sum(len(one.response) for one in examples) / len(examples) / 4))
-    return 3 * how.epochs * len(examples) * (PROMPT_TOKENS + labelled)  # a backward pass costs two forward ones
+def _finetuned(study: Study) -> set[tuple[str, int]]:
+    """Return (model, seed) of every model that is fine-tuned."""
+    tuned = {name: one.finetune for name, one in study.models.items() if one.finetune}
+    seeds = {name: study.seeds if how.seed is None else (how.seed,) for name, how in tuned.items()}
+    return {(name, seed) for name, many in seeds.items() for seed in many}
+
+
+def _training_tokens(source: str, epochs: int, max_response: int) -> int:
+    examples = load_prompts(source)
+    labelled = min(max_response, math.ceil(sum(len(one.response) for one in examples) / len(examples) / 4))
+    return 3 * epochs * len(examples) * (PROMPT_TOKENS + labelled)  # a backward pass costs two forward ones
 
 
 def _flops_per_second() -> float:

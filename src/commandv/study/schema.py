@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -14,7 +15,9 @@ from commandv.errors import InputError
 from commandv.evaluate.catalogue import load_task
 from commandv.evaluate.controls import ARMS, CONTROLS
 from commandv.match import MATCHERS, choose_layers
+from commandv.positions import as_positions
 from commandv.prompts import load_prompts
+from commandv.steering import APPLICATIONS, METHODS, load_contrast
 from commandv.training import TRAINABLE
 
 ANY_DEPTH = 100  # layers against which a layer choice by name is checked before models are loaded
@@ -34,13 +37,27 @@ class Shape(_Strict):
     intermediate: int
 
 
+class FineTuning(_Strict):
+    """LoRA fine-tuning; see `LoRASettings`. Without a seed of its own it has the cell's."""
+
+    examples: str
+    seed: int | None = None
+    rank: int = 8
+    epochs: int = 3
+    learning_rate: float = 1e-3
+    max_response: int = 64
+    batch_size: int = 16
+
+
 class ModelSpec(_Strict):
-    """A model, or a sibling made from one.
+    """A model, a fine-tuned version, or a sibling made from either.
 
     Attributes:
         id: what `load_model` takes.
         revision: of a hub model.
         dtype: what `load_model` takes.
+        lora: a LoRA to merge into it: a directory in PEFT's format or a hub id.
+        finetune: fine-tune it first.
         rotate: width of a stream to rotate it into, the function unchanged.
         noise: Gaussian noise on every matrix, as a share of its root mean square.
         drop: blocks to leave out.
@@ -50,6 +67,8 @@ class ModelSpec(_Strict):
     id: str
     revision: str | None = None
     dtype: str | None = None
+    lora: str | None = None
+    finetune: FineTuning | None = None
     rotate: int | None = None
     noise: Annotated[float, pydantic.Field(ge=0)] = 0.0
     drop: tuple[int, ...] = ()
@@ -80,14 +99,61 @@ class Training(_Strict):
         return _layer_choice(layers)
 
 
+class Vector(_Strict):
+    """A steering vector, found in either model from the same contrast; see `steer`.
+
+    Attributes:
+        contrast: what `load_contrast` takes.
+        negative: the other side, where `contrast` is one.
+        pairs: so many of the prompts of either side, drawn with the cell's seed; null for all.
+        method: a name in `METHODS`.
+        positions: tokens that are read.
+        trigger: read at the last token of this string instead.
+        kind: how it is applied.
+        strength: 1 for the direction of the positive side, -1 for that of the negative.
+        at: tokens to act on.
+        rows: for the writing converter, see `paste`; last-token rows suit what is read there.
+        rescale: as in `carry_directions`.
+    """
+
+    contrast: str
+    negative: str | None = None
+    pairs: Annotated[int, pydantic.Field(ge=2)] | None = None
+    method: str = "caa"
+    positions: str = "l1"
+    trigger: str | None = None
+    kind: str = "add"
+    strength: float = 1.0
+    at: str = "all"
+    rows: Literal["end", "text", "both"] = "end"
+    rescale: Literal["norm share"] | None = None
+
+    @pydantic.field_validator("method")
+    @classmethod
+    def _method(cls, name: str) -> str:
+        return _one_of(name, METHODS)
+
+    @pydantic.field_validator("kind")
+    @classmethod
+    def _kind(cls, name: str) -> str:
+        return _one_of(name, APPLICATIONS)
+
+    @pydantic.field_validator("positions", "at")
+    @classmethod
+    def _positions(cls, text: str) -> str:
+        as_positions(text)
+        return text
+
+
 class Behaviour(_Strict):
-    """What is carried.
+    """What is carried: one of a trained adapter, ready adapters and a steering vector.
 
     Attributes:
         task: how it is measured: a name in `TASKS`, with `:FILE` where the task wants one.
         examples: training examples, a prompt set; donors are trained on them with each seed.
         adapters: ready adapters by model instead.
         training: of adapters from examples.
+        vector: a steering vector instead.
         also: further tasks measured with every arm (over-refusal beside refusal).
     """
 
@@ -95,7 +161,14 @@ class Behaviour(_Strict):
     examples: str | None = None
     adapters: dict[str, str] = {}
     training: Training = Training()
+    vector: Vector | None = None
     also: tuple[str, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> Behaviour:
+        if self.vector is not None and (self.examples is not None or self.adapters):
+            raise ValueError("a vector and examples or adapters; give one or the other")
+        return self
 
 
 class Method(_Strict):
@@ -103,7 +176,7 @@ class Method(_Strict):
 
     Attributes:
         fit: a name in `FITTERS`.
-        match: a name in `MATCHERS`.
+        match: a name in `MATCHERS`; null for `proportional`, or `covering` where a vector is carried.
         layers: a layer choice; null to take the one that calibration picks.
         read_rows: see `paste`.
         write_rows: see `paste`.
@@ -111,7 +184,7 @@ class Method(_Strict):
     """
 
     fit: str = "ridge"
-    match: str = "proportional"
+    match: str | None = None
     layers: str | None = None
     read_rows: Literal["end", "text", "both"] = "end"
     write_rows: Literal["end", "text", "both"] | None = None
@@ -124,8 +197,8 @@ class Method(_Strict):
 
     @pydantic.field_validator("match")
     @classmethod
-    def _match(cls, name: str) -> str:
-        return _one_of(name, MATCHERS)
+    def _match(cls, name: str | None) -> str | None:
+        return name if name is None else _one_of(name, MATCHERS)
 
 
 class CellSpec(NamedTuple):
@@ -149,6 +222,7 @@ class Study(_Strict):
         prompts: profile prompts (a prompt set), `limit` of them.
         limit: see `prompts`; null for all.
         text: passages for text rows; null for none.
+        places: of text rows in them, see `profile`.
         models: by short names.
         pairs: (donor, recipient) by these names.
         behaviours: by name.
@@ -159,6 +233,7 @@ class Study(_Strict):
         budget: most drift allowed when the setting is chosen, nats per token; null for no limit.
         n_dev: development prompts.
         n_test: test prompts.
+        n_drift: passages on which drift is measured; null for all built-in ones.
         leave_out: controls not to run; the report says so.
         batch_size: prompts per batch.
     """
@@ -168,6 +243,7 @@ class Study(_Strict):
     prompts: str = "builtin:general"
     limit: Annotated[int, pydantic.Field(ge=16)] | None = None
     text: str | None = "builtin:text"
+    places: Literal["lines", "words"] = "lines"
     models: dict[str, ModelSpec]
     pairs: tuple[tuple[str, str], ...]
     behaviours: dict[str, Behaviour]
@@ -178,6 +254,7 @@ class Study(_Strict):
     budget: Annotated[float, pydantic.Field(gt=0)] | None = None
     n_dev: Annotated[int, pydantic.Field(ge=1)] = 48
     n_test: Annotated[int, pydantic.Field(ge=1)] = 100
+    n_drift: Annotated[int, pydantic.Field(ge=2)] | None = None
     leave_out: tuple[str, ...] = ()
     batch_size: Annotated[int, pydantic.Field(ge=1)] = 64
 
@@ -205,10 +282,10 @@ class Study(_Strict):
         return self
 
     def _adapters_at_hand(self, name: str, behaviour: Behaviour, donor: str, recipient: str) -> None:
-        if behaviour.examples is not None:
+        if behaviour.examples is not None or behaviour.vector is not None:
             return
         if donor not in behaviour.adapters:
-            raise ValueError(f"behaviours.{name}: neither examples nor an adapter for the donor {donor!r}")
+            raise ValueError(f"behaviours.{name}: neither examples, a vector nor an adapter for the donor {donor!r}")
         if recipient not in behaviour.adapters and "direct" not in self.leave_out:
             raise ValueError(
                 f"behaviours.{name}: the direct control needs examples or an adapter for the recipient {recipient!r}; "
@@ -231,6 +308,9 @@ class Study(_Strict):
         """
         sets = [("prompts", self.prompts), ("text", self.text)]
         sets += [(f"behaviours.{name}.examples", one.examples) for name, one in self.behaviours.items()]
+        sets += [
+            (f"models.{name}.finetune", one.finetune.examples) for name, one in self.models.items() if one.finetune
+        ]
         tries: list[tuple[str, Callable[[str], Any], str]] = [
             (place, load_prompts, source) for place, source in sets if source is not None
         ]
@@ -238,6 +318,11 @@ class Study(_Strict):
             (f"behaviours.{name}: task {task}", load_task, task)
             for name, one in self.behaviours.items()
             for task in (one.task, *one.also)
+        ]
+        vectors = {name: one.vector for name, one in self.behaviours.items() if one.vector}
+        tries += [
+            (f"behaviours.{name}.vector", functools.partial(load_contrast, negative=one.negative), one.contrast)
+            for name, one in vectors.items()
         ]
         problems = []
         for place, load, source in tries:
@@ -262,7 +347,8 @@ class Study(_Strict):
         }
         small = {"prompts": "builtin:general", "limit": 48, "text": None, "behaviours": behaviours, "methods": few}
         less = {"seeds": self.seeds[:1], "scales": self.scales[:1], "layers": self.layers[:1], "n_dev": 2, "n_test": 4}
-        return self.model_copy(update={"name": f"{self.name}-rehearsal", **small, **less})
+        plain = {name: one.model_copy(update={"lora": None, "finetune": None}) for name, one in self.models.items()}
+        return self.model_copy(update={"name": f"{self.name}-rehearsal", "models": plain, **small, **less})
 
 
 def load_study(path: Path | str) -> Study:

@@ -1,0 +1,95 @@
+"""Training examples as token ids, and the loss on their replies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from commandv.adapter import Adapter
+from commandv.attaching import attach
+from commandv.errors import InputError
+from commandv.models import LM, accepts, encode, pad
+from commandv.positions import EVERYWHERE, Positions
+from commandv.prompts import PromptSet
+
+
+class Example(NamedTuple):
+    """Token ids of a prompt in the model's format and of its reply, which ends with the end-of-sequence token."""
+
+    prompt: list[int]
+    response: list[int]
+
+    @classmethod
+    def of(cls, lm: LM, prompt: str, response: str, max_response: int) -> Example:
+        """Encode a prompt and the first `max_response` tokens of its reply."""
+        encoded = encode(lm, prompt, response)
+        reply = encoded.ids[encoded.n_prompt :]
+        ending = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
+        return cls(encoded.ids[: encoded.n_prompt], (reply + ending)[:max_response])
+
+
+def read_examples(lm: LM, examples: PromptSet, max_response: int) -> list[Example]:
+    """Encode all examples.
+
+    Raises:
+        InputError: one has no response.
+    """
+    missing = [number for number, one in enumerate(examples, start=1) if not one.response.strip()]
+    if missing:
+        raise InputError(f"{examples.name}: example {missing[0]} has no response; training needs prompt and response")
+    return [Example.of(lm, one.text, one.response, max_response) for one in examples]
+
+
+def reply_loss(
+    lm: LM, batch: Sequence[Example], adapter: Adapter | None = None, positions: Positions = EVERYWHERE
+) -> Tensor:
+    """Return the mean cross-entropy of the replies' tokens, in nats.
+
+    Logits are computed at labelled positions only. What comes before the first position that the adapter changes runs
+    without gradients and is reused as a cache.
+
+    Args:
+        lm: the model.
+        batch: examples.
+        adapter: to attach meanwhile.
+        positions: where it acts; without an adapter everything may be learning, and everything has gradients.
+    """
+    prompts = pad(lm, [one.prompt for one in batch], "left")
+    replies = pad(lm, [one.response for one in batch], "right")
+    n_prompt, n_reply = prompts.input_ids.shape[1], replies.input_ids.shape[1]
+    ids = torch.cat([prompts.input_ids, replies.input_ids], 1)
+    mask = torch.cat([prompts.attention_mask, replies.attention_mask], 1)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    # Left-padded prompts end in one column: before it lies what no intervention can have changed.
+    untouched = 0 if positions.first or positions.everywhere else max(0, n_prompt - (positions.last or 1))
+    past = _prefix(lm, ids, mask, places, untouched)
+    here = slice(untouched, n_prompt + n_reply - 1)
+    inputs: dict[str, Any] = {
+        "input_ids": ids[:, here],
+        "attention_mask": mask[:, : here.stop],
+        "past_key_values": past,
+        "use_cache": past is not None,
+    }
+    if accepts(lm.model, "position_ids"):
+        inputs["position_ids"] = places[:, here]
+    if accepts(lm.model, "logits_to_keep"):
+        inputs["logits_to_keep"] = n_reply
+    with attach(lm, adapter, n_prompt=n_prompt) if adapter else contextlib.nullcontext():
+        logits = lm.model(**inputs).logits[:, -n_reply:]
+    labels = replies.input_ids.masked_fill(replies.attention_mask == 0, -100)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
+
+
+def _prefix(lm: LM, ids: Tensor, mask: Tensor, places: Tensor, stop: int) -> Any:
+    """Run the untouched columns without gradients and return their cache."""
+    if not stop:
+        return None
+    inputs: dict[str, Any] = {"input_ids": ids[:, :stop], "attention_mask": mask[:, :stop], "use_cache": True}
+    if accepts(lm.owner, "position_ids"):
+        inputs["position_ids"] = places[:, :stop]
+    with torch.no_grad():
+        return lm.owner(**inputs).past_key_values
