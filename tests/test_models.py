@@ -10,7 +10,7 @@ from torch import nn
 import commandv as cv
 import tiny
 from commandv.errors import InputError, MismatchError, ModelError
-from commandv.models import PLAIN_FORMAT, ModelRef, encode, find_blocks, pad, uses_bos, weights_fingerprint
+from commandv.models import PLAIN_FORMAT, ModelRef, encode, find_blocks, pad, uses_bos, weights_fingerprint, wrap_model
 from commandv.prompts import Prompt, PromptSet
 
 MULTIMODAL = ("llava", "gemma3")
@@ -351,3 +351,16 @@ def test_profile_of_another_prompt_format_is_another_profile():
     chat, plain = (tiny.tiny_lm(chat=True, template=t) for t in ("chat", "plain"))
     with pytest.raises(MismatchError, match="template"):
         cv.profile(chat, prompts).model.require(plain.ref, "profile")
+
+
+def test_a_frozen_head_is_not_copied_for_each_sequence():
+    lm = tiny.tiny_lm()
+    head = lm.model.get_output_embeddings()
+    wrap_model(lm.model, lm.tokenizer, "again")
+    assert len(head._forward_pre_hooks) == 1
+    seen = []
+    head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = torch.arange(24).reshape(2, 12)
+    plain = lm.model(ids).logits[:, -3:]
+    torch.testing.assert_close(lm.model(ids, logits_to_keep=3).logits, plain)
+    assert all(one.is_contiguous() for one in seen)

@@ -209,9 +209,25 @@ def wrap_model(model: Any, tokenizer: Any, id: str, *, revision: str | None = No
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.unk_token
     model.eval()
+    _feed_head_contiguously(model)
     owner, blocks, d_model = find_blocks(model)
     chat = bool(tokenizer.chat_template) and template != "plain"
     return LM(model, tokenizer, id, revision or weights_fingerprint(model), blocks, owner, d_model, chat)
+
+
+def _feed_head_contiguously(model: Any) -> None:
+    """Have the head get contiguous states.
+
+    PyTorch multiplies a strided slice of states, as `logits_to_keep` makes them, by a copy of a *frozen* head for each
+    sequence: with a large vocabulary gigabytes, and a minute where a tenth of a second would do.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and _contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.contiguous() if isinstance(one, torch.Tensor) else one for one in args)
 
 
 def _load_weights(place: str, dtype: torch.dtype, device_map: Any, options: dict[str, Any]) -> nn.Module:
