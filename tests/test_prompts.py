@@ -103,7 +103,7 @@ def test_every_built_in_set_loads(name):
 
 
 def test_unknown_built_in_set():
-    with pytest.raises(InputError, match=r"builtin:generic.* there are drift, general"):
+    with pytest.raises(InputError, match=r"builtin:generic.* there are backdoor, backdoor-dev"):
         load_prompts("builtin:generic")
 
 
