@@ -205,7 +205,7 @@ def test_left_out_controls_are_told_at_the_top(reports):
     page, text = reports["left out"]
     for told in ("".join(page.text), text):
         assert told.index("Controls left out") < told.index("Verdicts")
-        assert "shuffled (pasted through" in told
+        assert "shuffled (carried through" in told
 
 
 def test_one_seed_is_said(reports):

@@ -129,15 +129,14 @@ def groups(run: Run) -> list[Group]:
     for key in sorted(by_key, key=place):
         cells = sorted(by_key[key], key=lambda cell: cell.seed)
         done = [cell for cell in cells if cell.state == "done"]
-        tables = [_table(done, task) for task in _tasks(done, key[2])]
+        tables = [_table(done, task) for task in _tasks(done)]
         found.append(Group(*key, done, [cell for cell in cells if cell.state == "failed"], tables))
     return found
 
 
-def _tasks(cells: Sequence[Cell], behaviour: str) -> list[str]:
-    """Return the tasks that were measured, the behaviour's own one first (a study measures it first)."""
-    names = list(dict.fromkeys(task for cell in cells for arm in cell.arms for task in arm.labels))
-    return sorted(names, key=lambda name: name != behaviour)
+def _tasks(cells: Sequence[Cell]) -> list[str]:
+    """Return the tasks that were measured, the behaviour's own one first, because a study measures it first."""
+    return list(dict.fromkeys(task for cell in cells for arm in cell.arms for task in arm.labels))
 
 
 def chosen(cell: Cell, method: str) -> Arm | None:
