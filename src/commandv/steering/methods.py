@@ -33,7 +33,7 @@ def actadd(reading: Reading) -> Tensor:
 def caa(reading: Reading) -> Tensor:
     """Difference in means, mean(h⁺) - mean(h⁻); contrastive activation addition when the sides are paired.
 
-    Source: Rimsky et al., arXiv 2312.06681, eq. 1; Arditi et al., arXiv 2406.11717, eq. 3.
+    Source: Rimsky et al., arXiv 2312.06681, eq. 1; Arditi et al., arXiv 2406.11717, section 2.3.
     """
     return reading.difference
 

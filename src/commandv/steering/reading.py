@@ -39,15 +39,17 @@ def states(
 
 
 def _states(
-    lm: LM, encoded: Sequence[Encoded], positions: Positions, batch_size: int
+    lm: LM, encoded: Sequence[Encoded], positions: Positions, batch_size: int, *, skip_first: bool = False
 ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
-    """Yield what `states` yields, of texts that are token ids already."""
+    """Yield what `states` yields, of token ids; with `skip_first`, `all` is without the first token."""
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: expected 1 or more")
     for members in batches([len(one.ids) for one in encoded], batch_size):
         batch, n_prompt = pad_replies(lm, [encoded[i] for i in members])
         real = batch.attention_mask.bool()
         chosen = positions.select(real[:, :n_prompt], 0, real.shape[1]) & real
+        if skip_first and positions.everywhere:
+            chosen &= (real.cumsum(1) > 1) | (real.sum(1, keepdim=True) == 1)
         rows, columns = chosen.nonzero(as_tuple=True)
         if len(rows):
             yield [members[row] for row in rows.tolist()], read_rows(lm, batch, (rows, columns))
@@ -78,7 +80,7 @@ def prompt_states(
     Args:
         lm: the model, with whatever is attached.
         prompts: prompts, with replies for `gN`.
-        positions: which tokens.
+        positions: which tokens; `all` is without the first, as in `read_contrast`.
         trigger: read at the last token of this string's last occurrence in each prompt instead.
         batch_size: sequences per forward pass.
 
@@ -165,7 +167,9 @@ def read_contrast(
     Args:
         lm: the model, with whatever is attached.
         contrast: the two sides.
-        positions: which tokens; of replies `gN`, the first N.
+        positions: which tokens; of replies `gN`, the first N. `all` is without the first token: its state is the same
+            whatever follows and in many models a hundred times as long as others (Sun et al., arXiv 2402.17762), so
+            that means over all tokens would differ by little but the prompts' lengths.
         trigger: read at the last token of this string's last occurrence in each prompt instead; a pair of strings
             where the sides have different ones.
         keep_rows: keep each prompt's state, for methods that need more than means.
@@ -202,18 +206,18 @@ def _prompt_means(
     lm: LM, encoded: Sequence[Encoded], positions: Positions, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (numbers of prompts, their states [n_layers, prompts, d_model], log of norms [n_layers, rows]), float64."""
-    for owners, layers in _states(lm, encoded, positions, batch_size):
+    for owners, layers in _states(lm, encoded, positions, batch_size, skip_first=True):
         numbers, place, counts = torch.tensor(owners).unique(return_inverse=True, return_counts=True)
         means = torch.zeros(lm.n_layers, len(numbers), lm.d_model, dtype=torch.float64)
         logs = torch.empty(lm.n_layers, len(owners), dtype=torch.float64)
         for layer, rows in layers.items():
             values = rows.double()
-            finite = torch.isfinite(values).all(1)
+            logs[layer] = _log_norms(values)
+            finite = torch.isfinite(logs[layer])  # no overflow in float64, and ten times faster than all values
             if not finite.all():
                 item = owners[int((~finite).nonzero()[0])]
                 raise InputError(f"{lm.id}: NaN or infinity in the output of layer {layer} for prompt {item + 1}")
             means[layer] = means[layer].index_add(0, place, values) / counts[:, None]
-            logs[layer] = _log_norms(values)
         yield numbers, means, logs
 
 
