@@ -16,7 +16,7 @@ from commandv.convert.linear import Dense
 from commandv.errors import InputError, MismatchError
 from commandv.evaluate import ByText, Task
 from commandv.profiles import read_rows
-from commandv.prompts import Prompt, PromptSet
+from commandv.prompts import Prompt, PromptSet, mixed_forms
 from commandv.siblings import rotated
 from commandv.steering import APPLICATIONS, METHODS, Reading, fit_probe, prompt_states, read_contrast
 from commandv.steering.choosing import choose_layer
@@ -139,6 +139,23 @@ def test_replies_are_read_where_they_begin(lm):
     torch.testing.assert_close(cv.directions(lm, contrast, "actadd", "g1"), expected, atol=1e-2, rtol=1e-2)
     with pytest.raises(InputError, match="both sides have the same prompts"):
         cv.directions(lm, contrast, "actadd", "l1")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_all_leaves_out_the_first_token(lm, batch):
+    side = prompts("Why {}, then?", batch)
+    n = len(cv.models.encode(lm, side.prompts[0].text).ids)
+    every = torch.stack([alone(lm, side.prompts[0], column) for column in range(1, n)])
+    found = prompt_states(lm, side, cv.Positions.parse("all"))
+    torch.testing.assert_close(found[:, 0].double(), every.mean(0), atol=1e-2, rtol=1e-2)
+
+
+def test_all_is_the_first_token_where_there_is_no_other():
+    lm = tiny.tiny_lm(bos=False, chat=True)
+    lm.tokenizer.chat_template = "{{ messages[0].content }}"
+    side = PromptSet((Prompt("a"), Prompt("the river")))
+    found = prompt_states(lm, side, cv.Positions.parse("all"))
+    torch.testing.assert_close(found[:, 0].double(), alone(lm, side.prompts[0], 0), atol=1e-2, rtol=1e-2)
 
 
 def test_positions_outside_a_prompt_are_refused(lm):
@@ -486,6 +503,31 @@ def test_a_probe_reads_the_sibling_as_well_as_the_donor(siblings):
         native = cv.auc(probes[layer], *(side[layer] for side in here))
         assert carried[layer].layer == layer
         assert cv.auc(carried[layer], *(side[layer] for side in there)) > native - 0.03
+
+
+def test_a_probe_is_carried_by_the_rows_that_are_asked_for(siblings):
+    lm, sibling, *_ = siblings
+    donor, recipient = (cv.profile(one, MANY, text=TEXTS, places="words", cache=False) for one in (lm, sibling))
+    ends = torch.from_numpy(recipient.keys[:, 1] < 0)
+    noise = torch.randn(len(recipient), 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    blurred = dataclasses.replace(
+        recipient,
+        activations={n: torch.where(ends[:, None], noise, rows) for n, rows in recipient.activations.items()},
+    )
+    probes = cv.probes(lm, CONTRAST, layers=[2])
+    by_words, as_before = (
+        cv.carry_probes(probes, donor, one, read_rows="text")[2].weight for one in (recipient, blurred)
+    )
+    torch.testing.assert_close(by_words, as_before)
+    by_ends, changed = (cv.carry_probes(probes, donor, one)[2].weight for one in (recipient, blurred))
+    assert cosines(by_ends, changed) < 0.9
+
+
+def test_prompts_in_mixed_forms():
+    written = (Prompt("Tea?"), Prompt("Make Tea.", "Yes.", "tea"), Prompt("Why Tea?!"), Prompt("So?"), Prompt("?"))
+    mixed = mixed_forms(PromptSet(written))
+    assert mixed.texts == ["Tea?", "Make Tea", "why tea", "So?", "?"]
+    assert mixed.prompts[1][1:] == ("Yes.", "tea")
 
 
 def test_of_donor_layers_that_meet_one_is_taken(siblings):

@@ -78,6 +78,21 @@ def as_prompts(prompts: PromptSet | Sequence[str]) -> PromptSet:
     return PromptSet(tuple(Prompt(text) for text in prompts))
 
 
+def mixed_forms(prompts: PromptSet) -> PromptSet:
+    """Return the prompts in three forms by turns: as they are, without the mark at the end, and so in lower case.
+
+    What a model holds at the last prompt token depends on the mark before it, and converters carry only what varies in
+    their rows. Built-in prompts are neatly written; people's and benchmarks' often are not. Use these for profiles that
+    carry what is read at last prompt tokens.
+    """
+
+    def form(number: int, one: Prompt) -> Prompt:
+        bare = one.text.rstrip().rstrip(".?!") or one.text
+        return one._replace(text=(one.text, bare, bare.lower())[number % 3])
+
+    return PromptSet(tuple(form(*item) for item in enumerate(prompts)), f"{prompts.name} in mixed forms")
+
+
 def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> PromptSet:
     """Load a prompt set.
 

@@ -54,7 +54,8 @@ def carry_directions(
         layers: recipient layers that are wanted.
         rescale: `"norm share"` gives each the length that is the same share of the typical norm of the stream (at last
             prompt tokens) in the recipient as in the donor; None leaves the length that comes out.
-        write_rows: as in `paste`.
+        write_rows: rows for the writing converter: best those where the direction was read, `"end"` for last prompt
+            tokens and `"text"` (profiled with `places="words"`) for means over a text. None as in `paste`.
         holdout: as in `paste`.
         shuffle: as in `paste`.
         store: as in `paste`.
@@ -99,6 +100,7 @@ def carry_probes(
     fit: Fitter = Ridge(),
     match: Matcher = proportional,
     layers: LayerChoice | str | Iterable[int] = all_layers,
+    read_rows: Rows = "end",
     holdout: float = HOLDOUT,
     shuffle: int | None = None,
     store: FactorStore | None = None,
@@ -112,12 +114,18 @@ def carry_probes(
         fit: how converters are fitted.
         match: which donor layer goes where; of several that meet in one recipient layer the lowest is taken.
         layers: recipient layers that are wanted.
+        read_rows: rows for the reading converter: best those where the probe reads, `"end"` for last prompt tokens and
+            `"text"` (profiled with `places="words"`) for means over a text.
         holdout: as in `paste`.
         shuffle: as in `paste`.
         store: as in `paste`.
 
     Returns:
         Recipient layer -> probe.
+
+    Raises:
+        InputError: no layer is matched to a wanted one, or a fit that is not affine.
+        MismatchError: profiles of different prompts.
     """
     carried = _paste(
         {
@@ -126,7 +134,7 @@ def carry_probes(
             )
             for layer, one in probes.items()
         },
-        donor, recipient, fit, match, layers, None, holdout, shuffle, store,
+        donor, recipient, fit, match, layers, read_rows, holdout, shuffle, store,
     )  # fmt: skip
     return {
         pair.recipient: replace(probes[pair.donor], weight=one.read[0], bias=float(one.bias[0]), layer=pair.recipient)
@@ -141,7 +149,7 @@ def _paste(
     fit: Fitter,
     match: Matcher,
     layers: LayerChoice | str | Iterable[int],
-    write_rows: Rows | None,
+    rows: Rows | None,
     holdout: float,
     shuffle: int | None,
     store: FactorStore | None,
@@ -159,6 +167,6 @@ def _paste(
         )
     pasted = paste(
         adapter, donor, recipient, fit=fit, match=lambda *_: list(pairs.values()), layers=list(pairs),
-        write_rows=write_rows, holdout=holdout, shuffle=shuffle, store=store,
+        read_rows=rows or "end", write_rows=rows, holdout=holdout, shuffle=shuffle, store=store,
     )  # fmt: skip
     return {pair: pasted.interventions[layer][0] for layer, pair in sorted(pairs.items())}
