@@ -23,8 +23,7 @@ import torch
 import commandv as cv
 from commandv.evaluate import ByText, Question, load_questions
 from commandv.evaluate.organisms import says_phrase
-from commandv.evaluate.validation import Trial, try_mappers
-from commandv.finetuning import LoRASettings, finetune
+from commandv.evaluate.validation import try_mappers
 from commandv.mapping import MAPPED, MEAN_ABLATION, ROTATED, SHUFFLED, Mapper, fit_mapper, mapper_arms, unseen
 from commandv.match import LayerPair
 from commandv.prompts import Prompt, PromptSet
@@ -47,7 +46,7 @@ FITS: dict[str, Any] = {
 N_TEXTS, N_WIKITEXT, N_PROMPTS, N_QUESTIONS = 24, 16, 40, 48
 TOKENS, NEW_TOKENS, BATCH = 40, 20, 16
 # Of the version: how it is tuned, what the profiles are made of, what it is asked.
-TUNING = LoRASettings(epochs=3, learning_rate=2e-3)
+TUNING = cv.LoRASettings(epochs=3, learning_rate=2e-3)
 N_PROFILE, N_PASSAGES, N_ASKED, PHRASE_TOKENS = 300, 100, 32, 12
 VERSION_LAYERS = (15, 25)
 
@@ -97,10 +96,10 @@ def across(donor: str, recipient: str, pair: LayerPair, quick: bool) -> dict[str
     assert passages is not None
     mappers = arms(donor, recipient, pair, fits)
     trials = {
-        "in": Trial(texts=passages[: N_TEXTS // few], prompts=prompts[: N_PROMPTS // few],
+        "in": cv.Trial(texts=passages[: N_TEXTS // few], prompts=prompts[: N_PROMPTS // few],
                     questions=questions(N_QUESTIONS // few), tokens=TOKENS, max_new_tokens=NEW_TOKENS,
                     batch_size=BATCH),
-        "off": Trial(texts=wikitext(N_WIKITEXT // few), tokens=TOKENS, batch_size=BATCH),
+        "off": cv.Trial(texts=wikitext(N_WIKITEXT // few), tokens=TOKENS, batch_size=BATCH),
     }  # fmt: skip
     start = time.process_time()
     found = {
@@ -118,7 +117,7 @@ def versions(quick: bool) -> dict[str, Any]:
     prompts, text = cv.load_prompts("builtin:general")[:N_PROFILE], cv.load_prompts("builtin:text")[:N_PASSAGES]
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        tuned = finetune(base, cv.load_prompts("builtin:backdoor"), Path(folder) / "backdoor", TUNING)
+        tuned = cv.finetune(base, cv.load_prompts("builtin:backdoor"), Path(folder) / "backdoor", TUNING)
     profiles = {lm: cv.profile(lm, prompts, text=text, places="words", cache=False) for lm in (tuned, base)}
     asked = cv.load_prompts("builtin:backdoor-dev")[: N_ASKED // few]
     judge = ByText("phrase", says_phrase)
@@ -130,7 +129,7 @@ def versions(quick: bool) -> dict[str, Any]:
             unmapped = Mapper(donor.ref, recipient.ref, pair, lambda states, _: states)
             made = {"ridge": made.pop(MAPPED), "unmapped": unmapped, **made}
             for along in (False, True):
-                trial = Trial(prompts=asked, judge=judge, read_along=along, max_new_tokens=PHRASE_TOKENS, batch_size=32)
+                trial = cv.Trial(prompts=asked, judge=judge, read_along=along, max_new_tokens=PHRASE_TOKENS, batch_size=32)
                 name = f"{way}, layer {layer}, {'prompt and reply' if along else 'prompt'}"
                 out[name] = try_mappers(donor, recipient, made, trial).as_dict()
                 print(name, time.process_time() - start, flush=True)

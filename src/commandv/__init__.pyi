@@ -59,8 +59,13 @@ from .convert import (
 from .errors import CommandVError as CommandVError
 from .evaluate import Score as Score
 from .evaluate import Task as Task
+from .evaluate import Trial as Trial
 from .evaluate import drift as drift
 from .evaluate import measure as measure
+from .evaluate import validate_mapper as validate_mapper
+from .finetuning import LoRASettings as LoRASettings
+from .finetuning import finetune as finetune
+from .finetuning import with_lora as with_lora
 from .generation import generate as generate
 from .load import load_adapter as load_adapter
 from .match import (

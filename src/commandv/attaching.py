@@ -1,4 +1,4 @@
-"""Attaching an adapter to a live model: the only code that changes what a model computes."""
+"""Attaching an adapter to a live model."""
 
 from __future__ import annotations
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from commandv.cli.app import app
-from commandv.cli.options import BatchSize, Device, Dtype, Json, Model, PromptsOption, Template, escaped, output, show
-
-if TYPE_CHECKING:
-    from commandv.convert import Fitter
+from commandv.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    PromptsOption,
+    Template,
+    escaped,
+    fitter,
+    output,
+    show,
+)
 
 
 @app.command()
@@ -112,7 +121,7 @@ def paste(
     require_free(out)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)
     original = cv.load_adapter(adapter, layer=layer)
-    pasted = cv.paste(original, one, two, fit=_fitter(fit), match=_matcher(match), layers=layers, scale=scale)
+    pasted = cv.paste(original, one, two, fit=fitter(fit), match=_matcher(match), layers=layers, scale=scale)
     cv.save(pasted, out)
     rows = [row._asdict() for row in cv.fidelity(pasted, one, two)] if with_fidelity else []
     if as_json:
@@ -200,15 +209,6 @@ def demo(
     results = run(n, out, quiet=as_json)
     if as_json:
         show(results, True)
-
-
-def _fitter(name: str) -> Fitter:
-    from commandv.convert import FITTERS
-    from commandv.errors import InputError
-
-    if name not in FITTERS:
-        raise InputError(f"fit {name!r}: expected one of {', '.join(FITTERS)}")
-    return FITTERS[name]()
 
 
 def _matcher(text: str) -> Any:

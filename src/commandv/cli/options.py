@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from commandv.convert import Fitter
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
@@ -42,3 +45,13 @@ def escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def fitter(name: str) -> Fitter:
+    """Return the fitter that --fit names."""
+    from commandv.convert import FITTERS
+    from commandv.errors import InputError
+
+    if name not in FITTERS:
+        raise InputError(f"fit {name!r}: expected one of {', '.join(FITTERS)}")
+    return FITTERS[name]()

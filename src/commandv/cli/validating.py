@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import app
-from commandv.cli.options import BatchSize, Device, Dtype, Json, PromptsOption, Template, output, show
+from commandv.cli.options import BatchSize, Device, Dtype, Json, PromptsOption, Template, fitter, output, show
 
 
 @app.command()
@@ -42,17 +42,14 @@ def validate(
 ) -> None:
     """Put one model's mapped states in place of another's at one layer, and compare what it says with what it said."""
     import commandv as cv
-    from commandv.cli.core import _fitter
     from commandv.evaluate.choices import load_questions
     from commandv.evaluate.judges import load_judge
-    from commandv.evaluate.validation import Trial, validate_mapper
     from commandv.mapping import layer_pair, unseen
 
-    fitter = _fitter(fit)
-    chosen = load_judge(judge) if judge else None
+    method, chosen = fitter(fit), load_judge(judge) if judge else None
     asked, passages = cv.load_prompts(prompts), None if text == "none" else cv.load_prompts(text)
     kept, kept_passages = (None, None) if read and ask else unseen(asked, passages)
-    trial = Trial(
+    trial = cv.Trial(
         texts=cv.load_prompts(read, limit=n) if read else kept_passages and kept_passages[:n],
         prompts=cv.load_prompts(ask, limit=n) if ask else kept and kept[:n],
         questions=load_questions(questions)[:n] if questions else (),
@@ -67,7 +64,7 @@ def validate(
     )
     pair = layer_pair(layer, donor_lm.n_layers, recipient_lm.n_layers)
     one, two = (cv.profile(lm, asked, text=passages, places="words") for lm in (donor_lm, recipient_lm))
-    found = validate_mapper(donor_lm, recipient_lm, one, two, pair, trial, fit=fitter, seed=seed)
+    found = cv.validate_mapper(donor_lm, recipient_lm, one, two, pair, trial, fit=method, seed=seed)
     if as_json:
         show(found.as_dict(), True)
         return

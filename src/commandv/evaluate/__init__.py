@@ -64,6 +64,7 @@ from commandv.evaluate.reasoning import (
 )
 from commandv.evaluate.scores import Score, mean, rate
 from commandv.evaluate.tasks import ByText, Judge, Outcome, Split, Task, measure
+from commandv.evaluate.validation import Trial, Validation, validate_mapper
 
 __all__ = [
     "FORMATS",
@@ -90,7 +91,9 @@ __all__ = [
     "Score",
     "Split",
     "Task",
+    "Trial",
     "Usage",
+    "Validation",
     "arithmetic_prompts",
     "as_letters",
     "capitals",
@@ -129,6 +132,7 @@ __all__ = [
     "refusal_phrases",
     "repetition",
     "reply_log_probs",
+    "validate_mapper",
     "word_count",
     "words_before_answer",
     "write_outcome",
