@@ -129,7 +129,9 @@ def versions(quick: bool) -> dict[str, Any]:
             unmapped = Mapper(donor.ref, recipient.ref, pair, lambda states, _: states)
             made = {"ridge": made.pop(MAPPED), "unmapped": unmapped, **made}
             for along in (False, True):
-                trial = cv.Trial(prompts=asked, judge=judge, read_along=along, max_new_tokens=PHRASE_TOKENS, batch_size=32)
+                trial = cv.Trial(
+                    prompts=asked, judge=judge, read_along=along, max_new_tokens=PHRASE_TOKENS, batch_size=32
+                )
                 name = f"{way}, layer {layer}, {'prompt and reply' if along else 'prompt'}"
                 out[name] = try_mappers(donor, recipient, made, trial).as_dict()
                 print(name, time.process_time() - start, flush=True)
