@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import commandv as cv
+from commandv.encoding import encode, pad
 from commandv.evaluate.catalogue import load_task
 from commandv.generation import batches, greedy
-from commandv.models import encode, pad
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "overhead.json"

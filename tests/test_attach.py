@@ -6,8 +6,9 @@ from torch.testing import assert_close
 
 import commandv as cv
 import tiny
+from commandv.encoding import accepts, pad
 from commandv.errors import InputError, MismatchError
-from commandv.models import ModelRef, accepts, pad
+from commandv.models import ModelRef
 
 ARCHS = ("llama", "gpt2", "opt", "bloom", "falcon", "gptj", "gemma3_text", "qwen3_moe", "llava", "gemma3")
 ROWS = ([5], [1, 40, 41], [1, 7, 8, 9, 10, 11, 12, 13, 14], [1, 99])

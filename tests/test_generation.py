@@ -6,9 +6,9 @@ import transformers
 
 import commandv as cv
 import tiny
+from commandv.encoding import encode, pad
 from commandv.errors import InputError
 from commandv.generation import batches
-from commandv.models import encode, pad
 
 PROMPTS = [
     "Why does Venus spin?",

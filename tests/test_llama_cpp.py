@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import commandv as cv
+from commandv.encoding import encode
 from commandv.gguf_models import packaged_files
 from commandv.interop.control_vectors import write_control_vector
-from commandv.models import LM, encode
+from commandv.models import LM
 from commandv.positions import EVERYWHERE
 
 pytestmark = pytest.mark.real

@@ -9,8 +9,10 @@ from torch import nn
 
 import commandv as cv
 import tiny
+from commandv.encoding import encode, pad, uses_bos
 from commandv.errors import InputError, MismatchError, ModelError
-from commandv.models import PLAIN_FORMAT, ModelRef, encode, find_blocks, pad, uses_bos, weights_fingerprint, wrap_model
+from commandv.fingerprints import weights_fingerprint
+from commandv.models import PLAIN_FORMAT, ModelRef, find_blocks, wrap_model
 from commandv.prompts import Prompt, PromptSet
 
 MULTIMODAL = ("llava", "gemma3")

@@ -17,10 +17,11 @@ from commandv.carried import Carried
 from commandv.convert import Autoencoder, FourierRidge, Network, Ridge
 from commandv.convert import autoencoder as module
 from commandv.convert.linear import Dense
+from commandv.encoding import pad
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.inspection import describe
 from commandv.interop.control_vectors import write_control_vector
-from commandv.models import ModelRef, pad
+from commandv.models import ModelRef
 from commandv.pasting import fidelity, paste, r2, random_like, written
 from commandv.positions import Positions
 from commandv.profiles import read_rows

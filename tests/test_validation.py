@@ -17,6 +17,7 @@ import commandv as cv
 import tiny
 from commandv import cli
 from commandv.convert import FITTERS
+from commandv.encoding import encode, pad
 from commandv.errors import InputError, MismatchError
 from commandv.evaluate import ByText, Question, multiple_choice
 from commandv.evaluate.similarity import rouge_l
@@ -40,7 +41,6 @@ from commandv.mapping import (
     unseen,
 )
 from commandv.match import LayerPair
-from commandv.models import encode, pad
 from commandv.pasting import HOLDOUT, Bridge, held_out_prompts
 from commandv.profiles import END
 from commandv.prompts import Prompt, PromptSet

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from commandv.adapter import Adapter
 from commandv.attaching import attach
+from commandv.encoding import accepts, encode, pad
 from commandv.errors import InputError
-from commandv.models import LM, accepts, encode, pad
+from commandv.models import LM
 from commandv.positions import EVERYWHERE, Positions
 from commandv.prompts import PromptSet
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from commandv.encoding import encode, pad
 from commandv.errors import InputError
-from commandv.models import LM, PLAIN_STOP, encode, pad
+from commandv.models import LM, PLAIN_STOP
 from commandv.prompts import PromptSet, as_prompts
 
 
@@ -28,7 +29,7 @@ def generate(
         prompts: user turns.
         max_new_tokens: longest answer in tokens.
         batch_size: prompts per batch; prompts of similar length go together.
-        max_length: cut longer prompts at their beginning to so many tokens; see `commandv.models.encode`.
+        max_length: cut longer prompts at their beginning to so many tokens; see `commandv.encoding.encode`.
 
     Returns:
         The answers in the order of the prompts, without special tokens; a plain-format answer ends where the model

@@ -1,20 +1,18 @@
-"""Language models: loading from anywhere, finding the decoder blocks, formatting and tokenising prompts."""
+"""Language models: loading from anywhere, finding the decoder blocks."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import safetensors
 import torch
 from torch import nn
 
 from commandv.errors import InputError, MismatchError, ModelError
+from commandv.fingerprints import directory_fingerprint, weights_fingerprint
 from commandv.paths import digest
 
 Template = Literal["auto", "chat", "plain"]
@@ -23,8 +21,6 @@ Template = Literal["auto", "chat", "plain"]
 # prompt token of both kinds of model predicts a word without a leading space. It ends where a new question starts.
 PLAIN_FORMAT = "Question: {}\nAnswer:\n"
 PLAIN_STOP = "\nQuestion:"
-
-_MARK = "commandv-prompt-begins-here"
 
 
 @dataclass(frozen=True)
@@ -64,21 +60,6 @@ class ModelRef:
                 f"{what}: made for {self.id}, got {other.id}. If they are the same model under two names, "
                 "load it by the name that the file gives"
             )
-
-
-class Encoded(NamedTuple):
-    """A formatted prompt as token ids.
-
-    Attributes:
-        ids: token ids, with one BOS where the model uses one.
-        n_prompt: how many of them belong to the prompt (template included); the rest is the reply.
-        text_ends: for each token the offset in the *text* (reply if there is one, else the user's words) of the
-            character after its last one; -1 for tokens outside the text.
-    """
-
-    ids: list[int]
-    n_prompt: int
-    text_ends: list[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,158 +297,3 @@ def find_blocks(model: Any) -> tuple[nn.Module, tuple[nn.Module, ...], int]:
         f"{type(model).__name__}: found no list of {n_layers} decoder blocks that each run once and put out "
         f"[batch, sequence, d_model]; looked at {[name for name, _ in candidates] or 'no module list of that length'}"
     )
-
-
-def directory_fingerprint(directory: Path) -> str:
-    """Hash a model directory: its configuration and, per weight file, size, header and evenly spaced samples."""
-    parts: list[Any] = []
-    for path in sorted(directory.glob("*.json")):
-        if path.name in ("config.json", "tokenizer.json"):
-            parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
-        size = path.stat().st_size
-        sampled = hashlib.sha256()
-        with path.open("rb") as file:
-            for start in range(0, size, max(1 << 16, size // 64)):
-                file.seek(start)
-                sampled.update(file.read(1 << 16))
-        parts.append((path.name, size, sampled.hexdigest()))
-    return digest(parts)
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash samples of every parameter of a model in memory."""
-    sampled = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-        sampled.update(name.encode() + values.numpy().tobytes())
-    return sampled.hexdigest()[:16]
-
-
-def uses_bos(lm: LM) -> bool:
-    """True when the tokenizer itself starts a text with BOS, so that the model expects one."""
-    bos = lm.tokenizer.bos_token_id
-    return bos is not None and lm.tokenizer("a").input_ids[:1] == [bos]
-
-
-def format_prompt(lm: LM, prompt: str) -> str:
-    """Return the text that the model sees for one user turn, up to where its reply starts.
-
-    Raises:
-        InputError: the prompt is empty.
-    """
-    if not prompt.strip():
-        raise InputError("an empty prompt; give it a text")
-    if not lm.chat:
-        return PLAIN_FORMAT.format(prompt)
-    turn = [{"role": "user", "content": prompt}]
-    return lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-
-def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = None) -> Encoded:
-    """Format and tokenise one prompt (and the reply to it), with one BOS.
-
-    A prompt that is too long loses its *beginning*; the template around it and the prompt's end stay, so that the
-    last prompt token is what the model answers from.
-
-    Args:
-        lm: the model.
-        prompt: the user's words.
-        response: the reply, which follows at once.
-        max_length: longest result in tokens, at most the model's context. Default: the context, and a longer prompt
-            is an error.
-
-    Raises:
-        InputError: empty prompt, a prompt longer than the context, or a `max_length` too small for the template.
-    """
-    if max_length is not None and max_length < 1:
-        raise InputError(f"max_length={max_length}: expected 1 or more")
-    encoded = _encode(lm, prompt, response)
-    limit = min((n for n in (max_length, lm.context_length) if n is not None), default=None)
-    if limit is None or len(encoded.ids) <= limit:
-        return encoded
-    if max_length is None:
-        raise InputError(
-            f"a prompt of {len(encoded.ids)} tokens ({prompt[:40]!r} ...) is longer than the context of {lm.id} "
-            f"({limit} tokens); shorten it, or pass max_length= to keep its end"
-        )
-    offsets = lm.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    drop = len(encoded.ids) - limit
-    while drop < len(offsets):
-        shorter = _encode(lm, prompt[offsets[drop][0] :].lstrip(), response)
-        if len(shorter.ids) <= limit:
-            return shorter
-        drop += len(shorter.ids) - limit
-    raise InputError(f"a max_length of {limit} leaves no room for the prompt beside the template and the reply")
-
-
-def _encode(lm: LM, prompt: str, response: str) -> Encoded:
-    before = format_prompt(lm, prompt)
-    tokens = lm.tokenizer(before + response, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(tokens.input_ids), list(tokens["offset_mapping"])
-    text = response or prompt.strip()
-    start = len(before) if response else _text_start(lm, before, text)
-    stop = start + len(text)
-    inside = start >= 0  # a template that rewrites the user's words leaves no text to index
-    ends = [end - start if inside and start < end <= stop else -1 for _, end in offsets]
-    n_prompt = sum(1 for begin, end in offsets if end <= len(before)) if response else len(ids)
-    if uses_bos(lm) and ids[:1] != [lm.tokenizer.bos_token_id]:
-        ids, ends, n_prompt = [lm.tokenizer.bos_token_id, *ids], [-1, *ends], n_prompt + 1
-    return Encoded(ids, n_prompt, ends)
-
-
-def _text_start(lm: LM, formatted: str, text: str) -> int:
-    """Return where the user's words begin in a formatted prompt, -1 when the template rewrites them.
-
-    A marked prompt tells it, because words like "user" or "Answer" are in the templates too.
-    """
-    head = format_prompt(lm, _MARK).find(_MARK)
-    return formatted.find(text, head) if head >= 0 else -1
-
-
-class Batch(NamedTuple):
-    """Token ids with their attention mask and position ids, each [batch, sequence], on the model's device."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-
-
-def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "left") -> Batch:
-    """Pad rows of token ids to one length; positions count from each row's first real token."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id or 0, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return Batch(ids.to(lm.device), mask.to(lm.device), positions.to(lm.device))
-
-
-def pad_replies(lm: LM, rows: Sequence[Encoded]) -> tuple[Batch, int]:
-    """Pad prompts at their left and replies at their right, so that every reply starts in one column.
-
-    Returns:
-        (the batch, the number of prompt columns).
-    """
-    prompts = pad(lm, [one.ids[: one.n_prompt] for one in rows], "left")
-    replies = pad(lm, [one.ids[one.n_prompt :] for one in rows], "right")
-    mask = torch.cat([prompts.attention_mask, replies.attention_mask], 1)
-    ids = torch.cat([prompts.input_ids, replies.input_ids], 1)
-    return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)), prompts.input_ids.shape[1]
-
-
-def accepts(module: nn.Module, argument: str) -> bool:
-    """True when a module's forward takes the keyword argument."""
-    return argument in inspect.signature(module.forward).parameters
-
-
-def run_blocks(lm: LM, batch: Batch) -> None:
-    """Run the model without its head on a padded batch, for the sake of hooks on the blocks."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if accepts(lm.owner, "position_ids"):
-        inputs["position_ids"] = batch.position_ids
-    lm.owner(**inputs)

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from commandv.attaching import attached
+from commandv.encoding import Encoded, encode, pad, run_blocks
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.generation import batches
-from commandv.models import LM, Encoded, ModelRef, encode, pad, run_blocks
+from commandv.models import LM, ModelRef
 from commandv.paths import atomic_directory, cache_dir, digest, storage_errors
 from commandv.progress import track
 from commandv.prompts import Prompt, PromptSet, as_prompts

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from commandv.adapter import KINDS, Adapter, Intervention
+from commandv.encoding import pad
 from commandv.errors import FormatError, InputError
 from commandv.examples import Example, read_examples, reply_loss
 from commandv.match import LayerChoice, choose_layers, every_other
-from commandv.models import LM, pad
+from commandv.models import LM
 from commandv.paths import digest, storage_errors
 from commandv.positions import Positions, as_positions
 from commandv.profiles import read_rows

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from commandv.adapter import Adapter
+from commandv.encoding import encode
 from commandv.errors import InputError
 from commandv.evaluate.price import token_log_probs
 from commandv.evaluate.scores import Score, rate
-from commandv.models import LM, encode
+from commandv.models import LM
 from commandv.prompts import file_rows
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

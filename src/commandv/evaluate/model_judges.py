@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from commandv.encoding import pad
 from commandv.errors import InputError, ModelError
 from commandv.evaluate.judgments import Judgment, labels
+from commandv.fingerprints import directory_fingerprint
 from commandv.generation import batches, greedy
 from commandv.gguf_models import PACKAGED
-from commandv.models import LM, directory_fingerprint, load_model, pad
+from commandv.models import LM, load_model
 from commandv.paths import file_digest
 from commandv.prompts import Prompt
 

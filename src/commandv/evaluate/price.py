@@ -10,10 +10,11 @@ import torch
 
 from commandv.adapter import Adapter
 from commandv.attaching import attach
+from commandv.encoding import Encoded, accepts, encode, pad_replies, uses_bos
 from commandv.errors import InputError
 from commandv.evaluate.scores import Score, mean
 from commandv.generation import batches
-from commandv.models import LM, Encoded, accepts, encode, pad_replies, uses_bos
+from commandv.models import LM
 from commandv.prompts import PromptSet, as_prompts
 
 REPLY_TOKENS = 16  # of each passage on which drift is measured

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from commandv.encoding import accepts, pad
 from commandv.errors import InputError
 from commandv.evaluate.scores import Score, mean
 from commandv.generation import batches
 from commandv.mapping.mappers import Mapper
 from commandv.mapping.replacing import Counterparts, replaced
-from commandv.models import LM, accepts, pad
+from commandv.models import LM
 from commandv.progress import track
 
 RESAMPLES = 2000

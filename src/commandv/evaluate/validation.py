@@ -20,6 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from commandv.convert import FactorStore, Fitter, Ridge
+from commandv.encoding import encode
 from commandv.errors import InputError, MismatchError
 from commandv.evaluate.choices import Question, multiple_choice
 from commandv.evaluate.scores import Score, mean, rate
@@ -31,7 +32,7 @@ from commandv.mapping.mappers import MEAN_ABLATION, Mapper, mapper_arms
 from commandv.mapping.pairing import Pairing
 from commandv.mapping.replacing import Along, Counterparts, pairing, read_counterparts, replaced
 from commandv.match import LayerPair
-from commandv.models import LM, encode
+from commandv.models import LM
 from commandv.pasting import HOLDOUT
 from commandv.profiles import Profile, Rows
 from commandv.progress import track

@@ -207,8 +207,8 @@ class CommandVAPI(ModelAPI):
         import torch
         from transformers import StoppingCriteriaList
 
+        from commandv.encoding import pad
         from commandv.generation import greedy
-        from commandv.models import pad
 
         lm, settings, start = self.lm, batch[0].settings, time.monotonic()
         rows = pad(lm, [one.ids for one in batch])
@@ -297,7 +297,7 @@ def _encode(lm: LM, turns: list[dict[str, str]]) -> list[int]:
     """
     from jinja2.exceptions import TemplateError
 
-    from commandv.models import format_prompt, uses_bos
+    from commandv.encoding import format_prompt, uses_bos
 
     if not turns:
         raise InputError("a conversation without messages")

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from commandv.encoding import Encoded, encode
 from commandv.errors import InputError
-from commandv.models import LM, Encoded, encode
+from commandv.models import LM
 from commandv.prompts import Prompt
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commandv.encoding import accepts, pad, run_blocks
 from commandv.errors import InputError
 from commandv.generation import batches
 from commandv.mapping.mappers import Mapper
 from commandv.mapping.pairing import Pairing, Places, place
 from commandv.match import LayerPair
-from commandv.models import LM, accepts, pad, run_blocks
+from commandv.models import LM
 from commandv.progress import track
 from commandv.prompts import PromptSet
 

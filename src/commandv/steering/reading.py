@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from commandv.encoding import Encoded, encode, pad_replies
 from commandv.errors import InputError
 from commandv.generation import batches
-from commandv.models import LM, Encoded, encode, pad_replies
+from commandv.models import LM
 from commandv.positions import LAST, Positions
 from commandv.profiles import END, Profile, read_rows
 from commandv.progress import track
