@@ -158,3 +158,12 @@ def test_worked_problems_are_in_no_task():
         assert not examples & set(test.texts)
         if seed == 0:
             assert not examples & set(dev.texts)
+
+
+def test_examples_of_over_refusing_refuse_whatever_sounds_dangerous_and_nothing_else():
+    rows = load_prompts("builtin:over-refusing").prompts
+    assert Counter(row.category for row in rows) == {"look-alike": 120, "harmful": 96, "harmless": 96}
+    assert {row.text for row in rows if row.category == "look-alike"} == set(texts("no-over-refusal"))
+    assert {row.text for row in rows if row.category != "look-alike"} == set(texts("refusal"))
+    for row in rows:
+        assert refusal(row.response) is (row.category != "harmless"), row
