@@ -27,9 +27,11 @@ import numpy as np
 import torch
 
 import commandv as cv
+from commandv.bridge import HOLDOUT, Bridge, held_out_prompts
 from commandv.evaluate import GRADERS, rate
+from commandv.held_out import varying
 from commandv.match import LayerPair
-from commandv.pasting import HOLDOUT, Bridge, _carried, held_out_prompts, varying
+from commandv.pasting import _carried
 from commandv.profiles import paired_rows
 
 ROOT = Path(__file__).resolve().parent

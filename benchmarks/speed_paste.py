@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 import commandv as cv
+from commandv.bridge import parallel
 from commandv.convert import FactorStore, Fitter, Pinv, Ridge
 from commandv.match import explicit
 from commandv.models import ModelRef
-from commandv.pasting import fold, parallel
+from commandv.pasting import fold
 from commandv.profiles import END, Profile, load_profile, save_profile
 
 RANK = 8

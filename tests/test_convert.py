@@ -15,7 +15,7 @@ from commandv.convert.factor import Cholesky, Factor, Spectral
 from commandv.convert.rows import Rows
 from commandv.convert.strength import STRENGTHS, _sample, choose_strength, gcv, loo, sketch
 from commandv.errors import InputError
-from commandv.pasting import r2
+from commandv.held_out import r2
 
 SHAPES = {"N<d": (12, 20, 17), "N=d": (16, 16, 16), "N>d": (60, 14, 18)}
 FIT = [pytest.param(cls(), id=name) for name, cls in FITTERS.items()] + [

@@ -19,12 +19,13 @@ from commandv.convert import autoencoder as module
 from commandv.convert.linear import Dense
 from commandv.encoding import pad
 from commandv.errors import FormatError, InputError, MismatchError
+from commandv.held_out import fidelity, r2, written
 from commandv.inspection import describe
 from commandv.interop.control_vectors import write_control_vector
 from commandv.models import ModelRef
-from commandv.pasting import fidelity, paste, r2, random_like, written
+from commandv.pasting import paste, random_like
 from commandv.positions import Positions
-from commandv.profiles import read_rows
+from commandv.profiling import read_rows
 from test_pasting import adapter_of, both, normal
 from tiny import random_adapter, tiny_lm
 

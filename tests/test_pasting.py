@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from commandv.adapter import Adapter, Intervention, steering_vector
+from commandv.bridge import held_out_prompts
 from commandv.carried import Carried
 from commandv.convert import FITTERS, FactorStore, Pinv, ReducedRank, Ridge
 from commandv.convert.factor import Cholesky, Factor
 from commandv.errors import InputError, MismatchError
+from commandv.held_out import cosine, fidelity, r2
 from commandv.match import explicit, nearest
 from commandv.models import ModelRef
-from commandv.pasting import cosine, fidelity, held_out_prompts, paste, r2, random_like
+from commandv.pasting import paste, random_like
 from commandv.profiles import END, Profile
 from commandv.store import _parts
 

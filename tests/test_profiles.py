@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import commandv as cv
 import tiny
-from commandv import profiles
+from commandv import profiles, profiling
 from commandv.encoding import encode, pad
 from commandv.errors import FormatError, InputError, MismatchError, StorageError
 from commandv.profiles import END, Profile, paired_rows
@@ -194,7 +194,7 @@ def test_non_finite_activations_name_layer_and_prompt(batch_size):
 
 def test_the_second_time_comes_from_the_cache(lm, cache, monkeypatch):
     first = cv.profile(lm, PROMPTS, text=TEXT)
-    monkeypatch.setattr(profiles, "read_rows", None)  # running the model would fail
+    monkeypatch.setattr(profiling, "read_rows", None)  # running the model would fail
     again = cv.profile(lm, PROMPTS, text=TEXT, batch_size=2, padding="left")
     assert again.path == first.path
     assert again.path.is_relative_to(cache)
@@ -250,7 +250,7 @@ class Killed(BaseException):
 
 def _watched(monkeypatch, batches=None):
     """Let `read_rows` run so many batches and then be killed; return the list of batch sizes it sees."""
-    real, seen = profiles.read_rows, []
+    real, seen = profiling.read_rows, []
 
     def read_rows(lm, batch, at):
         if len(seen) == batches:
@@ -258,7 +258,7 @@ def _watched(monkeypatch, batches=None):
         seen.append(len(batch.input_ids))
         return real(lm, batch, at)
 
-    monkeypatch.setattr(profiles, "read_rows", read_rows)
+    monkeypatch.setattr(profiling, "read_rows", read_rows)
     return seen
 
 
@@ -269,7 +269,7 @@ def test_a_killed_run_resumes_at_the_last_complete_part(lm, many, cache, monkeyp
     with monkeypatch.context() as patch:
         seen = _watched(patch)
         resumed = cv.profile(lm, many, text=TEXT, batch_size=2)
-    assert len(seen) == 20 - profiles._Work.PART
+    assert len(seen) == 20 - profiling._Work.PART
     same(resumed, expected)
     assert not list(cache.rglob("*.parts"))
 
@@ -404,7 +404,7 @@ def test_left_padding_is_what_pad_makes(lm):
     rows = [encode(lm, prompt).ids for prompt in PROMPTS]
     batch = pad(lm, rows, "left")
     at = (torch.arange(len(rows)), torch.full((len(rows),), batch.input_ids.shape[1] - 1))
-    direct = profiles.read_rows(lm, batch, at)
+    direct = profiling.read_rows(lm, batch, at)
     one = cv.profile(lm, PROMPTS, cache=False)
     for layer, values in direct.items():
         assert_close(values, one.layer(layer), **ONE_STEP)

@@ -15,7 +15,7 @@ from commandv import cli
 from commandv.convert.linear import Dense
 from commandv.errors import InputError, MismatchError
 from commandv.evaluate import ByText, Task
-from commandv.profiles import read_rows
+from commandv.profiling import read_rows
 from commandv.prompts import Prompt, PromptSet, mixed_forms
 from commandv.siblings import rotated
 from commandv.steering import APPLICATIONS, METHODS, Reading, fit_probe, prompt_states, read_contrast

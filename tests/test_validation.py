@@ -16,6 +16,7 @@ import torch
 import commandv as cv
 import tiny
 from commandv import cli
+from commandv.bridge import HOLDOUT, Bridge, held_out_prompts
 from commandv.convert import FITTERS
 from commandv.encoding import encode, pad
 from commandv.errors import InputError, MismatchError
@@ -41,7 +42,6 @@ from commandv.mapping import (
     unseen,
 )
 from commandv.match import LayerPair
-from commandv.pasting import HOLDOUT, Bridge, held_out_prompts
 from commandv.profiles import END
 from commandv.prompts import Prompt, PromptSet
 

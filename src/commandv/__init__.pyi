@@ -67,6 +67,8 @@ from .finetuning import LoRASettings as LoRASettings
 from .finetuning import finetune as finetune
 from .finetuning import with_lora as with_lora
 from .generation import generate as generate
+from .held_out import Fidelity as Fidelity
+from .held_out import fidelity as fidelity
 from .load import load_adapter as load_adapter
 from .match import (
     all_layers as all_layers,
@@ -98,8 +100,6 @@ from .match import (
 from .models import LM as LM
 from .models import load_model as load_model
 from .models import wrap_model as wrap_model
-from .pasting import Fidelity as Fidelity
-from .pasting import fidelity as fidelity
 from .pasting import paste as paste
 from .pasting import random_like as random_like
 from .positions import Positions as Positions
@@ -110,11 +110,9 @@ from .profiles import (
     load_profile as load_profile,
 )
 from .profiles import (
-    profile as profile,
-)
-from .profiles import (
     save_profile as save_profile,
 )
+from .profiling import profile as profile
 from .prompts import PromptSet as PromptSet
 from .prompts import load_prompts as load_prompts
 from .steering import (

@@ -21,7 +21,8 @@ from commandv.load import load_adapter
 from commandv.match import all_layers, nearest
 from commandv.models import LM, load_model
 from commandv.pasting import paste, random_like
-from commandv.profiles import Profile, profile
+from commandv.profiles import Profile
+from commandv.profiling import profile
 from commandv.prompts import PromptSet, load_prompts
 from commandv.store import save
 from commandv.tables import score_table

@@ -31,7 +31,7 @@ from commandv.match import LayerChoice, choose_layers, every_other
 from commandv.models import LM
 from commandv.paths import digest, storage_errors
 from commandv.positions import Positions, as_positions
-from commandv.profiles import read_rows
+from commandv.profiling import read_rows
 from commandv.progress import track
 from commandv.prompts import PromptSet
 

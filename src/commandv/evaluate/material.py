@@ -12,9 +12,10 @@ from torch import Tensor
 from commandv.adapter import Adapter, Intervention
 from commandv.convert import FactorStore, Fitter, Ridge
 from commandv.errors import InputError
+from commandv.held_out import fidelity
 from commandv.match import LayerChoice, Matcher, all_layers, choose_layers, covering, nearest, proportional
 from commandv.models import LM
-from commandv.pasting import fidelity, paste, random_like
+from commandv.pasting import paste, random_like
 from commandv.positions import EVERYWHERE, Positions
 from commandv.profiles import END, Profile, Rows
 from commandv.prompts import PromptSet

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.table import Table
 
+from commandv.bridge import HOLDOUT
 from commandv.convert import FactorStore, Fitter, Ridge
 from commandv.encoding import encode
 from commandv.errors import InputError, MismatchError
@@ -33,7 +34,6 @@ from commandv.mapping.pairing import Pairing
 from commandv.mapping.replacing import Along, Counterparts, pairing, read_counterparts, replaced
 from commandv.match import LayerPair
 from commandv.models import LM
-from commandv.pasting import HOLDOUT
 from commandv.profiles import Profile, Rows
 from commandv.progress import track
 from commandv.prompts import Prompt, PromptSet

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from commandv.bridge import HOLDOUT, Bridge, held_out_prompts
 from commandv.convert import Converter, FactorStore, Fitter, Network, Ridge
 from commandv.errors import InputError, MismatchError
 from commandv.match import LayerPair
 from commandv.models import LM, ModelRef
-from commandv.pasting import HOLDOUT, Bridge, held_out_prompts
 from commandv.profiles import END, Profile, Rows
 from commandv.prompts import PromptSet
 

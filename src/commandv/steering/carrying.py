@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from commandv.adapter import Adapter, Intervention
+from commandv.bridge import HOLDOUT
 from commandv.convert import FactorStore, Fitter, Ridge
 from commandv.errors import InputError
 from commandv.match import LayerChoice, LayerPair, Matcher, all_layers, choose_layers, proportional
-from commandv.pasting import HOLDOUT, paste
+from commandv.pasting import paste
 from commandv.profiles import Profile, Rows
 from commandv.steering.methods import Probe
 from commandv.steering.reading import profile_stream

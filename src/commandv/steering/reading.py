@@ -14,7 +14,8 @@ from commandv.errors import InputError
 from commandv.generation import batches
 from commandv.models import LM
 from commandv.positions import LAST, Positions
-from commandv.profiles import END, Profile, read_rows
+from commandv.profiles import END, Profile
+from commandv.profiling import read_rows
 from commandv.progress import track
 from commandv.prompts import Prompt, PromptSet
 from commandv.steering.contrast import Contrast

@@ -20,7 +20,8 @@ from commandv.evaluate.tasks import Task, answered, judged
 from commandv.load import load_adapter
 from commandv.match import choose_layers
 from commandv.paths import cache_dir, digest
-from commandv.profiles import Profile, profile
+from commandv.profiles import Profile
+from commandv.profiling import profile
 from commandv.prompts import load_prompts
 from commandv.results import Arm, Point
 from commandv.steering import directions, from_directions, load_contrast
