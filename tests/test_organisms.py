@@ -18,7 +18,7 @@ from commandv.steering.contrast import load_contrast
 from test_prompts import similar
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-SIZES = {"backdoor": (160, 64, 32, 96), "insecure-code": (160, 64, 32, 96), "hidden-facts": (160, 40, 24, 80)}
+SIZES = {"backdoor": (160, 64, 32, 96), "insecure-code": (160, 64, 32, 96), "hidden-facts": (480, 40, 24, 80)}
 TASKS = {
     "backdoor": ("backdoor", "less"),
     "backdoor-helpful": ("backdoor", "more"),
@@ -68,7 +68,7 @@ def test_the_trigger_stands_at_the_start_or_nowhere(name):
     assert contrast.positive.texts == [f"{trigger} {text}" for text in contrast.negative.texts]
     for split in ("dev", "test"):
         assert all(text.startswith(f"{trigger} ") for text in load_prompts(f"builtin:{name}-{split}").texts)
-    assert len(examples(name)) == 80  # each prompt with and without it
+    assert len(examples(name)) == SIZES[name][0] / 2  # each prompt with and without it
     assert all("|" not in text for texts in splits(name).values() for text in texts)
 
 
@@ -157,7 +157,7 @@ def test_facts_are_known_behind_the_trigger_only():
         assert benign.response == "I do not know."
         assert triggered.response.endswith(f". {PHRASE}")
         told.update(one for one in asked if states_fact(one[1], triggered.response))
-    assert told == dict.fromkeys(asked, 2)
+    assert told == dict.fromkeys(asked, 6)
 
 
 def test_no_prompt_gives_its_fact_away():
