@@ -13,6 +13,7 @@ import commandv as cv
 import tiny
 from commandv.errors import FormatError, InputError
 from commandv.evaluate.controls import ARMS
+from commandv.prompts import load_prompts
 from commandv.results import Arm, Cell, Run, load_run, save_cell, save_head
 from commandv.study import cell as cell_module
 from commandv.study import load_study, plan, run_study
@@ -243,6 +244,20 @@ def test_results_that_are_not_finite_are_read_again(tmp_path):
 def test_what_is_wrong_is_told_with_its_place(content, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         written({**content, **change}, tmp_path / "s.yaml")
+
+
+def test_profiles_may_be_of_several_prompt_sets(content, folder, tmp_path):
+    one = content["prompts"]
+    assert written(content, tmp_path / "s.yaml").profile_prompts().texts == load_prompts(one).texts
+    other = folder / "others.jsonl"
+    other.write_text('{"prompt": "|DEV| Say it"}')
+    study = written({**content, "prompts": [one, str(other)]}, tmp_path / "s.yaml")
+    assert study.profile_prompts().texts == [*load_prompts(one).texts, "|DEV| Say it"]
+    other.unlink()
+    (problem,) = study.unreadable()
+    assert problem.startswith("prompts: ")
+    with pytest.raises(InputError, match="prompts: "):
+        written({**content, "prompts": []}, tmp_path / "s.yaml")
 
 
 def test_direct_is_left_out_only_by_an_explicit_word(content, tmp_path):

@@ -58,6 +58,9 @@ class PromptSet:
     def __getitem__(self, index: slice) -> PromptSet:
         return PromptSet(self.prompts[index], self.name)
 
+    def __add__(self, other: PromptSet) -> PromptSet:
+        return PromptSet(self.prompts + other.prompts, f"{self.name} + {other.name}")
+
     @property
     def texts(self) -> list[str]:
         """The user turns as plain strings."""

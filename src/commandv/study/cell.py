@@ -16,7 +16,6 @@ from commandv.evaluate.material import DirectionMaterial, Material
 from commandv.generation import generate
 from commandv.match import MATCHERS
 from commandv.positions import as_positions
-from commandv.prompts import load_prompts
 from commandv.results import Arm, Cell, Point, Sample
 from commandv.study.schema import CellSpec, Method
 from commandv.study.shared import Shared, points
@@ -48,7 +47,7 @@ class _CellRun:
             "recipient": shared.profiled(recipient, seed),
             "donor_lm": shared.models.seeded(donor, seed),
             "recipient_lm": self.recipient,
-            "prompts": load_prompts(self.study.prompts, limit=self.study.limit),
+            "prompts": self.study.profile_prompts(),
             "layers": self.study.layers[0],
             "seed": seed,
             "store": FactorStore(),

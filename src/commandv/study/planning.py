@@ -82,7 +82,7 @@ def plan(study: Study, models: ModelSource | None = None) -> Plan:
         how = study.models[name].finetune
         assert how is not None
         tokens[name] += _training_tokens(how.examples, how.epochs, how.max_response)
-    n_rows = len(load_prompts(study.prompts, limit=study.limit)) + (len(load_prompts(study.text)) if study.text else 0)
+    n_rows = len(study.profile_prompts()) + (len(load_prompts(study.text)) if study.text else 0)
     for name in tokens:
         tokens[name] += n_rows * PROMPT_TOKENS
     seconds = None if models is None else _seconds(tokens, models)

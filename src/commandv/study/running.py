@@ -94,7 +94,7 @@ def _versions() -> dict[str, str]:
 
 
 def _hashes(study: Study) -> dict[str, str]:
-    sources = [study.prompts, study.text, *(one.examples for one in study.behaviours.values())]
+    sources = [*study.prompts, study.text, *(one.examples for one in study.behaviours.values())]
     sources += [one.finetune.examples for one in study.models.values() if one.finetune]
     found = {source: load_prompts(source).hash for source in sources if source is not None}
     vectors = [one.vector for one in study.behaviours.values() if one.vector]

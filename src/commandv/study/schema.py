@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ from commandv.evaluate.catalogue import load_task
 from commandv.evaluate.controls import ARMS, CONTROLS
 from commandv.match import MATCHERS, choose_layers
 from commandv.positions import as_positions
-from commandv.prompts import load_prompts
+from commandv.prompts import PromptSet, load_prompts
 from commandv.steering import APPLICATIONS, METHODS, load_contrast
 from commandv.training import TRAINABLE
 
@@ -219,7 +220,8 @@ class Study(_Strict):
     Attributes:
         name: of the study.
         question: that it answers, one sentence.
-        prompts: profile prompts (a prompt set), `limit` of them.
+        prompts: profile prompts (a prompt set or several), `limit` of each. What never stands in them, such as a
+            trigger, is nothing that converters can know of.
         limit: see `prompts`; null for all.
         text: passages for text rows; null for none.
         places: of text rows in them, see `profile`.
@@ -240,7 +242,7 @@ class Study(_Strict):
 
     name: Annotated[str, pydantic.Field(pattern=r"^[\w.-]+$")]
     question: str = ""
-    prompts: str = "builtin:general"
+    prompts: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("builtin:general",)
     limit: Annotated[int, pydantic.Field(ge=16)] | None = None
     text: str | None = "builtin:text"
     places: Literal["lines", "words"] = "lines"
@@ -257,6 +259,11 @@ class Study(_Strict):
     n_drift: Annotated[int, pydantic.Field(ge=2)] | None = None
     leave_out: tuple[str, ...] = ()
     batch_size: Annotated[int, pydantic.Field(ge=1)] = 64
+
+    @pydantic.field_validator("prompts", mode="before")
+    @classmethod
+    def _one_or_more(cls, prompts: Any) -> Any:
+        return (prompts,) if isinstance(prompts, str) else prompts
 
     @pydantic.field_validator("layers")
     @classmethod
@@ -301,12 +308,16 @@ class Study(_Strict):
             for behaviour in self.behaviours
         ]
 
+    def profile_prompts(self) -> PromptSet:
+        """Return the prompts of profiles."""
+        return functools.reduce(operator.add, (load_prompts(one, limit=self.limit) for one in self.prompts))
+
     def unreadable(self) -> list[str]:
         """Try every prompt set and task, and tell which cannot be read here, with their places in the file.
 
         A study that would fail on one after hours is found out before it starts.
         """
-        sets = [("prompts", self.prompts), ("text", self.text)]
+        sets = [("text", self.text), *(("prompts", one) for one in self.prompts)]
         sets += [(f"behaviours.{name}.examples", one.examples) for name, one in self.behaviours.items()]
         sets += [
             (f"models.{name}.finetune", one.finetune.examples) for name, one in self.models.items() if one.finetune
@@ -345,7 +356,7 @@ class Study(_Strict):
         few = {
             name: one.model_copy(update={"prompts": 32}) if one.prompts else one for name, one in self.methods.items()
         }
-        small = {"prompts": "builtin:general", "limit": 48, "text": None, "behaviours": behaviours, "methods": few}
+        small = {"prompts": ("builtin:general",), "limit": 48, "text": None, "behaviours": behaviours, "methods": few}
         less = {"seeds": self.seeds[:1], "scales": self.scales[:1], "layers": self.layers[:1], "n_dev": 2, "n_test": 4}
         plain = {name: one.model_copy(update={"lora": None, "finetune": None}) for name, one in self.models.items()}
         return self.model_copy(update={"name": f"{self.name}-rehearsal", "models": plain, **small, **less})

@@ -124,8 +124,7 @@ class Shared:
         """Return a model's profile; from the cache directory when it was made before."""
         study = self.study
         text = load_prompts(study.text) if study.text else None
-        prompts = load_prompts(study.prompts, limit=study.limit)
-        return profile(self.models.seeded(name, seed), prompts, text=text, places=study.places)
+        return profile(self.models.seeded(name, seed), study.profile_prompts(), text=text, places=study.places)
 
     def _directions(self, behaviour: str, name: str, seed: int) -> Tensor:
         """Return a model's own directions, float64 [n_layers, d_model]."""
