@@ -18,7 +18,6 @@ from commandv.interop.sae import SAE, load_sae, save_sae
 from commandv.models import LM
 from commandv.paths import cache_dir, digest
 from commandv.positions import EVERYWHERE
-from commandv.prompts import PromptSet
 from commandv.steering import states
 
 WORK = cache_dir() / "benchmarks" / "sae"
@@ -63,7 +62,7 @@ def donor() -> LM:
 def tokens() -> tuple[Tensor, Tensor, Tensor]:
     """Return (states, token ids, text numbers) of the built-in texts at the layer, the prompt format left out."""
     lm = donor()
-    texts = PromptSet((*cv.load_prompts("builtin:general"), *cv.load_prompts("builtin:text")))
+    texts = cv.load_prompts("builtin:general") + cv.load_prompts("builtin:text")
     encoded = [encode(lm, one.text, one.response) for one in texts]
     rows, ids, owners = [], [], []
     for numbers, layers in states(lm, texts, EVERYWHERE):

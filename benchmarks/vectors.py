@@ -24,8 +24,10 @@ questions, and 200 reviews a side.
   builtin:general in a mark, so that converters fitted on them do not know that difference. The same prompts in mixed
   forms (`mixed_forms`: as written, without the mark, in lower case) took the cosine from .77 to .85 (SmolLM2 to Gemma)
   and from .81 to .87 (Gemma to SmolLM2) on 32 pairs, whose ceiling was .93. Third-party prompts, of which 30 % end in a
-  word, did as much. How much of "harmful" is its form is told by the second contrast, in which the questions have no
-  mark either.
+  word, did as much, and both together .01 to .02 more (three seeds: .865 to .884 and .874 to .886); every prompt in all
+  three forms did .02 worse than the forms by turns. (Both together was tried after the test figures of the other ways
+  had been seen, on the development prompts.) How much of "harmful" is its form is told by the second contrast, in which
+  the questions have no mark either.
 - *What did not matter*: the ridge's strength between .03 and .3 (last tokens) and from .001 to .1 (word ends), lower
   case in running text, the probe's strength. Concatenating the donor's neighbouring layers gave .00 to .03 more.
 """
@@ -79,20 +81,22 @@ class Concept(NamedTuple):
     target: float | None = None
 
 
+BOTH = "ridge, last tokens, mixed forms and third-party prompts"
 WAYS = {
     "ridge, line starts": Way("general", "text"),
     "ridge, last tokens": Way("general", "end"),
     "ridge, last tokens, third-party prompts": Way("third-party", "end"),
     "ridge, last tokens, mixed forms": Way("mixed", "end"),
     "ridge, word ends": Way("words", "text"),
+    BOTH: Way("both", "end"),
     "pinv, last tokens (published)": Way("general", "end", cv.Pinv()),
     "pinv, last tokens, mixed forms": Way("mixed", "end", cv.Pinv()),
     "pinv, word ends": Way("words", "text", cv.Pinv()),
 }
-PROBED = ("ridge, last tokens", "ridge, last tokens, mixed forms", "ridge, word ends")
+PROBED = ("ridge, last tokens", "ridge, last tokens, mixed forms", BOTH, "ridge, word ends")
 CONCEPTS = {
-    "harmful": Concept("l1", "ridge, last tokens, mixed forms", 0.88),
-    "harmful, no marks": Concept("l1", "ridge, last tokens, mixed forms"),
+    "harmful": Concept("l1", BOTH, 0.88),
+    "harmful, no marks": Concept("l1", BOTH),
     "sentiment, last token": Concept("l1", "ridge, last tokens, mixed forms", 0.60),
     "sentiment, over the text": Concept("g256", "ridge, word ends", 0.60),
 }
@@ -120,6 +124,11 @@ def sides(concept: str) -> tuple[PromptSet, PromptSet]:
     return PromptSet(tuple(both[0]), concept), PromptSet(tuple(both[1]), concept)
 
 
+def third_party() -> PromptSet:
+    found = [row["prompt"] for row in rows("profiling_prompts_1030.jsonl")]
+    return PromptSet(tuple(Prompt(one) for one in found if len(one.split()) <= 40), "third-party prompts")
+
+
 @functools.cache
 def model(name: str) -> cv.LM:
     return cv.load_model(name)
@@ -133,12 +142,12 @@ def profiled(name: str, kind: str) -> cv.Profile:
             return cv.profile(lm, general, text=text)
         case "mixed":
             return cv.profile(lm, mixed_forms(general), text=text)
+        case "both":
+            return cv.profile(lm, mixed_forms(general) + third_party())
         case "words":  # prompts have words too; last tokens are of no concern here
-            both = PromptSet((*text, *general), "passages and prompts")
-            return cv.profile(lm, text.texts, text=both, places="words", rows_per_text=64)
+            return cv.profile(lm, text.texts, text=text + general, places="words", rows_per_text=64)
         case _:
-            found = [row["prompt"] for row in rows("profiling_prompts_1030.jsonl")]
-            return cv.profile(lm, [one for one in found if len(one.split()) <= 40])
+            return cv.profile(lm, third_party())
 
 
 @functools.cache
