@@ -74,7 +74,9 @@ def effect_against_price(table: Table, points: Sequence[Tried], label: str, name
         if positive and max(positive) > WIDE * min(positive):
             near = max(min(positive), max(positive) / 1000)
             axes.set_xscale("symlog", linthresh=near)
-            axes.set_xlim(left=-near / 2)  # room for the mark of the unmodified model, which costs nothing
+            exponents = range(math.ceil(math.log10(near)), math.floor(math.log10(max(positive))) + 2)
+            axes.set_xticks([0, *(10.0**exponent for exponent in exponents)])  # none in the linear part, close to 0
+            axes.set_xlim(-near / 2, 1.3 * max(positive))  # left, room for the unmodified model, which costs nothing
         axes.set_xlabel("price: KL to unmodified, nats per token")
         axes.set_ylabel("share of answers" if table.unit == "rate" else table.unit)
         if table.unit == "rate":
