@@ -8,7 +8,6 @@ A verdict follows from figures by the rule that stands beside it; nothing is wor
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,12 +28,12 @@ def cells(study: str) -> list[Cell]:
     return [cell for cell in load_run(RUNS / study).cells if cell.state == "done"]
 
 
-def labels(some: Iterable[Cell], method: str) -> Labels:
-    """Return one row per cell: the behaviour's own task, first in every arm."""
+def labels(some: Iterable[Cell], method: str, task: int = 0) -> Labels:
+    """Return one row per cell: by default of the behaviour's own task, which is first in every arm."""
     found = []
     for cell in some:
         arm = next(arm for arm in cell.arms if arm.method == method)
-        found.append(next(iter(arm.labels.values())))
+        found.append(list(arm.labels.values())[task])
     return found
 
 
@@ -92,6 +91,52 @@ def weak_donor() -> tuple[str, str, str]:
     return ("refuted" if any(moved) else "confirmed"), "; ".join(lines), "refuted if a paired difference excludes 0"
 
 
+RULE_CASE = (
+    "per pair of families: crosses if the paired differences from unmodified and from random lie on the side aimed at, "
+    "not examinable if the directly trained adapter does not differ from unmodified; confirmed if all that can be "
+    "examined cross, refuted if none does"
+)
+
+
+def case_study(study: str) -> tuple[str, str, str]:
+    """Tell whether a behaviour crosses between families, and beside it what it did in the twin."""
+    lines, outcomes = [], []
+    found = cells(study)
+    for donor, recipient in dict.fromkeys((cell.donor, cell.recipient) for cell in found):
+        some = [cell for cell in found if (cell.donor, cell.recipient) == (donor, recipient)]
+        less = next(iter(some[0].settings["success"].values())) == "less"
+
+        def beats(method: str, other: str, some: list[Cell] = some, less: bool = less) -> bool:
+            gap = difference("gap", labels(some, method), labels(some, other), "rate")
+            return gap.high < 0 if less else gap.low > 0
+
+        crosses = beats("pasted", "unmodified") and beats("pasted", "random")
+        outcome = ("crosses" if crosses else "does not") if beats("direct", "unmodified") else "not examinable"
+        figures = ", ".join(
+            f"{name} {shown(rate(some, name))}" for name in ("unmodified", "pasted", "random", "direct")
+        )
+        lines.append(f"{donor} -> {recipient}: {outcome} ({figures})")
+        if recipient != "twin" and outcome != "not examinable":
+            outcomes.append(crosses)
+    if not outcomes:
+        return "not examinable", "; ".join(lines), RULE_CASE
+    verdict = "confirmed" if all(outcomes) else "in one direction" if any(outcomes) else "refuted"
+    return verdict, "; ".join(lines), RULE_CASE
+
+
+def reasoning_kept() -> tuple[str, str, str]:
+    rule = "refuted if a paired difference lies below 0; a model that is right less than once in ten is not examined"
+    lines, lost = [], []
+    for cell in cells("auto-cot"):
+        before = pooled("right", labels([cell], "unmodified", 1), "rate")
+        gap = difference("gap", labels([cell], "pasted", 1), labels([cell], "unmodified", 1), "rate")
+        lines.append(f"{cell.donor} -> {cell.recipient}: right {shown(before)}, pasted minus unmodified {shown(gap)}")
+        if before.value >= 0.1:
+            lost.append(gap.high < 0)
+    verdict = "not examinable" if not lost else "refuted" if any(lost) else "not refuted"
+    return verdict, "; ".join(lines), rule
+
+
 def converter_seconds() -> tuple[str, str, str]:
     rule = "confirmed if 16 layer pairs of 3072 <-> 4096 from 1,030 prompts take under 6.35 s on this machine"
     if not SPEED.exists():
@@ -113,18 +158,18 @@ CLAIMS = [
     ),
     ("An adapter that does little to its donor does nothing in the recipient", weak_donor),
     ("Task-agnostic profile prompts suffice: the list beats random", lambda: list_against("random", both=True)),
+    ("Refusal enhancement crosses (here by a recipe of ours)", lambda: case_study("refusal")),
+    (
+        "Refusal suppression crosses (here over-refusal, in models made to over-refuse)",
+        lambda: case_study("over-refusal"),
+    ),
+    ("Automatic chain of thought crosses (here: reasons before the answer)", lambda: case_study("auto-cot")),
+    ("Reasoning accuracy is kept (here: arithmetic)", reasoning_kept),
     ("Converters take seconds (6.35 s on a laptop)", converter_seconds),
     (
         "Carrying activations beats what the donor's texts alone can carry (our claim, not the paper's)",
         lambda: list_against("text-bridge", both=True),
     ),
-]
-NOT_HERE = [
-    (
-        "Reasoning accuracy is kept",
-        "not measured: models of this size hardly reason; `studies/paper/auto-cot.yaml` asks",
-    ),
-    ("Refusal enhancement and suppression at 3B to 8B", "needs the paper's models; `studies/paper/` holds the studies"),
 ]
 
 
@@ -133,16 +178,17 @@ def main() -> None:
         "# The paper's claims at this size\n",
         "Written by `python benchmarks/claims.py` from the small studies (`studies/small/`, reports in "
         "[studies](../studies/README.md)). Two models of 135M and 270M parameters and siblings of the first; 95 % "
-        "intervals; a verdict holds for these and follows the rule beside it.\n",
+        "intervals; a verdict holds for these and follows the rule beside it. `studies/paper/` asks the same of the "
+        "paper's own models, of 3B to 8B, which are out of reach here.\n",
         "| claim | here | figures | rule |",
         "|---|---|---|---|",
     ]
     for claim, examine in CLAIMS:
         verdict, figures, rule = examine()
         lines.append(f"| {claim} | **{verdict}** | {figures} | {rule} |")
-    lines += [f"| {claim} | not examinable | | {why} |" for claim, why in NOT_HERE]
-    took = sum(cell.seconds for cell in itertools.chain(*(cells(one.name) for one in sorted(RUNS.iterdir()))))
-    lines.append(f"\nThe cells took {took / 60:.0f} minutes in all.")
+    small = sorted(file.stem for file in (ROOT / "studies" / "small").glob("*.yaml"))
+    took = sum(cell.seconds for name in small for cell in cells(name))
+    lines.append(f"\nThe cells of the {len(small)} small studies took {took / 60:.0f} minutes in all.")
     TABLE.write_text("\n".join(lines) + "\n", "utf-8")
 
 
