@@ -23,6 +23,7 @@ from commandv.evaluate import (
     perplexity,
     perplexity_values,
 )
+from commandv.evaluate.price import reply_log_probs, reply_nats
 from commandv.prompts import Prompt, PromptSet
 from tiny import SENTENCES, random_adapter, tiny_lm
 
@@ -56,6 +57,14 @@ def alone(lm, ids, n_prompt, adapter=None):
                 logits = lm.model(input_ids=tokens).logits[0]
     losses = torch.nn.functional.cross_entropy(logits[n_prompt - 1 : -1], tokens[0, n_prompt:], reduction="none")
     return -losses.double()
+
+
+def test_the_nats_of_replies_are_those_of_their_own_first_tokens(lm, adapter):
+    found = reply_nats(lm, PASSAGES, reply_log_probs(lm, PASSAGES, adapter, tokens=3))
+    for value, one in zip(found, PASSAGES, strict=True):
+        encoded = encode(lm, one.text, one.response)
+        log_probs = alone(lm, encoded.ids[: encoded.n_prompt + 3], encoded.n_prompt, adapter)
+        assert value == pytest.approx(-float(log_probs.mean()), rel=2e-3)  # kept in half precision
 
 
 def nothing(adapter):

@@ -27,7 +27,7 @@ class Arm(_Strict):
         layers: recipient layers it acts on.
         labels: task -> one label per test prompt, null where the judge had no judgment.
         units: task -> unit of its labels, `"rate"` for 0 and 1.
-        price: measure (`"kl"`, `"perplexity"`, ...) -> one value per passage or question.
+        price: measure (`"kl"`, `"perplexity"`) -> nats per token of each passage; perplexity is that of the passage.
         seconds: wall clock that making and measuring it took.
     """
 

@@ -64,9 +64,30 @@ def drift_values(
     """Return `drift` passage by passage, in nats per token, for paired tests; arguments as there."""
     plain = reply_log_probs(lm, passages, tokens=tokens, batch_size=batch_size) if reference is None else reference
     changed = reply_log_probs(lm, passages, adapter, scale=scale, tokens=tokens, batch_size=batch_size)
+    return divergences(plain, changed)
+
+
+def divergences(plain: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> list[float]:
+    """Return the mean KL(plain || changed) of each passage, nats per token; both as `reply_log_probs` gives them."""
     return [
         float((a.float().exp() * (a.float() - b.float())).sum(-1).mean()) for a, b in zip(plain, changed, strict=True)
     ]
+
+
+def reply_nats(lm: LM, passages: PromptSet, log_probs: Sequence[torch.Tensor]) -> list[float]:
+    """Return minus the mean log-probability of each reply's own tokens, as many as `log_probs` has rows.
+
+    Args:
+        lm: the model.
+        passages: prompts with replies.
+        log_probs: result of `reply_log_probs`.
+    """
+    out = []
+    for one, rows in zip(passages, log_probs, strict=True):
+        encoded = encode(lm, one.text, one.response)
+        wanted = torch.tensor(encoded.ids[encoded.n_prompt :][: len(rows)])
+        out.append(-float(rows.float().gather(1, wanted[:, None]).mean()))
+    return out
 
 
 def perplexity(

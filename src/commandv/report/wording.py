@@ -96,7 +96,7 @@ def pooled_cell(row: Row | None) -> str:
 
 def method_grid(group: Group, table: Table) -> Grid:
     """Return every method of one table."""
-    measures = list(dict.fromkeys(name for row in table.rows for name in row.price))
+    measures = sorted({name for row in table.rows for name in row.price})
     what = "rate" if table.unit == "rate" else f"mean, {table.unit}"
     header = ["method", "n", "seeds", what, "95 % interval", "difference from unmodified", "adjusted p", "recovered"]
     header += [_measure_title(name) for name in measures] + ["scale", "layers"]

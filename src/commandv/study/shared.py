@@ -15,7 +15,7 @@ from torch import Tensor
 from commandv.adapter import Adapter
 from commandv.evaluate.calibration import Calibration, calibrate
 from commandv.evaluate.catalogue import load_task
-from commandv.evaluate.price import drift_values, reply_log_probs
+from commandv.evaluate.price import divergences, reply_log_probs, reply_nats
 from commandv.evaluate.tasks import Task, answered, judged
 from commandv.load import load_adapter
 from commandv.match import choose_layers
@@ -87,10 +87,12 @@ class Shared:
             outcome = judged(task, answers[key])
             labels[task.name] = [None if np.isnan(label) else label for label in outcome.labels]
             units[task.name] = outcome.unit
+        plain = changed = self.reference(name, seed)
         price: dict[str, list[float]] = {}
         if adapter is not None:
-            reference = self.reference(name, seed)
-            price["kl"] = drift_values(lm, self.passages, adapter, scale=scale, reference=reference)
+            changed = reply_log_probs(lm, self.passages, adapter, scale=scale)
+            price["kl"] = divergences(plain, changed)
+        price["perplexity"] = reply_nats(lm, self.passages, changed)
         return Arm(
             method=method,
             scale=scale,
