@@ -48,7 +48,7 @@ from torch import Tensor
 import commandv as cv
 from commandv.evaluate.scores import mean
 from commandv.profiles import END, Rows
-from commandv.prompts import Prompt, PromptSet, mixed_forms
+from commandv.prompts import Prompt, PromptSet
 from commandv.steering import carry_directions, carry_probes
 from commandv.steering.methods import auc, fit_probe
 from commandv.steering.reading import profile_stream, prompt_states
@@ -141,9 +141,9 @@ def profiled(name: str, kind: str) -> cv.Profile:
         case "general":
             return cv.profile(lm, general, text=text)
         case "mixed":
-            return cv.profile(lm, mixed_forms(general), text=text)
+            return cv.profile(lm, cv.mixed_forms(general), text=text)
         case "both":
-            return cv.profile(lm, mixed_forms(general) + third_party())
+            return cv.profile(lm, cv.mixed_forms(general) + third_party())
         case "words":  # prompts have words too; last tokens are of no concern here
             return cv.profile(lm, text.texts, text=text + general, places="words", rows_per_text=64)
         case _:

@@ -182,6 +182,18 @@ def test_profile_goes_to_the_cache_and_comes_from_there(run, models, files, cach
     assert (Path(first["profile"]) / "config.json").stat().st_mtime_ns == stamp
 
 
+def test_profile_joins_prompt_sets_and_mixes_their_forms(run, models, tmp_path):
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("Where is Paris?\nWho is Ann?\n")
+    second.write_text("What is Tea?\n")
+    arguments = ("--prompts", first, "--prompts", second, "--text", "none", "--mixed-forms", "--json")
+    found = cv.load_profile(run("profile", models["donor"], *arguments).json["profile"])
+    wanted = ["Where is Paris?", "Who is Ann", "what is tea"]
+    expected = cv.profile(cv.load_model(models["donor"]), wanted)
+    assert found.prompts == expected.prompts
+    assert torch.equal(found.layer(0), expected.layer(0))
+
+
 def test_train_resumes_and_reports_plain_text(run, models, files, tmp_path, monkeypatch):
     from commandv import training
 

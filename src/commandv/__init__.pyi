@@ -115,6 +115,7 @@ from .profiles import (
 from .profiling import profile as profile
 from .prompts import PromptSet as PromptSet
 from .prompts import load_prompts as load_prompts
+from .prompts import mixed_forms as mixed_forms
 from .steering import (
     Contrast as Contrast,
 )

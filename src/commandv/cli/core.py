@@ -9,6 +9,7 @@ import typer
 
 from commandv.cli.app import app
 from commandv.cli.options import (
+    GENERAL,
     BatchSize,
     Device,
     Dtype,
@@ -19,6 +20,7 @@ from commandv.cli.options import (
     escaped,
     fitter,
     output,
+    prompt_sets,
     show,
 )
 
@@ -26,9 +28,13 @@ from commandv.cli.options import (
 @app.command()
 def profile(
     model: Model,
-    prompts: PromptsOption = "builtin:general",
+    prompts: PromptsOption = GENERAL,
     text: Annotated[str, typer.Option(help="Passages for text rows; 'none' to leave them out.")] = "builtin:text",
-    limit: Annotated[int | None, typer.Option(help="Use the first so many prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many prompts of each set.")] = None,
+    mixed_forms: Annotated[
+        bool,
+        typer.Option("--mixed-forms", help="By turns as written, without the end mark, and in lower case."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Where to keep it. Default: the cache.")] = None,
     batch_size: BatchSize = 16,
     max_length: Annotated[int | None, typer.Option(help="Cut longer prompts at their beginning.")] = None,
@@ -42,9 +48,10 @@ def profile(
 
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     passages = None if text == "none" else cv.load_prompts(text)
+    asked = prompt_sets(prompts, limit=limit)
     made = cv.profile(
         lm,
-        cv.load_prompts(prompts, limit=limit),
+        cv.mixed_forms(asked) if mixed_forms else asked,
         text=passages,
         batch_size=batch_size,
         max_length=max_length,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from commandv.convert import Fitter
+    from commandv.prompts import PromptSet
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
@@ -16,7 +19,10 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Def
 # Any, because load_model checks it: a misspelt format is our one-line error, not a usage box.
 Template = Annotated[Any, typer.Option(metavar="FORMAT", help="auto, chat, or plain (question and answer).")]
 Device = Annotated[str | None, typer.Option("--device-map", help="auto, cpu, cuda, ...: where the model goes.")]
-PromptsOption = Annotated[str, typer.Option("--prompts", help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset.")]
+PromptsOption = Annotated[
+    list[str], typer.Option("--prompts", help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset. Several are joined.")
+]
+GENERAL = ["builtin:general"]
 BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
 
 
@@ -45,6 +51,13 @@ def escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def prompt_sets(sources: list[str], *, limit: int | None = None) -> PromptSet:
+    """Return the prompts that --prompts names, of each source the first `limit`."""
+    from commandv.prompts import load_prompts
+
+    return functools.reduce(operator.add, (load_prompts(one, limit=limit) for one in sources))
 
 
 def fitter(name: str) -> Fitter:

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import app
-from commandv.cli.options import BatchSize, Device, Dtype, Json, PromptsOption, Template, fitter, output, show
+from commandv.cli.options import (
+    GENERAL,
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    PromptsOption,
+    Template,
+    fitter,
+    output,
+    prompt_sets,
+    show,
+)
 
 
 @app.command()
@@ -19,7 +31,7 @@ def validate(
     fit: Annotated[
         str, typer.Option(help="ridge, pinv, affine, reduced-rank, procrustes, fourier, autoencoder.")
     ] = "ridge",
-    prompts: PromptsOption = "builtin:general",
+    prompts: PromptsOption = GENERAL,
     text: Annotated[
         str, typer.Option(help="Passages for text rows of the profiles; 'none' to leave them out.")
     ] = "builtin:text",
@@ -47,7 +59,7 @@ def validate(
     from commandv.mapping import layer_pair, unseen
 
     method, chosen = fitter(fit), load_judge(judge) if judge else None
-    asked, passages = cv.load_prompts(prompts), None if text == "none" else cv.load_prompts(text)
+    asked, passages = prompt_sets(prompts), None if text == "none" else cv.load_prompts(text)
     kept, kept_passages = (None, None) if read and ask else unseen(asked, passages)
     trial = cv.Trial(
         texts=cv.load_prompts(read, limit=n) if read else kept_passages and kept_passages[:n],
