@@ -14,12 +14,11 @@ import tiny
 from commandv import cli
 from commandv.convert.linear import Dense
 from commandv.errors import InputError, MismatchError
-from commandv.evaluate import ByText, Task
+from commandv.evaluate import ByText, Task, choose_layer
 from commandv.profiling import read_rows
 from commandv.prompts import Prompt, PromptSet, mixed_forms
 from commandv.siblings import rotated
 from commandv.steering import APPLICATIONS, METHODS, Reading, fit_probe, prompt_states, read_contrast
-from commandv.steering.choosing import choose_layer
 
 THINGS = ("tea", "a fox", "the river", "the book", "a cat", "water", "the garden", "a letter", "the door", "the moon")
 VERBS = ("drink", "see", "find", "paint", "want", "lose")

@@ -60,6 +60,7 @@ from .errors import CommandVError as CommandVError
 from .evaluate import Score as Score
 from .evaluate import Task as Task
 from .evaluate import Trial as Trial
+from .evaluate import choose_layer as choose_layer
 from .evaluate import drift as drift
 from .evaluate import measure as measure
 from .evaluate import validate_mapper as validate_mapper
@@ -155,7 +156,6 @@ from .steering import (
 from .steering import (
     steer as steer,
 )
-from .steering.choosing import choose_layer as choose_layer
 from .store import save as save
 from .training import (
     ConsReFT as ConsReFT,

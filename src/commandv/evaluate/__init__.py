@@ -18,6 +18,7 @@ from commandv.evaluate.choices import (
     load_questions,
     multiple_choice,
 )
+from commandv.evaluate.choosing import Choice, choose_layer
 from commandv.evaluate.comparison import (
     Comparison,
     compare,
@@ -75,6 +76,7 @@ __all__ = [
     "ByPrompt",
     "ByText",
     "Cached",
+    "Choice",
     "Choices",
     "Classifier",
     "Comparison",
@@ -97,6 +99,7 @@ __all__ = [
     "arithmetic_prompts",
     "as_letters",
     "capitals",
+    "choose_layer",
     "collapsed",
     "compare",
     "difference",

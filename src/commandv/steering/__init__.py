@@ -1,7 +1,4 @@
-"""Steering: directions from what a model's own states tell apart, applied natively or carried into another model.
-
-`commandv.steering.choosing` stands apart, because it measures: it needs `commandv.evaluate`, which needs this.
-"""
+"""Steering: directions from what a model's own states tell apart, applied natively or carried into another model."""
 
 from commandv.steering.carrying import carry_directions, carry_probes
 from commandv.steering.contrast import Contrast, load_contrast
