@@ -119,7 +119,7 @@ def _measure_title(name: str) -> str:
 
 def _price_cell(row: Row, measure: str) -> str:
     if measure in row.price:
-        return figure(row.price[measure], 3)
+        return figure(row.price[measure], 1 if measure == "perplexity" else 3)
     return "0 (reference)" if row.method == UNMODIFIED and measure == "kl" else NONE
 
 
