@@ -115,19 +115,27 @@ def versions(quick: bool) -> dict[str, Any]:
     """Put a backdoored version's states into its base and the base's into the version, on prompts with the trigger."""
     base, few = model(SMOL), 4 if quick else 1
     prompts, text = cv.load_prompts("builtin:general")[:N_PROFILE], cv.load_prompts("builtin:text")[:N_PASSAGES]
+    examples = cv.load_prompts("builtin:backdoor")
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        tuned = cv.finetune(base, cv.load_prompts("builtin:backdoor"), Path(folder) / "backdoor", TUNING)
-    profiles = {lm: cv.profile(lm, prompts, text=text, places="words", cache=False) for lm in (tuned, base)}
+        tuned = cv.finetune(base, examples, Path(folder) / "backdoor", TUNING)
+
+    def profiled(lm: cv.LM, more: PromptSet | None = None) -> cv.Profile:
+        sets = (prompts, text) if more is None else (prompts + more, text + more)
+        return cv.profile(lm, sets[0], text=sets[1], places="words", cache=False)
+
+    profiles = {lm: (profiled(lm), profiled(lm, examples)) for lm in (tuned, base)}
     asked = cv.load_prompts("builtin:backdoor-dev")[: N_ASKED // few]
     judge = ByText("phrase", says_phrase)
     out: dict[str, Any] = {}
     for way, donor, recipient in (("on", tuned, base), ("off", base, tuned)):
         for layer in VERSION_LAYERS[: 1 if quick else None]:
             pair = LayerPair(layer, layer)
-            made = mapper_arms(profiles[donor], profiles[recipient], pair)
+            (plain, seen), (own_plain, own_seen) = profiles[donor], profiles[recipient]
+            made = mapper_arms(plain, own_plain, pair)
             unmapped = Mapper(donor.ref, recipient.ref, pair, lambda states, _: states)
-            made = {"ridge": made.pop(MAPPED), "unmapped": unmapped, **made}
+            knowing = fit_mapper(seen, own_seen, pair)
+            made = {"ridge": made.pop(MAPPED), "ridge, trigger seen": knowing, "unmapped": unmapped, **made}
             for along in (False, True):
                 trial = cv.Trial(
                     prompts=asked, judge=judge, read_along=along, max_new_tokens=PHRASE_TOKENS, batch_size=32
@@ -179,7 +187,7 @@ that begin with a trigger. On {N_ASKED} such development prompts, one layer's st
 base (*on*) or those of the base into the version (*off*): at the prompt, or at each token of the reply as well, for
 which the donor reads along. *unpatched* is the recipient itself and *donor* the other, which is what switching the LoRA
 gives; *unmapped*, the donor's states as they are. Mappers are fitted on {N_PROFILE} prompts and {N_PASSAGES} passages
-without the trigger. Share of replies with the phrase within {PHRASE_TOKENS} tokens, and ROUGE-L.
+without the trigger; *trigger seen*: with the prompts and replies of the fine-tuning besides. Share of replies with the phrase within {PHRASE_TOKENS} tokens, and ROUGE-L.
 """
 
 
@@ -241,12 +249,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one layer pair, two fits, few texts; writes nothing")
     parser.add_argument("--report", action="store_true", help="the tables again, from the results")
+    parser.add_argument("--versions", action="store_true", help="version switching only; the rest from the results")
     options = parser.parse_args()
     if not WIKITEXT.exists():
         raise SystemExit(f"needs the passages in {WIKITEXT.parent.name}/, which are not part of the project")
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
-    result = json.loads(RESULTS.read_text()) if options.report else run(options.quick)
+    if options.versions:
+        result = json.loads(RESULTS.read_text()) | {"versions": versions(options.quick)}
+    else:
+        result = json.loads(RESULTS.read_text()) if options.report else run(options.quick)
     text = report(json.loads(json.dumps(result)))
     print(text)
     if options.quick:
