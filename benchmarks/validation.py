@@ -187,7 +187,8 @@ that begin with a trigger. On {N_ASKED} such development prompts, one layer's st
 base (*on*) or those of the base into the version (*off*): at the prompt, or at each token of the reply as well, for
 which the donor reads along. *unpatched* is the recipient itself and *donor* the other, which is what switching the LoRA
 gives; *unmapped*, the donor's states as they are. Mappers are fitted on {N_PROFILE} prompts and {N_PASSAGES} passages
-without the trigger; *trigger seen*: with the prompts and replies of the fine-tuning besides. Share of replies with the phrase within {PHRASE_TOKENS} tokens, and ROUGE-L.
+without the trigger; *trigger seen*: with the prompts and replies of the fine-tuning besides. Share of replies with the
+phrase within {PHRASE_TOKENS} tokens, and ROUGE-L.
 """
 
 
