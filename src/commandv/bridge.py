@@ -20,7 +20,6 @@ from commandv.profiles import Profile, Rows, paired_rows
 
 HOLDOUT = 0.1  # share of the prompts that no converter sees, so that fidelity can be told
 
-
 T = TypeVar("T")
 U = TypeVar("U")
 
