@@ -49,6 +49,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/mappers.py
 	$(BIN)/python benchmarks/vectors.py
+	$(BIN)/python benchmarks/speed_reading.py
+	$(PIP) --editable '.[sae]' && $(BIN)/python benchmarks/sae.py
 	$(BIN)/python benchmarks/validation.py
 
 clean:

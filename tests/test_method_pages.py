@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import commandv as cv
 import tiny
 from commandv.cli import app
+from commandv.interop.sae import SAE, save_sae
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 INDEX = DOCS / "steering.md"
@@ -68,6 +70,8 @@ def started(tmp_path_factory):
         patch.setattr(cv, "load_contrast", some_pairs)
         patch.setattr(cv, "load_adapter", adapter)
         Path("one-pair.jsonl").write_text(ONE_PAIR)
+        width = model("smollm2-135m-instruct").d_model
+        save_sae(SAE(torch.eye(width), torch.zeros(width), torch.eye(width), torch.zeros(width), 17), "sae")
         exec(code(INDEX, "python"), names)
         run(code(INDEX, ""))
         yield names
