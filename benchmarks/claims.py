@@ -14,6 +14,7 @@ from pathlib import Path
 
 from commandv.evaluate.comparison import difference, pooled
 from commandv.evaluate.scores import Score
+from commandv.report.findings import groups
 from commandv.results import Cell, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,32 +93,21 @@ def weak_donor() -> tuple[str, str, str]:
 
 
 RULE_CASE = (
-    "per pair of families: crosses if the paired differences from unmodified and from random lie on the side aimed at, "
-    "not examinable if the directly trained adapter does not differ from unmodified; confirmed if all that can be "
-    "examined cross, refuted if none does"
+    "the reports' verdicts (above unmodified and random, p adjusted; not examinable where the directly trained adapter "
+    "does nothing), the twin apart: confirmed if all pairs of families that can be examined cross, refuted if none does"
 )
 
 
 def case_study(study: str) -> tuple[str, str, str]:
     """Tell whether a behaviour crosses between families, and beside it what it did in the twin."""
     lines, outcomes = [], []
-    found = cells(study)
-    for donor, recipient in dict.fromkeys((cell.donor, cell.recipient) for cell in found):
-        some = [cell for cell in found if (cell.donor, cell.recipient) == (donor, recipient)]
-        less = next(iter(some[0].settings["success"].values())) == "less"
-
-        def beats(method: str, other: str, some: list[Cell] = some, less: bool = less) -> bool:
-            gap = difference("gap", labels(some, method), labels(some, other), "rate")
-            return gap.high < 0 if less else gap.low > 0
-
-        crosses = beats("pasted", "unmodified") and beats("pasted", "random")
-        outcome = ("crosses" if crosses else "does not") if beats("direct", "unmodified") else "not examinable"
-        figures = ", ".join(
-            f"{name} {shown(rate(some, name))}" for name in ("unmodified", "pasted", "random", "direct")
-        )
-        lines.append(f"{donor} -> {recipient}: {outcome} ({figures})")
-        if recipient != "twin" and outcome != "not examinable":
-            outcomes.append(crosses)
+    for group in groups(load_run(RUNS / study)):
+        figures = {row.method: row.found.score for row in group.tables[0].rows if row.found}
+        names = ("unmodified", "pasted", "random", "text-bridge", "direct")
+        told = ", ".join(f"{name} {shown(figures[name])}" for name in names if name in figures)
+        lines.append(f"{group.pair}: {group.verdict.word} ({told})")
+        if "twin" not in group.pair and group.verdict.word != "not examinable":
+            outcomes.append(group.verdict.word in ("crosses", "partly"))
     if not outcomes:
         return "not examinable", "; ".join(lines), RULE_CASE
     verdict = "confirmed" if all(outcomes) else "in one direction" if any(outcomes) else "refuted"
@@ -167,7 +157,7 @@ CLAIMS = [
     ("Reasoning accuracy is kept (here: arithmetic)", reasoning_kept),
     ("Converters take seconds (6.35 s on a laptop)", converter_seconds),
     (
-        "Carrying activations beats what the donor's texts alone can carry (our claim, not the paper's)",
+        "Carrying activations beats what the donor's texts alone can carry, for the list (our claim, not the paper's)",
         lambda: list_against("text-bridge", both=True),
     ),
 ]
@@ -186,7 +176,7 @@ def main() -> None:
     for claim, examine in CLAIMS:
         verdict, figures, rule = examine()
         lines.append(f"| {claim} | **{verdict}** | {figures} | {rule} |")
-    small = sorted(file.stem for file in (ROOT / "studies" / "small").glob("*.yaml"))
+    small = [file.stem for file in (ROOT / "studies" / "small").glob("*.yaml") if (RUNS / file.stem).exists()]
     took = sum(cell.seconds for name in small for cell in cells(name))
     lines.append(f"\nThe cells of the {len(small)} small studies took {took / 60:.0f} minutes in all.")
     TABLE.write_text("\n".join(lines) + "\n", "utf-8")
