@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import io
 import json
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -94,6 +95,11 @@ def mixed_forms(prompts: PromptSet) -> PromptSet:
         return one._replace(text=(one.text, bare, bare.lower())[number % 3])
 
     return PromptSet(tuple(form(*item) for item in enumerate(prompts)), f"{prompts.name} in mixed forms")
+
+
+def load_prompt_sets(sources: Sequence[str], *, limit: int | None = None) -> PromptSet:
+    """Load one or more prompt sets, of each the first `limit`, and join them in their order; see `load_prompts`."""
+    return functools.reduce(operator.add, (load_prompts(one, limit=limit) for one in sources))
 
 
 def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> PromptSet:

@@ -20,7 +20,6 @@ from commandv.cli.options import (
     escaped,
     fitter,
     output,
-    prompt_sets,
     show,
 )
 
@@ -45,10 +44,11 @@ def profile(
 ) -> None:
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
     import commandv as cv
+    from commandv.prompts import load_prompt_sets
 
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     passages = None if text == "none" else cv.load_prompts(text)
-    asked = prompt_sets(prompts, limit=limit)
+    asked = load_prompt_sets(prompts, limit=limit)
     made = cv.profile(
         lm,
         cv.mixed_forms(asked) if mixed_forms else asked,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +9,6 @@ import typer
 
 if TYPE_CHECKING:
     from commandv.convert import Fitter
-    from commandv.prompts import PromptSet
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
@@ -51,13 +48,6 @@ def escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def prompt_sets(sources: list[str], *, limit: int | None = None) -> PromptSet:
-    """Return the prompts that --prompts names, of each source the first `limit`."""
-    from commandv.prompts import load_prompts
-
-    return functools.reduce(operator.add, (load_prompts(one, limit=limit) for one in sources))
 
 
 def fitter(name: str) -> Fitter:

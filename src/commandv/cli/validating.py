@@ -18,7 +18,6 @@ from commandv.cli.options import (
     Template,
     fitter,
     output,
-    prompt_sets,
     show,
 )
 
@@ -57,9 +56,10 @@ def validate(
     from commandv.evaluate.choices import load_questions
     from commandv.evaluate.judges import load_judge
     from commandv.mapping import layer_pair, unseen
+    from commandv.prompts import load_prompt_sets
 
     method, chosen = fitter(fit), load_judge(judge) if judge else None
-    asked, passages = prompt_sets(prompts), None if text == "none" else cv.load_prompts(text)
+    asked, passages = load_prompt_sets(prompts), None if text == "none" else cv.load_prompts(text)
     kept, kept_passages = (None, None) if read and ask else unseen(asked, passages)
     trial = cv.Trial(
         texts=cv.load_prompts(read, limit=n) if read else kept_passages and kept_passages[:n],

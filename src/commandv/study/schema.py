@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from commandv.evaluate.catalogue import load_task
 from commandv.evaluate.controls import ARMS, CONTROLS
 from commandv.match import MATCHERS, choose_layers
 from commandv.positions import as_positions
-from commandv.prompts import PromptSet, load_prompts
+from commandv.prompts import PromptSet, load_prompt_sets, load_prompts
 from commandv.steering import APPLICATIONS, METHODS, load_contrast
 from commandv.training import TRAINABLE
 
@@ -310,7 +309,7 @@ class Study(_Strict):
 
     def profile_prompts(self) -> PromptSet:
         """Return the prompts of profiles."""
-        return functools.reduce(operator.add, (load_prompts(one, limit=self.limit) for one in self.prompts))
+        return load_prompt_sets(self.prompts, limit=self.limit)
 
     def unreadable(self) -> list[str]:
         """Try every prompt set and task, and tell which cannot be read here, with their places in the file.
