@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import commandv as cv
 import tiny
-from commandv.encoding import accepts, pad
+from commandv.encoding import model_inputs, pad
 from commandv.errors import InputError, MismatchError
 from commandv.models import ModelRef
 
@@ -25,11 +25,8 @@ def models():
 def forward(lm, rows, side="right"):
     """Logits of each row's real tokens."""
     batch = pad(lm, rows, side)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if accepts(lm.model, "position_ids"):
-        inputs["position_ids"] = batch.position_ids
     with torch.inference_mode():
-        logits = lm.model(**inputs).logits
+        logits = lm.model(**model_inputs(lm.model, batch)).logits
     return [row[mask.bool()] for row, mask in zip(logits, batch.attention_mask, strict=True)]
 
 

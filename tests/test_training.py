@@ -184,8 +184,8 @@ def test_columns_before_the_first_changed_position_run_without_gradients(lm, mon
     stops = []
     original = example_module._prefix
 
-    def spied(lm, ids, mask, places, stop):
-        past = original(lm, ids, mask, places, stop)
+    def spied(lm, batch, stop):
+        past = original(lm, batch, stop)
         stops.append((stop, None if past is None else past.layers[0].keys.requires_grad))
         return past
 

@@ -145,14 +145,37 @@ def pad_replies(lm: LM, rows: Sequence[Encoded]) -> tuple[Batch, int]:
     return Batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)), prompts.input_ids.shape[1]
 
 
-def accepts(module: nn.Module, argument: str) -> bool:
-    """True when a module's forward takes the keyword argument."""
-    return argument in inspect.signature(module.forward).parameters
+def model_inputs(
+    module: nn.Module, batch: Batch, *, keep: int | None = None, use_cache: bool = False, past: Any = None
+) -> dict[str, Any]:
+    """Return the keyword arguments with which a module's forward reads a batch; architectures differ in what they take.
+
+    Args:
+        module: a model, or its part without the head.
+        batch: what to read.
+        keep: compute the logits of the last so many tokens only, where the model can; None for all.
+        use_cache: whether to return a cache.
+        past: a cache to go on from.
+    """
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": use_cache
+    }  # fmt: skip
+    known = inspect.signature(module.forward).parameters
+    if "position_ids" in known:
+        inputs["position_ids"] = batch.position_ids
+    if keep is not None and "logits_to_keep" in known:
+        inputs["logits_to_keep"] = keep
+    if past is not None:
+        inputs["past_key_values"] = past
+    return inputs
+
+
+def last_logits(lm: LM, batch: Batch, n: int, past: Any = None) -> torch.Tensor:
+    """Return the logits [batch, n, vocabulary] after each of a batch's last `n` tokens; `past` is what was read."""
+    inputs = model_inputs(lm.model, batch, keep=n, use_cache=past is not None, past=past)
+    return lm.model(**inputs).logits[:, -n:]
 
 
 def run_blocks(lm: LM, batch: Batch) -> None:
     """Run the model without its head on a padded batch, for the sake of hooks on the blocks."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if accepts(lm.owner, "position_ids"):
-        inputs["position_ids"] = batch.position_ids
-    lm.owner(**inputs)
+    lm.owner(**model_inputs(lm.owner, batch))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from commandv.adapter import Adapter
 from commandv.attaching import attach
-from commandv.encoding import accepts, encode, pad
+from commandv.encoding import Batch, Encoded, encode, last_logits, model_inputs, pad_replies
 from commandv.errors import InputError
 from commandv.models import LM
 from commandv.positions import EVERYWHERE, Positions
@@ -59,38 +59,23 @@ def reply_loss(
         adapter: to attach meanwhile.
         positions: where it acts; without an adapter everything may be learning, and everything has gradients.
     """
-    prompts = pad(lm, [one.prompt for one in batch], "left")
-    replies = pad(lm, [one.response for one in batch], "right")
-    n_prompt, n_reply = prompts.input_ids.shape[1], replies.input_ids.shape[1]
-    ids = torch.cat([prompts.input_ids, replies.input_ids], 1)
-    mask = torch.cat([prompts.attention_mask, replies.attention_mask], 1)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
+    padded, n_prompt = pad_replies(lm, [Encoded(one.prompt + one.response, len(one.prompt), []) for one in batch])
+    ids, mask, places = padded
     # Left-padded prompts end in one column: before it lies what no intervention can have changed.
     untouched = 0 if positions.first or positions.everywhere else max(0, n_prompt - (positions.last or 1))
-    past = _prefix(lm, ids, mask, places, untouched)
-    here = slice(untouched, n_prompt + n_reply - 1)
-    inputs: dict[str, Any] = {
-        "input_ids": ids[:, here],
-        "attention_mask": mask[:, : here.stop],
-        "past_key_values": past,
-        "use_cache": past is not None,
-    }
-    if accepts(lm.model, "position_ids"):
-        inputs["position_ids"] = places[:, here]
-    if accepts(lm.model, "logits_to_keep"):
-        inputs["logits_to_keep"] = n_reply
+    past = _prefix(lm, padded, untouched)
+    here = slice(untouched, ids.shape[1] - 1)
+    read = Batch(ids[:, here], mask[:, : here.stop], places[:, here])
     with attach(lm, adapter, n_prompt=n_prompt) if adapter else contextlib.nullcontext():
-        logits = lm.model(**inputs).logits[:, -n_reply:]
-    labels = replies.input_ids.masked_fill(replies.attention_mask == 0, -100)
+        logits = last_logits(lm, read, ids.shape[1] - n_prompt, past)
+    labels = ids.masked_fill(mask == 0, -100)[:, n_prompt:]
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
 
 
-def _prefix(lm: LM, ids: Tensor, mask: Tensor, places: Tensor, stop: int) -> Any:
-    """Run the untouched columns without gradients and return their cache."""
+def _prefix(lm: LM, batch: Batch, stop: int) -> Any:
+    """Run the first columns without gradients and return their cache."""
     if not stop:
         return None
-    inputs: dict[str, Any] = {"input_ids": ids[:, :stop], "attention_mask": mask[:, :stop], "use_cache": True}
-    if accepts(lm.owner, "position_ids"):
-        inputs["position_ids"] = places[:, :stop]
+    before = Batch(*(one[:, :stop] for one in batch))
     with torch.no_grad():
-        return lm.owner(**inputs).past_key_values
+        return lm.owner(**model_inputs(lm.owner, before, use_cache=True)).past_key_values

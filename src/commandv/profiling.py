@@ -95,16 +95,7 @@ def profile(
         target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{target}.lock"):
         if (target / "config.json").exists():
-            found = load_profile(target)
-            config = json.loads((target / "config.json").read_text())
-            same = all(config.get(key) == value for key, value in made_with.items())
-            if same and found.prompts == prompts_hash and found.model == lm.ref:
-                log.info("profile of %s: from the cache", lm.id)
-                return found
-            raise MismatchError(
-                f"{target}: holds a profile of {found.model.id} with other prompts, another model or other settings; "
-                "choose another path or delete it"
-            )
+            return _from_cache(target, lm, prompts_hash, made_with)
         work = _Work(lm, items, n_end, (places, rows_per_text), batch_size, max_length, padding)
         parts = target.with_name(f"{target.name}.parts")
         rows, keys = work.collect(parts, digest(settings))
@@ -113,6 +104,20 @@ def profile(
             part.unlink()
         parts.rmdir()
     return load_profile(target)
+
+
+def _from_cache(path: Path, lm: LM, prompts_hash: str, made_with: dict[str, Any]) -> Profile:
+    """Return a profile from disk if it is the one wanted."""
+    found = load_profile(path)
+    config = json.loads((path / "config.json").read_text())
+    same = all(config.get(key) == value for key, value in made_with.items())
+    if not same or found.prompts != prompts_hash or found.model != lm.ref:
+        raise MismatchError(
+            f"{path}: holds a profile of {found.model.id} with other prompts, another model or other settings; "
+            "choose another path or delete it"
+        )
+    log.info("profile of %s: from the cache", lm.id)
+    return found
 
 
 class _Work:

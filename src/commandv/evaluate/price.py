@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
 from commandv.adapter import Adapter
 from commandv.attaching import attach
-from commandv.encoding import Encoded, accepts, encode, pad_replies, uses_bos
+from commandv.encoding import Encoded, encode, last_logits, pad_replies, uses_bos
 from commandv.errors import InputError
-from commandv.evaluate.scores import Score, mean
+from commandv.evaluate.scores import Score, geometric_mean, mean
 from commandv.generation import batches
 from commandv.models import LM
 from commandv.prompts import PromptSet, as_prompts
@@ -124,8 +124,7 @@ def perplexity(
     values = perplexity_values(
         lm, passages, adapter, scale=scale, context=context, tokens=tokens, batch_size=batch_size
     )
-    score = mean(name, values, "perplexity")
-    return score._replace(value=_exp(score.value), low=_exp(score.low), high=_exp(score.high))
+    return geometric_mean(name, values, "perplexity")
 
 
 def perplexity_values(
@@ -144,11 +143,6 @@ def perplexity_values(
     for item, log_probs in token_log_probs(lm, rows, adapter, scale=scale, batch_size=batch_size):
         out[item] = -float(log_probs.mean())
     return out
-
-
-def _exp(value: float) -> float:
-    """Return exp of a value, infinity where that is too large: a ruined model's interval may reach anywhere."""
-    return math.exp(value) if value < 700 or math.isnan(value) else math.inf
 
 
 def _plain(lm: LM, text: str, context: int, tokens: int) -> Encoded:
@@ -209,19 +203,8 @@ def _reply_logits(
     for members in batches([len(one.ids) for one in rows], batch_size):
         batch, n_prompt = pad_replies(lm, [rows[i] for i in members])
         n_reply = batch.input_ids.shape[1] - n_prompt
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False
-        }  # fmt: skip
-        if accepts(lm.model, "position_ids"):
-            inputs["position_ids"] = batch.position_ids
-        if accepts(lm.model, "logits_to_keep"):
-            inputs["logits_to_keep"] = n_reply + 1
-        with torch.inference_mode():
-            if adapter is None:
-                logits = lm.model(**inputs).logits
-            else:
-                with attach(lm, adapter, scale=scale, n_prompt=n_prompt):
-                    logits = lm.model(**inputs).logits
-            logits = logits[:, -n_reply - 1 : -1]
+        changed = attach(lm, adapter, scale=scale, n_prompt=n_prompt) if adapter else contextlib.nullcontext()
+        with torch.inference_mode(), changed:
+            logits = last_logits(lm, batch, n_reply + 1)[:, :-1]
         for row, item in enumerate(members):
             yield item, logits[row, : len(rows[item].ids) - rows[item].n_prompt]

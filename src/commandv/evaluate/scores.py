@@ -60,3 +60,17 @@ def mean(name: str, values: Sequence[float], unit: str) -> Score:
     centre, n = float(array.mean()), len(array)
     margin = float(stats.t.ppf(0.975, n - 1) * array.std(ddof=1) / n**0.5) if n > 1 else float("nan")
     return Score(name, centre, centre - margin, centre + margin, n, unit)
+
+
+def geometric_mean(name: str, logs: Sequence[float], unit: str) -> Score:
+    """Return exp of the mean of logarithms and of its 95 % interval (Student's t), as perplexities are averaged.
+
+    Infinity where it is too large: a ruined model's interval may reach anywhere.
+
+    Raises:
+        InputError: no values.
+    """
+    score = mean(name, logs, unit)
+    with np.errstate(over="ignore"):
+        value, low, high = np.exp(np.array([score.value, score.low, score.high])).tolist()
+    return score._replace(value=value, low=low, high=high)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from commandv.encoding import accepts, pad
+from commandv.encoding import last_logits, pad
 from commandv.errors import InputError
-from commandv.evaluate.scores import Score, mean
+from commandv.evaluate.scores import Score, geometric_mean, mean
 from commandv.generation import batches
 from commandv.mapping.mappers import Mapper
 from commandv.mapping.replacing import Counterparts, replaced
@@ -97,16 +96,8 @@ def read_texts(
 @torch.inference_mode()
 def _logits(lm: LM, group: Sequence[Counterparts]) -> list[Tensor]:
     """Return the logits [tokens of the text, vocabulary] of each text, in order."""
-    batch = pad(lm, [one.ids for one in group])
-    inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False
-    }  # fmt: skip
     longest = max(len(one.ids) - one.places.start for one in group)
-    if accepts(lm.model, "position_ids"):
-        inputs["position_ids"] = batch.position_ids
-    if accepts(lm.model, "logits_to_keep"):
-        inputs["logits_to_keep"] = longest
-    logits = lm.model(**inputs).logits
+    logits = last_logits(lm, pad(lm, [one.ids for one in group]), longest)
     return [logits[row, one.places.start - len(one.ids) :] for row, one in enumerate(group)]
 
 
@@ -125,12 +116,10 @@ def score_texts(values: TextValues, texts: Sequence[Counterparts]) -> dict[str, 
     The fraction of variance unexplained (FVU) of a dimension is sum (new - own)² / sum (own - mean)² over all replaced
     states; its mean and its median over dimensions are given.
     """
-    nats = mean("perplexity", values.nats, "perplexity")
-    value, low, high = torch.tensor(nats[1:4], dtype=torch.float64).exp().tolist()  # infinity where it is too large
     fvu = _unexplained(values.unexplained, texts)
     return {
         "kl": mean("KL", values.kl, "nats per token"),
-        "perplexity": nats._replace(value=value, low=low, high=high),
+        "perplexity": geometric_mean("perplexity", values.nats, "perplexity"),
         "agreement": mean("top-1 agreement", values.agreement, "share"),
         "cosine": mean("cosine", values.cosine, "cosine"),
         "fvu_mean": fvu[0],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commandv.encoding import accepts, pad, run_blocks
+from commandv.encoding import Batch, model_inputs, pad, run_blocks
 from commandv.errors import InputError
 from commandv.generation import batches
 from commandv.mapping.mappers import Mapper
@@ -140,13 +140,11 @@ class Along:
             first: forget what was read before.
         """
         ids, mask = ids.to(self.donor.device), mask.to(self.donor.device)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if accepts(self.donor.model, "position_ids"):
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if accepts(self.donor.model, "logits_to_keep"):
-            inputs["logits_to_keep"] = 1
+        batch = Batch(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :])
+        past = None if first else self._cache
+        inputs = model_inputs(self.donor.model, batch, keep=1, use_cache=True, past=past)
         with _watched(self.donor, self._mapper.pair.donor) as seen:
-            out = self.donor.model(**inputs, past_key_values=None if first else self._cache, use_cache=True)
+            out = self.donor.model(**inputs)
         self._cache = out.past_key_values
         states = seen[-1].flatten(0, 1)
         return self._mapper(states, torch.zeros(len(states), dtype=torch.bool)).unflatten(0, tuple(ids.shape))

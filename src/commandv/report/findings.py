@@ -11,7 +11,7 @@ import numpy as np
 
 from commandv.errors import InputError
 from commandv.evaluate.comparison import Comparison, compare, difference, holm, paired_p, pooled
-from commandv.evaluate.scores import Score, mean
+from commandv.evaluate.scores import Score, geometric_mean, mean
 from commandv.results import Arm, Cell, Run
 
 UNMODIFIED, PASTED, RANDOM, DIRECT, DONOR = "unmodified", "pasted", "random", "direct", "donor"
@@ -268,11 +268,11 @@ def _price(arms: Sequence[Arm]) -> dict[str, Score]:
             if given:
                 values.append(float(np.mean(given)))
         if values:
-            score = mean(measure, values, "nats per token")
-            if measure == "perplexity":  # kept as nats per token; its mean is the geometric one
-                low, value, high = (float(np.exp(x)) for x in (score.low, score.value, score.high))
-                score = Score(measure, value, low, high, score.n, "perplexity")
-            found[measure] = score
+            # Perplexities are kept as nats per token.
+            geometric = measure == "perplexity"
+            found[measure] = (
+                geometric_mean(measure, values, measure) if geometric else mean(measure, values, "nats per token")
+            )
     return found
 
 
