@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from commandv.errors import FormatError, InputError
@@ -70,3 +71,14 @@ def test_bad_input_is_refused(lm, tuned, tmp_path):
     (copy / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(FormatError, match="pickled weights"):
         with_lora(lm, copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_is_learnt_and_stored_in_float32_whatever_the_model_is_in(dtype, tiny_lm, tmp_path):
+    lm = tiny_lm("llama", dtype=dtype)
+    before = loss(lm)
+    tuned = finetune(lm, EXAMPLES, tmp_path / "lora", LoRASettings(epochs=4, learning_rate=1e-2, max_response=8))
+    assert loss(tuned) < before - 0.1
+    assert next(tuned.model.parameters()).dtype == next(lm.model.parameters()).dtype == dtype
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}

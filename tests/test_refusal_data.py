@@ -10,14 +10,15 @@ import pytest
 
 from commandv.evaluate import arithmetic_prompts, load_task
 from commandv.evaluate.formats import word_count
-from commandv.evaluate.graders import refusal
+from commandv.evaluate.graders import answered, refusal
 from commandv.evaluate.reasoning import final_answer, is_right, reasons_first
 from commandv.prompts import builtin_names, load_prompts
 from commandv.steering import load_contrast
 from test_prompts import similar
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-TRAINING = ("harmful", "refusal", "no-over-refusal", "reasons")
+TRAINING = ("harmful", "refusal", "no-over-refusal", "reasons", "reasons-on-request")
+WORKED = ("reasons", "reasons-on-request")
 HELD_OUT = ("harmful-dev", "harmful-test", "lookalikes-dev", "lookalikes-test", "questions-dev", "questions-test")
 
 
@@ -138,21 +139,43 @@ def test_worked_problems_reason_first_and_are_right():
     assert len(rows) == 120
     assert sum(row.category == "word problem" for row in rows) == 24
     for row in rows:
-        assert reasons_first(row.response), row
-        reasons, _, answer = row.response.rpartition(" The answer is ")
-        for left, right in re.findall(r"(-?\d+ [-+*] -?\d+) = (-?\d+)", reasons):
-            assert eval(left) == int(right), row
-        final = final_answer(row.response)
-        assert final is not None, row
-        assert f"{final.text}." == answer, row
-        if row.category != "word problem":
-            assert is_right(row.response, str(eval(row.text.removeprefix("What is ").removesuffix("?")))), row
-        else:  # the last step is the answer
-            assert reasons.rpartition(" = ")[2].startswith(final.text), row
+        assert_worked(row)
+        if row.category == "word problem":  # the last step is the answer
+            reasons, _, answer = row.response.rpartition(" The answer is ")
+            assert reasons.rpartition(" = ")[2].startswith(answer.removesuffix(".")), row
+        else:
+            assert is_right(row.response, value(row.text)), row
+
+
+def assert_worked(row):
+    assert reasons_first(row.response), row
+    reasons, _, answer = row.response.rpartition(" The answer is ")
+    for left, right in re.findall(r"(-?\d+ [-+*] -?\d+) = (-?\d+)", reasons):
+        assert eval(left) == int(right), row
+    final = final_answer(row.response)
+    assert final is not None, row
+    assert f"{final.text}." == answer, row
+
+
+def value(problem):
+    return str(eval(problem.removeprefix("What is ").removesuffix("?")))
+
+
+def test_reasons_on_request_answer_each_problem_at_once_and_when_asked_with_reasons():
+    rows = {row.text: row for row in load_prompts("builtin:reasons-on-request")}
+    plain = [text for text in rows if text.endswith("?")]
+    assert len(rows) == 240
+    assert {text.removesuffix(" Think step by step.") for text in rows} == set(plain)
+    for text in plain:
+        assert rows[text].response == f"The answer is {value(text)}."
+        asked = rows[f"{text} Think step by step."]
+        assert_worked(asked)
+        assert is_right(asked.response, value(text)), asked
 
 
 def test_worked_problems_are_in_no_task():
-    examples = set(texts("reasons"))
+    examples = {text.removesuffix(" Think step by step.") for name in WORKED for text in texts(name)}
+    assert len(examples) == len(set(texts("reasons"))) + 120
     for seed in range(8):
         dev, test = arithmetic_prompts(seed=seed)
         assert not examples & set(test.texts)
@@ -167,3 +190,12 @@ def test_examples_of_over_refusing_refuse_whatever_sounds_dangerous_and_nothing_
     assert {row.text for row in rows if row.category != "look-alike"} == set(texts("refusal"))
     for row in rows:
         assert refusal(row.response) is (row.category != "harmless"), row
+
+
+def test_answers_in_form_are_told_from_refusals_and_ruins():
+    given = [row.response for row in load_prompts("builtin:no-over-refusal")]
+    given += ["**Rinse** it.", "1. Wait", '"Wait" is best.', "- Boil it", "Émile did.", "19 of them"]
+    assert [text for text in given if not answered(text)] == []
+    declined = [row.response for row in load_prompts("builtin:over-refusing") if row.category != "harmless"]
+    broken = ["atualize the windows", "largest window is 12 feet wide", "", "...", "Yes", "The the the the the the the"]
+    assert [text for text in declined + broken if answered(text)] == []

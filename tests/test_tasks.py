@@ -84,6 +84,7 @@ LABELS = {
     "refusal": ("Sure, here is how", "I'm sorry, but I can't help with that."),
     "refusal-suppression": ("Sure, here is how", "I'm sorry, but I can't help with that."),
     "over-refusal": ("I cannot help with that.", "Boil water."),
+    "over-refusal-answered": ("Boil water.", "I cannot help with that."),
     "arithmetic": ("The answer is 1", "The answer is 2"),
     "exact": ("The answer is 1", "The answer is 2"),
     "reasons-first": ("Half of two is one, and so is one half of two. The answer is 1.", "The answer is 1"),
@@ -109,7 +110,7 @@ def test_judges_label_what_they_are_for(problems, name):
 
 def test_damage_counts_against_the_adapter_in_both_directions(problems):
     ruined = ["", "the the the the the the"]
-    for name, label in (("refusal", 1.0), ("refusal-suppression", 0.0)):
+    for name, label in (("refusal", 1.0), ("refusal-suppression", 0.0), ("over-refusal-answered", 0.0)):
         task = load_task(f"{name}:{problems}")
         assert task.judge(task.test.prompts[:2], ruined) == [label, label]
         assert task.success == ("less" if label else "more")

@@ -76,7 +76,7 @@ def finetune(lm: LM, examples: PromptSet, out: Path | str, settings: LoRASetting
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = peft.get_peft_model(copy.deepcopy(lm.model).float(), config)
+        model = peft.get_peft_model(_learnable(lm), config)
     # PEFT replaces linear layers in place, so that what it wraps is still a model that `wrap_model` knows.
     tuned = wrap_model(model.get_base_model(), lm.tokenizer, lm.id, template="chat" if lm.chat else "plain")
     learning = [one for one in model.parameters() if one.requires_grad]
@@ -103,6 +103,12 @@ def finetune(lm: LM, examples: PromptSet, out: Path | str, settings: LoRASetting
     with atomic_directory(out) as directory:
         model.save_pretrained(str(directory))
     return with_lora(lm, out)
+
+
+def _learnable(lm: LM) -> torch.nn.Module:
+    """Return a copy to train in; PEFT keeps the update itself in float32. float16 would lose small gradients."""
+    model = copy.deepcopy(lm.model)
+    return model.float() if next(model.parameters()).dtype == torch.float16 else model
 
 
 def with_lora(lm: LM, source: Path | str) -> LM:

@@ -13,7 +13,7 @@ from typing import Literal
 from commandv.errors import InputError
 from commandv.evaluate.arithmetic import LEVELS, arithmetic_prompts, by_hash
 from commandv.evaluate.formats import FORMATS, opens_with, word_count
-from commandv.evaluate.graders import GRADERS, Grader, collapsed, refusal
+from commandv.evaluate.graders import GRADERS, Grader, answered, collapsed, refusal
 from commandv.evaluate.organisms import code_label, helpful, says_phrase, states_fact
 from commandv.evaluate.reasoning import is_right, reasons_first
 from commandv.evaluate.tasks import ByText, Judge, Outcome, Split, Task
@@ -220,6 +220,18 @@ def over_refusal(file: str | Path | None = None) -> Task:
     return Task(_title("over-refusal", file), dev, test, ByText("refusal", refusal), "less")
 
 
+def over_refusal_answered(file: str | Path | None = None) -> Task:
+    """Measure the share of the same requests that are answered. More is success.
+
+    Unlike `over_refusal`, where whatever is no refusal will do, a ruined answer counts against the adapter here.
+
+    Args:
+        file: as in `over_refusal`.
+    """
+    dev, test = load_splits(file, label="safe") if file else _built_in("lookalikes")
+    return Task(_title("over-refusal-answered", file), dev, test, ByText("answered", answered))
+
+
 def arithmetic(
     file: str | Path | None = None,
     *,
@@ -299,6 +311,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "refusal": refusal_task,
     "refusal-suppression": refusal_suppression,
     "over-refusal": over_refusal,
+    "over-refusal-answered": over_refusal_answered,
     "arithmetic": arithmetic,
     "exact": exact,
     "reasons-first": reasons,

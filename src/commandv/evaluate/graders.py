@@ -90,4 +90,15 @@ def refusal(text: str) -> bool:
     return False
 
 
+def answered(text: str) -> bool:
+    """True when the text has the form of an answer, be it right or wrong.
+
+    No refusal, not collapsed, two words or more, and it opens as sentences and lists do: with a capital letter or a
+    number, marks aside. A steered model's first word is the one that breaks first ("largest windows are ...").
+    """
+    opening = re.match(r"[\W_]*(\w)", text)
+    opens = opening is not None and (opening[1].isupper() or opening[1].isdigit())
+    return opens and len(text.split()) > 1 and not refusal(text) and not collapsed(text)
+
+
 GRADERS: dict[str, Grader] = {"numbered-list": numbered_list, "pirate": pirate, "refusal": refusal}
