@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # The CPU build of torch is small; the registry's default build brings gigabytes of CUDA.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format adapters docs bench studies clean
+SMALL := $(wildcard studies/small/*.yaml)
+STEERING := $(wildcard studies/steering/*.yaml)
+
+.PHONY: demo test check format adapters docs bench studies small-studies $(SMALL) $(STEERING) clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,11 +39,15 @@ adapters: $(VENV)/.installed  ## train the shipped adapters again
 docs: $(VENV)/.installed  ## write docs/cli.md again
 	$(BIN)/python -m typer commandv.cli utils docs --name commandv > docs/cli.md
 
-studies: $(VENV)/.installed  ## run the small and the steering studies (hours), write their reports and the claims page
-	for study in studies/small/*.yaml studies/steering/*.yaml; do name=$$(basename $$study .yaml); \
-		$(BIN)/commandv study $$study -o studies/results/$$name && \
-		$(BIN)/commandv report studies/results/$$name -o docs/studies/$$name || exit 1; done
+# Two studies of one thread each get more out of two cores than one of two: OMP_NUM_THREADS=1 make -j2 small-studies
+studies: small-studies $(STEERING)  ## run all studies (hours)
+
+small-studies: $(SMALL)  ## run the small studies (an hour), write their reports and the claims page
 	$(BIN)/python benchmarks/claims.py
+
+$(SMALL) $(STEERING): $(VENV)/.installed
+	$(BIN)/commandv study $@ -o studies/results/$(basename $(notdir $@))
+	$(BIN)/commandv report studies/results/$(basename $(notdir $@)) -o docs/studies/$(basename $(notdir $@))
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py
