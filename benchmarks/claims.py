@@ -1,6 +1,6 @@
 """The paper's claims, each with what the small studies say of it: confirmed, refuted, or not examinable here.
 
-    make studies                  # runs the studies, writes their reports and this page
+    make small-studies            # runs the studies, writes their reports and this page
     python benchmarks/claims.py   # the page alone, from studies/results/
 
 A verdict follows from figures by the rule that stands beside it; nothing is worded by hand.
@@ -178,7 +178,10 @@ def main() -> None:
         lines.append(f"| {claim} | **{verdict}** | {figures} | {rule} |")
     small = [file.stem for file in (ROOT / "studies" / "small").glob("*.yaml") if (RUNS / file.stem).exists()]
     took = sum(cell.seconds for name in small for cell in cells(name))
-    lines.append(f"\nThe cells of the {len(small)} small studies took {took / 60:.0f} minutes in all.")
+    lines.append(
+        f"\nThe cells of the {len(small)} small studies took {took / 60:.0f} minutes in all, on one thread each; "
+        "`make -j2 small-studies` runs two at a time."
+    )
     TABLE.write_text("\n".join(lines) + "\n", "utf-8")
 
 
