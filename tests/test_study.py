@@ -293,6 +293,12 @@ def test_plan_counts_the_work(content, tmp_path):
     assert plan(study, ModelSource(study)).seconds is not None
 
 
+def test_a_plan_fine_tunes_nothing(steered, tmp_path, cache):
+    study = written(steered, tmp_path / "s.yaml")
+    assert plan(study, ModelSource(study)).seconds is not None
+    assert not (cache / "loras").exists()
+
+
 def test_rehearsal_needs_shapes(content, tmp_path):
     with pytest.raises(InputError, match="needs a shape"):
         ModelSource(written(content, tmp_path / "s.yaml"), rehearsal=4)

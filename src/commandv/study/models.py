@@ -57,6 +57,13 @@ class ModelSource:
         self._loaded[key] = _load(spec, seed) if self.rehearsal is None else _random(spec, self.rehearsal)
         return self._loaded[key]
 
+    def parameters(self, name: str) -> int:
+        """Return how many parameters a model has; nothing is fine-tuned to know it."""
+        spec = self.specs[name]
+        untuned = spec.finetune is None or self.rehearsal is not None
+        lm = self[name] if untuned else _load(spec.model_copy(update={"finetune": None}), 0)
+        return sum(parameter.numel() for parameter in lm.model.parameters())
+
 
 def _load(spec: ModelSpec, seed: int) -> LM:
     lm = load_model(spec.id, dtype=spec.dtype, revision=spec.revision)

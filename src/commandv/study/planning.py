@@ -94,7 +94,7 @@ def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
     rate, total = _flops_per_second(), 0.0
     for name, count in tokens.items():
         try:
-            size = sum(p.numel() for p in models[name].model.parameters())
+            size = models.parameters(name)
         except CommandVError as error:
             log.warning("%s cannot be loaded: %s", name, error)
             return None
