@@ -26,7 +26,8 @@ from commandv.models import ModelRef
 from commandv.pasting import paste, random_like
 from commandv.positions import Positions
 from commandv.profiling import read_rows
-from test_pasting import adapter_of, both, normal
+from made_up import adapter_of, both
+from rows import normal
 from tiny import random_adapter, tiny_lm
 
 D_X, D_Y, N, UNSEEN = 8, 10, 1500, 500

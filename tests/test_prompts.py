@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from commandv.errors import InputError
-from commandv.prompts import Prompt, PromptSet, as_prompts, builtin_names, load_prompts
+from commandv.prompts import Prompt, PromptSet, as_prompts, builtin_names, load_prompts, mixed_forms
 
 NEAR = 0.7  # Jaccard similarity of word sets from which two prompts count as near-duplicates
 DISJOINT = [
@@ -202,3 +202,10 @@ def test_slices_are_prompt_sets():
 def test_empty_sets_and_prompts(texts, message):
     with pytest.raises(InputError, match=message):
         as_prompts(texts)
+
+
+def test_prompts_in_mixed_forms():
+    written = (Prompt("Tea?"), Prompt("Make Tea.", "Yes.", "tea"), Prompt("Why Tea?!"), Prompt("So?"), Prompt("?"))
+    mixed = mixed_forms(PromptSet(written))
+    assert mixed.texts == ["Tea?", "Make Tea", "why tea", "So?", "?"]
+    assert mixed.prompts[1][1:] == ("Yes.", "tea")
