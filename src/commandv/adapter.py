@@ -138,7 +138,12 @@ class Adapter:
     @property
     def prefill_only(self) -> bool:
         """True when it never acts on a generated token."""
-        return all(one.positions.prefill_only for many in self.interventions.values() for one in many)
+        return all(one.prefill_only for one in self.positions)
+
+    @property
+    def positions(self) -> set[Positions]:
+        """Where it acts."""
+        return {one.positions for many in self.interventions.values() for one in many}
 
     @property
     def n_parameters(self) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from commandv.models import LM
 from commandv.positions import Positions
 
 _TAP = "_commandv_tap"
+_KNOWN = (__name__, "commandv.models", "transformers.")  # modules whose hooks treat every pass alike
 
 
 def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None = None) -> Attachment:
@@ -57,6 +59,35 @@ def attached(lm: LM) -> bool:
     return _TAP in lm.model.__dict__
 
 
+def attached_positions(lm: LM) -> set[Positions]:
+    """Return where the attached adapters act."""
+    return set().union(*(one.positions for one in lm.model.__dict__[_TAP].attachments)) if attached(lm) else set()
+
+
+def hooked_by_others(lm: LM) -> bool:
+    """True when a module of the model has forward hooks that neither adapters nor loading it put there."""
+    hooks = [
+        hook
+        for module in lm.model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return not all((getattr(hook, "__module__", None) or "").startswith(_KNOWN) for hook in hooks)
+
+
+@contextlib.contextmanager
+def prompts_of(lm: LM, n_prompt: int) -> Iterator[None]:
+    """Tell attached adapters that what is run is the beginning of prompts of so many columns, or of longer ones."""
+    tap = lm.model.__dict__.get(_TAP)
+    if tap is None:
+        yield
+        return
+    before, tap.n_prompt = tap.n_prompt, n_prompt
+    try:
+        yield
+    finally:
+        tap.n_prompt = before
+
+
 class Attachment:
     """An adapter on a live model; `detach()` (or the end of a `with` block) restores the model exactly."""
 
@@ -64,11 +95,11 @@ class Attachment:
         self._lm, self._n_prompt = lm, n_prompt
         self._seen = 0  # outside generate: columns of the last pass without a cache
         self._edits = {layer: _group(many, scale) for layer, many in adapter.interventions.items()}
-        self._positions = {edit.positions for edits in self._edits.values() for edit in edits}
+        self.positions = {edit.positions for edits in self._edits.values() for edit in edits}
         self._owner_forward, self._model_forward = (inspect.signature(m.forward) for m in (lm.owner, lm.model))
         self._given: dict[str, Any] = {}  # the mask of the pass through the whole model, while one runs
         self._tap = _Tap.of(lm.model)
-        self._tap.users += 1
+        self._tap.attachments.append(self)
         self._block_handles: list[Any] = []
         # Block hooks exist only during a pass that has something to change, so a decode step of a prefill-only
         # adapter runs the blocks untouched.
@@ -86,8 +117,8 @@ class Attachment:
         for handle in [*self._handles, *self._block_handles]:
             handle.remove()
         self._handles, self._block_handles = [], []
-        self._tap.users -= 1
-        if not self._tap.users:
+        self._tap.attachments.remove(self)
+        if not self._tap.attachments:
             self._tap.remove()
 
     def __enter__(self) -> Attachment:
@@ -113,10 +144,10 @@ class Attachment:
         n_prompt = self._n_prompt or self._tap.n_prompt
         if n_prompt is None:  # no `generate` around: a pass without a cache is the prompt of what follows
             n_prompt = self._seen = stop if not start else self._seen
-        if not any(positions.touches(n_prompt, start) for positions in self._positions):
+        if not any(positions.touches(n_prompt, start) for positions in self.positions):
             return
         prompt = _prompt_mask(inputs.get("attention_mask"), tokens, n_prompt)
-        places = {positions: _Places(positions.select(prompt, start, stop)) for positions in self._positions}
+        places = {positions: _Places(positions.select(prompt, start, stop)) for positions in self.positions}
         for layer, edits in self._edits.items():
             live = [(edit, places[edit.positions]) for edit in edits if places[edit.positions].any]
             if live:
@@ -152,7 +183,8 @@ class _Tap:
     """Tells the attachments of one model where the prompt ends while `generate` runs, by wrapping it."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.users = model, 0
+        self.model = model
+        self.attachments: list[Attachment] = []
         self.n_prompt: int | None = None  # columns of the prompt while generate runs
         original = model.generate
         signature = inspect.signature(original)

@@ -119,26 +119,34 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor
 
 
-def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "left") -> Batch:
-    """Pad rows of token ids to one length; positions count from each row's first real token."""
+def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "left", *, shared: int = 0) -> Batch:
+    """Pad rows of token ids to one length; positions count from each row's first real token.
+
+    Args:
+        lm: the model.
+        rows: token ids.
+        side: where the padding goes.
+        shared: so many tokens that all rows begin with stay in the first columns, before the padding.
+    """
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id or 0, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = 1
+        start = width - len(row) + shared if side == "left" else shared
+        for place, part in ((slice(0, shared), row[:shared]), (slice(start, start + len(row) - shared), row[shared:])):
+            ids[i, place] = torch.tensor(part, dtype=torch.long)
+            mask[i, place] = 1
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return Batch(ids.to(lm.device), mask.to(lm.device), positions.to(lm.device))
 
 
-def pad_replies(lm: LM, rows: Sequence[Encoded]) -> tuple[Batch, int]:
+def pad_replies(lm: LM, rows: Sequence[Encoded], *, shared: int = 0) -> tuple[Batch, int]:
     """Pad prompts at their left and replies at their right, so that every reply starts in one column.
 
     Returns:
-        (the batch, the number of prompt columns).
+        (the batch, the number of prompt columns); `shared` as in `pad`.
     """
-    prompts = pad(lm, [one.ids[: one.n_prompt] for one in rows], "left")
+    prompts = pad(lm, [one.ids[: one.n_prompt] for one in rows], "left", shared=shared)
     replies = pad(lm, [one.ids[one.n_prompt :] for one in rows], "right")
     mask = torch.cat([prompts.attention_mask, replies.attention_mask], 1)
     ids = torch.cat([prompts.input_ids, replies.input_ids], 1)
@@ -176,6 +184,6 @@ def last_logits(lm: LM, batch: Batch, n: int, past: Any = None) -> torch.Tensor:
     return lm.model(**inputs).logits[:, -n:]
 
 
-def run_blocks(lm: LM, batch: Batch) -> None:
-    """Run the model without its head on a padded batch, for the sake of hooks on the blocks."""
-    lm.owner(**model_inputs(lm.owner, batch))
+def run_blocks(lm: LM, batch: Batch, past: Any = None) -> None:
+    """Run the model without its head on a padded batch, for hooks on the blocks; `past` is a cache of what was read."""
+    lm.owner(**model_inputs(lm.owner, batch, use_cache=past is not None, past=past))

@@ -11,6 +11,7 @@ import torch
 from commandv.encoding import encode, pad
 from commandv.errors import InputError
 from commandv.models import LM, PLAIN_STOP
+from commandv.prefix import shared_prefix
 from commandv.prompts import PromptSet, as_prompts
 
 
@@ -46,11 +47,15 @@ def generate(
             f"{lm.context_length}; ask for fewer new tokens, or pass max_length= to keep the prompts' ends"
         )
     answers = [""] * len(rows)
+    prefix = shared_prefix(lm, rows, [len(row) for row in rows], longest=longest)
     for members in batches([len(row) for row in rows], batch_size):
-        batch = pad(lm, [rows[i] for i in members])
+        batch = pad(lm, [rows[i] for i in members], shared=prefix.length)
         with torch.inference_mode(), greedy(lm, max_new_tokens) as config:
             out = lm.model.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                past_key_values=prefix.past(len(members)),
+                generation_config=config,
             )
         for i, ids in zip(members, out[:, batch.input_ids.shape[1] :], strict=True):
             text = lm.tokenizer.decode(ids, skip_special_tokens=True)

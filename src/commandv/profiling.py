@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -18,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from commandv.attaching import attached
-from commandv.encoding import Encoded, encode, pad, run_blocks
+from commandv.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.generation import batches
 from commandv.models import LM
 from commandv.paths import cache_dir, digest, storage_errors
+from commandv.prefix import NOT_SHARED, Prefix, shared_prefix
 from commandv.profiles import END, FORMAT_VERSION, Places, Profile, load_profile, save_atomically, save_profile
 from commandv.progress import track
 from commandv.prompts import Prompt, PromptSet, as_prompts
@@ -151,6 +153,15 @@ class _Work:
             self.encoded.append(encoded._replace(ids=encoded.ids[: last + 1]))
             self.wanted.append(wanted)
 
+    @functools.cached_property
+    def prefix(self) -> Prefix:
+        """What all sequences begin with, before the first row that is wanted."""
+        if attached(self.lm):
+            return NOT_SHARED
+        first = [min((index for index, _ in wanted), default=0) for wanted in self.wanted]
+        rows = [one.ids for one in self.encoded]
+        return shared_prefix(self.lm, rows, [index + 1 for index in first], longest=max(map(len, rows)))
+
     def collect(self, parts: Path | None, settings: str = "") -> tuple[dict[int, Tensor], np.ndarray]:
         """Run every batch and return the rows by layer in key order.
 
@@ -190,7 +201,7 @@ class _Work:
         collected: dict[int, list[Tensor]] = {layer: [] for layer in range(self.lm.n_layers)}
         keys: list[tuple[int, int]] = []
         for members in group:
-            batch = pad(self.lm, [self.encoded[i].ids for i in members], self.padding)
+            batch = pad(self.lm, [self.encoded[i].ids for i in members], self.padding, shared=self.prefix.length)
             width = batch.input_ids.shape[1]
             rows, columns = [], []
             for row, item in enumerate(members):
@@ -201,7 +212,7 @@ class _Work:
                     keys.append((item, offset))
             if rows:
                 at = (torch.tensor(rows), torch.tensor(columns))
-                for layer, values in read_rows(self.lm, batch, at).items():
+                for layer, values in read_rows(self.lm, batch, at, self.prefix).items():
                     _require_finite(values, layer, self.lm.id, [members[row] for row in rows])
                     collected[layer].append(values)
             advance(len(members))
@@ -213,14 +224,18 @@ class _Work:
         return out
 
 
-def read_rows(lm: LM, batch: Any, at: tuple[Tensor, Tensor]) -> dict[int, Tensor]:
-    """Run a padded batch and return every block's output at (row, column) places, bfloat16 [places, d_model]."""
+def read_rows(lm: LM, batch: Batch, at: tuple[Tensor, Tensor], prefix: Prefix = NOT_SHARED) -> dict[int, Tensor]:
+    """Run a padded batch and return every block's output at (row, column) places, bfloat16 [places, d_model].
+
+    No place may lie in the prefix.
+    """
     found: dict[int, Tensor] = {}
+    rows, columns = at[0], at[1] - prefix.length
 
     def keep(layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(_block: Any, _inputs: Any, output: Any) -> None:
             h = output[0] if isinstance(output, tuple) else output
-            found[layer] = h[at[0].to(h.device), at[1].to(h.device)].to(torch.bfloat16).cpu()
+            found[layer] = h[rows.to(h.device), columns.to(h.device)].to(torch.bfloat16).cpu()
 
         return hook
 
@@ -232,11 +247,11 @@ def read_rows(lm: LM, batch: Any, at: tuple[Tensor, Tensor]) -> dict[int, Tensor
     handles.append(lm.owner.register_forward_pre_hook(enter))
     try:
         with torch.inference_mode():
-            run_blocks(lm, batch)
+            run_blocks(lm, prefix.rest(batch), prefix.past(len(batch.input_ids)))
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: rows.clone() for layer, rows in found.items()}
+    return {layer: states.clone() for layer, states in found.items()}
 
 
 def _require_finite(values: Tensor, layer: int, id: str, items: list[int]) -> None:

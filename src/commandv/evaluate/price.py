@@ -15,6 +15,7 @@ from commandv.errors import InputError
 from commandv.evaluate.scores import Score, geometric_mean, mean
 from commandv.generation import batches
 from commandv.models import LM
+from commandv.prefix import shared_prefix
 from commandv.prompts import PromptSet, as_prompts
 
 REPLY_TOKENS = 16  # of each passage on which drift is measured
@@ -200,11 +201,15 @@ def _reply_logits(
     lm: LM, rows: Sequence[Encoded], adapter: Adapter | None, scale: float, batch_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (index of the row, logits [tokens, vocabulary] that predict each token after its prompt)."""
+    prompts = [one.n_prompt for one in rows]
+    longest = max(prompts) + max(len(one.ids) - one.n_prompt for one in rows)
+    positions = adapter.positions if adapter else set()
+    prefix = shared_prefix(lm, [one.ids for one in rows], prompts, longest=longest, positions=positions)
     for members in batches([len(one.ids) for one in rows], batch_size):
-        batch, n_prompt = pad_replies(lm, [rows[i] for i in members])
+        batch, n_prompt = pad_replies(lm, [rows[i] for i in members], shared=prefix.length)
         n_reply = batch.input_ids.shape[1] - n_prompt
         changed = attach(lm, adapter, scale=scale, n_prompt=n_prompt) if adapter else contextlib.nullcontext()
         with torch.inference_mode(), changed:
-            logits = last_logits(lm, batch, n_reply + 1)[:, :-1]
+            logits = last_logits(lm, prefix.rest(batch), n_reply + 1, prefix.past(len(members)))[:, :-1]
         for row, item in enumerate(members):
             yield item, logits[row, : len(rows[item].ids) - rows[item].n_prompt]
