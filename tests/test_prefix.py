@@ -16,7 +16,9 @@ from commandv.prompts import Prompt, PromptSet
 
 ARCHS = ("llama", "gpt2", "gemma2", "gemma3_text", "bloom", "opt", "mixtral", "qwen2", "phi3")
 OPENING = "the quick brown fox sat on the old mat by the door and "
-PROMPTS = [OPENING + rest for rest in ("slept", "ate a fish that was far too big for it", "ran", "the dog barked at it")]
+PROMPTS = [
+    OPENING + rest for rest in ("slept", "ate a fish that was far too big for it", "ran", "the dog barked at it")
+]
 PASSAGES = PromptSet(tuple(Prompt(text, "then it went home") for text in PROMPTS))
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

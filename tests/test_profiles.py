@@ -252,11 +252,11 @@ def _watched(monkeypatch, batches=None):
     """Let `read_rows` run so many batches and then be killed; return the list of batch sizes it sees."""
     real, seen = profiling.read_rows, []
 
-    def read_rows(lm, batch, at):
+    def read_rows(lm, batch, at, prefix):
         if len(seen) == batches:
             raise Killed
         seen.append(len(batch.input_ids))
-        return real(lm, batch, at)
+        return real(lm, batch, at, prefix)
 
     monkeypatch.setattr(profiling, "read_rows", read_rows)
     return seen
