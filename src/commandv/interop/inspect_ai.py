@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,7 +259,7 @@ class CommandVAPI(ModelAPI):
 
 
 # Inspect finds the provider by this name. The decorator returns a factory, so the class keeps a name of its own.
-provider = modelapi(name="commandv")(CommandVAPI)
+provider: Callable[..., ModelAPI] = modelapi(name="commandv")(CommandVAPI)
 
 
 def inspect_model(lm: LM, adapter: Adapter | None = None, *, scale: float = 1.0, batch_size: int = 16) -> Model:
