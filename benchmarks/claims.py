@@ -150,10 +150,13 @@ CLAIMS = [
     ("Task-agnostic profile prompts suffice: the list beats random", lambda: list_against("random", both=True)),
     ("Refusal enhancement crosses (here by a recipe of ours)", lambda: case_study("refusal")),
     (
-        "Refusal suppression crosses (here over-refusal, in models made to over-refuse)",
+        "Refusal suppression crosses (here over-refusal, in models made to over-refuse, such prompts in the profiles)",
         lambda: case_study("over-refusal"),
     ),
-    ("Automatic chain of thought crosses (here: reasons before the answer)", lambda: case_study("auto-cot")),
+    (
+        "Automatic chain of thought crosses (here: reasons before the answer, such prompts in the profiles)",
+        lambda: case_study("auto-cot"),
+    ),
     ("Reasoning accuracy is kept (here: arithmetic)", reasoning_kept),
     ("Converters take seconds (6.35 s on a laptop)", converter_seconds),
     (
