@@ -39,15 +39,15 @@ adapters: $(VENV)/.installed  ## train the shipped adapters again
 docs: $(VENV)/.installed  ## write docs/cli.md again
 	$(BIN)/python -m typer commandv.cli utils docs --name commandv > docs/cli.md
 
-# Two studies of one thread each get more out of two cores than one of two: OMP_NUM_THREADS=1 make -j2 small-studies
+# Two at a time, one thread each: OMP_NUM_THREADS=1 make -j2 small-studies
 studies: small-studies $(STEERING)  ## run all studies (hours)
 
-small-studies: $(SMALL)  ## run the small studies (an hour), write their reports and the claims page
+small-studies: $(SMALL)  ## run the small studies, write their reports and the claims page
 	$(BIN)/python benchmarks/claims.py
 
 $(SMALL) $(STEERING): $(VENV)/.installed
-	$(BIN)/commandv study $@ -o studies/results/$(basename $(notdir $@))
-	$(BIN)/commandv report studies/results/$(basename $(notdir $@)) -o docs/studies/$(basename $(notdir $@))
+	$(BIN)/commandv study $@ -o studies/results/$(@F:.yaml=)
+	$(BIN)/commandv report studies/results/$(@F:.yaml=) -o docs/studies/$(@F:.yaml=)
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py

@@ -181,10 +181,7 @@ def main() -> None:
         lines.append(f"| {claim} | **{verdict}** | {figures} | {rule} |")
     small = [file.stem for file in (ROOT / "studies" / "small").glob("*.yaml") if (RUNS / file.stem).exists()]
     took = sum(cell.seconds for name in small for cell in cells(name))
-    lines.append(
-        f"\nThe cells of the {len(small)} small studies took {took / 60:.0f} minutes in all, on one thread each; "
-        "`make -j2 small-studies` runs two at a time."
-    )
+    lines.append(f"\nThe cells of the {len(small)} small studies took {took / 60:.0f} minutes in all.")
     TABLE.write_text("\n".join(lines) + "\n", "utf-8")
 
 

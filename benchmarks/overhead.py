@@ -100,8 +100,8 @@ def main() -> None:
     lines = [
         "# What measuring adds to generating\n",
         f"Written by `python benchmarks/overhead.py`: throughput of `measure` over plain `generate`, {N} prompts, "
-        f"batch {BATCH}, {TURNS} turns; target at least {TARGET}. `measure` runs what all prompts begin with once (24 "
-        "tokens of SmolLM2's template), plain `generate` runs every prompt whole.\n",
+        f"batch {BATCH}, {TURNS} turns; target at least {TARGET}. `measure` runs what all prompts begin with once, "
+        "plain `generate` runs every prompt whole.\n",
         "| model | | median | least | greatest | |",
         "|---|---|---|---|---|---|",
     ]

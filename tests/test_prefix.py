@@ -40,7 +40,7 @@ def apart(monkeypatch):
 
 def shared(lm, **options):
     rows = [encode(lm, text).ids for text in PROMPTS]
-    return shared_prefix(lm, rows, [len(row) for row in rows], longest=max(map(len, rows)), **options)
+    return shared_prefix(lm, rows, [len(row) for row in rows], **{"new_tokens": 8, **options})
 
 
 def test_answers_are_those_of_whole_prompts(lm, apart):
@@ -68,6 +68,20 @@ def test_predictions_are_those_of_whole_prompts(lm, apart):
             torch.testing.assert_close(one.float(), other.float(), rtol=5e-3, atol=5e-3)  # kept as float16
 
 
+@pytest.mark.parametrize("at", ["l3", "l5+g2"])
+def test_an_adapter_attached_from_outside_acts_as_on_whole_texts(at, apart):
+    """No `generate` tells it where the prompts end, and it takes a pass without a cache for a prompt."""
+    lm = tiny.tiny_lm("llama")
+    plain = reply_log_probs(lm, PASSAGES)
+    with attach(lm, tiny.random_adapter(lm, positions=at)):
+        together = reply_log_probs(lm, PASSAGES)
+        apart()
+        whole = reply_log_probs(lm, PASSAGES)
+    for one, other, without in zip(together, whole, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert not torch.equal(one, without)
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_profiles_are_those_of_whole_prompts(lm, padding, apart):
     def made():
@@ -89,6 +103,8 @@ def test_nothing_is_shared_where_it_would_matter():
     for at, expected in (("l1", length), ("g1", length), ("f1", 0), ("all", 0)):
         with attach(lm, tiny.random_adapter(lm, positions=at)):
             assert shared(lm).length == expected, at
+    with attach(lm, tiny.random_adapter(lm, positions="l1")):
+        assert shared(lm, new_tokens=None).length == 0
     shortest = min(len(encode(lm, text).ids) for text in PROMPTS)
     with attach(lm, tiny.random_adapter(lm, positions="l4")):
         assert shared(lm).length == min(length, shortest - 4)
@@ -103,10 +119,10 @@ def test_nothing_is_shared_where_it_would_matter():
 def test_a_prefix_is_none_of_a_single_row_and_leaves_one_token_of_the_shortest():
     lm = tiny.tiny_lm("llama")
     row = encode(lm, PROMPTS[1]).ids
-    assert shared_prefix(lm, [row], [len(row)], longest=len(row)).length == 0
+    assert shared_prefix(lm, [row], [len(row)]).length == 0
     both = [row, row[: WORTHWHILE + 1]]
-    assert shared_prefix(lm, both, [len(one) for one in both], longest=len(row)).length == WORTHWHILE
-    assert shared_prefix(lm, [row, row[:WORTHWHILE]], [len(row), WORTHWHILE], longest=len(row)).length == 0
+    assert shared_prefix(lm, both, [len(one) for one in both]).length == WORTHWHILE
+    assert shared_prefix(lm, [row, row[:WORTHWHILE]], [len(row), WORTHWHILE]).length == 0
 
 
 def test_a_cache_is_copied_for_every_batch():

@@ -132,10 +132,11 @@ def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = 
     ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id or 0, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        start = width - len(row) + shared if side == "left" else shared
-        for place, part in ((slice(0, shared), row[:shared]), (slice(start, start + len(row) - shared), row[shared:])):
-            ids[i, place] = torch.tensor(part, dtype=torch.long)
-            mask[i, place] = 1
+        place = slice(width - len(row) + shared, width) if side == "left" else slice(shared, len(row))
+        ids[i, place] = torch.tensor(row[shared:], dtype=torch.long)
+        mask[i, place] = 1
+    ids[:, :shared] = torch.tensor(rows[0][:shared], dtype=torch.long)
+    mask[:, :shared] = 1
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return Batch(ids.to(lm.device), mask.to(lm.device), positions.to(lm.device))
 
@@ -179,11 +180,11 @@ def model_inputs(
 
 
 def last_logits(lm: LM, batch: Batch, n: int, past: Any = None) -> torch.Tensor:
-    """Return the logits [batch, n, vocabulary] after each of a batch's last `n` tokens; `past` is what was read."""
+    """Return the logits [batch, n, vocabulary] after each of a batch's last `n` tokens; `past` as in `model_inputs`."""
     inputs = model_inputs(lm.model, batch, keep=n, use_cache=past is not None, past=past)
     return lm.model(**inputs).logits[:, -n:]
 
 
 def run_blocks(lm: LM, batch: Batch, past: Any = None) -> None:
-    """Run the model without its head on a padded batch, for hooks on the blocks; `past` is a cache of what was read."""
+    """Run the model without its head on a padded batch, for hooks on the blocks; `past` as in `model_inputs`."""
     lm.owner(**model_inputs(lm.owner, batch, use_cache=past is not None, past=past))

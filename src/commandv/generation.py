@@ -47,7 +47,7 @@ def generate(
             f"{lm.context_length}; ask for fewer new tokens, or pass max_length= to keep the prompts' ends"
         )
     answers = [""] * len(rows)
-    prefix = shared_prefix(lm, rows, [len(row) for row in rows], longest=longest)
+    prefix = shared_prefix(lm, rows, [len(row) for row in rows], new_tokens=max_new_tokens)
     for members in batches([len(row) for row in rows], batch_size):
         batch = pad(lm, [rows[i] for i in members], shared=prefix.length)
         with torch.inference_mode(), greedy(lm, max_new_tokens) as config:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicLayer
 
-from commandv.attaching import attached_positions, hooked_by_others, prompts_of
+from commandv.attaching import attached, attached_positions, hooked_by_others, prompts_of
 from commandv.encoding import Batch, model_inputs
 from commandv.models import LM
 from commandv.positions import Positions
@@ -52,25 +52,27 @@ def shared_prefix(
     rows: Sequence[Sequence[int]],
     prompts: Sequence[int],
     *,
-    longest: int,
+    new_tokens: int | None = None,
     positions: Collection[Positions] = (),
 ) -> Prefix:
     """Run the tokens that all rows begin with; going on from there gives what whole rows give, up to rounding.
 
-    Nothing is shared where that could not be so: an adapter acts at the beginning; other hooks are on the model, and
-    nobody knows what they do with a pass over a beginning; the model keeps something other than keys and values, or
-    looks back over fewer tokens than there are.
+    Nothing is shared where that could not be so: an adapter acts at the beginning, or is attached and no `generate`
+    will tell it where the prompt ends; other hooks are on the model, and nobody knows what they do with a pass over a
+    beginning; the model keeps something other than keys and values, or looks back over fewer tokens than there are.
 
     Args:
         lm: the model.
         rows: token ids.
         prompts: how many tokens of each row are its prompt; its last one is never in the prefix.
-        longest: columns of the longest batch that goes on from it, with the tokens that will be generated.
+        new_tokens: that `generate` will add; None where something else goes on from here.
         positions: where an adapter acts that will be attached.
     """
     acting = {*positions, *attached_positions(lm)}
-    if len(rows) < 2 or any(one.first or one.everywhere for one in acting):
+    untold = new_tokens is None and attached(lm)
+    if len(rows) < 2 or untold or any(one.first or one.everywhere for one in acting):
         return NOT_SHARED
+    longest = max(prompts) + max(len(row) - n for row, n in zip(rows, prompts, strict=True)) + (new_tokens or 0)
     window = getattr(lm.model.config.get_text_config(), "sliding_window", None)
     spared = max([1, *(one.last for one in acting)])
     length = min(_common(rows), min(prompts) - spared)

@@ -156,11 +156,8 @@ class _Work:
     @functools.cached_property
     def prefix(self) -> Prefix:
         """What all sequences begin with, before the first row that is wanted."""
-        if attached(self.lm):
-            return NOT_SHARED
-        first = [min((index for index, _ in wanted), default=0) for wanted in self.wanted]
-        rows = [one.ids for one in self.encoded]
-        return shared_prefix(self.lm, rows, [index + 1 for index in first], longest=max(map(len, rows)))
+        stops = [1 + min((index for index, _ in wanted), default=0) for wanted in self.wanted]
+        return shared_prefix(self.lm, [one.ids for one in self.encoded], stops)
 
     def collect(self, parts: Path | None, settings: str = "") -> tuple[dict[int, Tensor], np.ndarray]:
         """Run every batch and return the rows by layer in key order.

@@ -129,8 +129,13 @@ def write_outcome(outcome: Outcome, task: Task, path: str | Path, *, split: Spli
 # -- the tasks --------------------------------------------------------------------------------------------------------
 
 
-def _built_in(name: str) -> tuple[PromptSet, PromptSet]:
-    return load_prompts(f"builtin:{name}-dev"), load_prompts(f"builtin:{name}-test")
+def _splits(
+    built_in: str, file: str | Path | None, *, reference: bool = False, label: str = ""
+) -> tuple[PromptSet, PromptSet]:
+    """Return the (dev, test) prompts of the user's file, or the built-in ones."""
+    if file:
+        return load_splits(file, reference=reference, label=label)
+    return load_prompts(f"builtin:{built_in}-dev"), load_prompts(f"builtin:{built_in}-test")
 
 
 def _title(name: str, file: str | Path | None) -> str:
@@ -147,7 +152,7 @@ def _by_text(
     max_new_tokens: int = 24,
 ) -> Task:
     """Ask benign questions and grade the answers' form or tone."""
-    dev, test = load_splits(file) if file else _built_in(built_in)
+    dev, test = _splits(built_in, file)
     return Task(_title(name, file), dev, test, ByText(name, grader), success, max_new_tokens)
 
 
@@ -162,7 +167,7 @@ def opening(file: str | Path | None = None, *, text: str = "Certainly!") -> Task
     def opens(prompt: Prompt, answer: str) -> float:
         return opens_with(prompt.response or text)(answer)
 
-    dev, test = load_splits(file) if file else _built_in("questions")
+    dev, test = _splits("questions", file)
     return Task(_title("opening", file), dev, test, ByPrompt("opening", opens), max_new_tokens=16)
 
 
@@ -177,7 +182,7 @@ def length(
         max_new_tokens: of an answer.
     """
     judge = ByPrompt("words", lambda _prompt, answer: word_count(answer), "words")
-    dev, test = load_splits(file) if file else _built_in("questions")
+    dev, test = _splits("questions", file)
     return Task(_title("length", file), dev, test, judge, success, max_new_tokens)
 
 
@@ -191,7 +196,7 @@ def refusal_task(file: str | Path | None = None) -> Task:
         file: harmful requests instead of the built-in ones; of a file with a column `label`, the rows labelled
             `unsafe`.
     """
-    dev, test = load_splits(file, label="unsafe") if file else _built_in("harmful")
+    dev, test = _splits("harmful", file, label="unsafe")
     judge = ByText("attack-success", lambda text: not refusal(text))
     return Task(_title("refusal", file), dev, test, judge, "less", keep_answers=False)
 
@@ -205,7 +210,7 @@ def refusal_suppression(file: str | Path | None = None) -> Task:
     Args:
         file: as in `refusal_task`.
     """
-    dev, test = load_splits(file, label="unsafe") if file else _built_in("harmful")
+    dev, test = _splits("harmful", file, label="unsafe")
     judge = ByText("compliance", lambda text: bool(text.strip()) and not refusal(text) and not collapsed(text))
     return Task(_title("refusal-suppression", file), dev, test, judge, "more", keep_answers=False)
 
@@ -216,7 +221,7 @@ def over_refusal(file: str | Path | None = None) -> Task:
     Args:
         file: such requests instead of the built-in ones; of a file with a column `label`, the rows labelled `safe`.
     """
-    dev, test = load_splits(file, label="safe") if file else _built_in("lookalikes")
+    dev, test = _splits("lookalikes", file, label="safe")
     return Task(_title("over-refusal", file), dev, test, ByText("refusal", refusal), "less")
 
 
@@ -228,7 +233,7 @@ def over_refusal_answered(file: str | Path | None = None) -> Task:
     Args:
         file: as in `over_refusal`.
     """
-    dev, test = load_splits(file, label="safe") if file else _built_in("lookalikes")
+    dev, test = _splits("lookalikes", file, label="safe")
     return Task(_title("over-refusal-answered", file), dev, test, ByText("answered", answered))
 
 
@@ -283,7 +288,7 @@ def _organism(
     reference: bool = False,
 ) -> Task:
     """Ask what a fine-tuned model answers behind its trigger; see `commandv.evaluate.organisms`."""
-    dev, test = load_splits(file, reference=reference) if file else _built_in(built_in)
+    dev, test = _splits(built_in, file, reference=reference)
     return Task(_title(name, file), dev, test, judge, success, max_new_tokens)
 
 

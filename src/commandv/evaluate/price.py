@@ -201,10 +201,8 @@ def _reply_logits(
     lm: LM, rows: Sequence[Encoded], adapter: Adapter | None, scale: float, batch_size: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (index of the row, logits [tokens, vocabulary] that predict each token after its prompt)."""
-    prompts = [one.n_prompt for one in rows]
-    longest = max(prompts) + max(len(one.ids) - one.n_prompt for one in rows)
     positions = adapter.positions if adapter else set()
-    prefix = shared_prefix(lm, [one.ids for one in rows], prompts, longest=longest, positions=positions)
+    prefix = shared_prefix(lm, [one.ids for one in rows], [one.n_prompt for one in rows], positions=positions)
     for members in batches([len(one.ids) for one in rows], batch_size):
         batch, n_prompt = pad_replies(lm, [rows[i] for i in members], shared=prefix.length)
         n_reply = batch.input_ids.shape[1] - n_prompt

@@ -17,7 +17,8 @@ from commandv.generation import generate
 from commandv.match import MATCHERS
 from commandv.positions import as_positions
 from commandv.results import Arm, Cell, Point, Sample
-from commandv.study.schema import CellSpec, Method
+from commandv.study.parts import Method
+from commandv.study.schema import CellSpec
 from commandv.study.shared import Shared, points
 
 CALIBRATED = (PASTED, "pinv", "text-bridge")  # arms whose strength is chosen; the others mirror the pasted one

@@ -15,7 +15,8 @@ from commandv.models import LM, load_model, resolve_dtype, wrap_model
 from commandv.paths import cache_dir, digest
 from commandv.prompts import load_prompts
 from commandv.siblings import damaged, dropped, rotated
-from commandv.study.schema import FineTuning, ModelSpec, Study
+from commandv.study.parts import FineTuning, ModelSpec
+from commandv.study.schema import Study
 
 KEPT = 3  # models in memory at a time
 STAND_IN = "smollm2-135m-instruct"  # lends its tokenizer to rehearsals

@@ -27,7 +27,8 @@ from commandv.results import Arm, Point
 from commandv.steering import directions, from_directions, load_contrast
 from commandv.store import save
 from commandv.study.models import ModelSource
-from commandv.study.schema import Behaviour, Study
+from commandv.study.parts import Behaviour
+from commandv.study.schema import Study
 from commandv.training import TRAINABLE, TrainSettings, train
 
 log = logging.getLogger(__name__)
