@@ -34,7 +34,7 @@ format: $(VENV)/.installed
 adapters: $(VENV)/.installed  ## train the shipped adapters again
 	for model in gemma-3-270m smollm2-135m-instruct; do for behaviour in numbered-list pirate; do \
 		$(BIN)/commandv train $$model builtin:$$behaviour --layers last_half --epochs 2 --max-response 16 --seed 0 \
-			-o src/commandv/data/adapters/$$behaviour@$$model || exit 1; done; done
+			-o src/commandv/adapters/data/$$behaviour@$$model || exit 1; done; done
 
 docs: $(VENV)/.installed  ## write docs/cli.md again
 	$(BIN)/python -m typer commandv.cli utils docs --name commandv > docs/cli.md

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from commandv.evaluate import rate
-from commandv.evaluate.judges import load_judge
-from commandv.prompts import Prompt
+from commandv.evaluation import rate
+from commandv.evaluation.judges import load_judge
+from commandv.prompts.sets import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ROOT / "tests" / "data" / "judged.jsonl"

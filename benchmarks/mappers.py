@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 import commandv as cv
-from commandv.bridge import HOLDOUT, Bridge, held_out_prompts
-from commandv.evaluate import GRADERS, rate
-from commandv.held_out import varying
-from commandv.match import LayerPair
-from commandv.pasting import _carried
-from commandv.profiles import paired_rows
+from commandv.evaluation import GRADERS, rate
+from commandv.profiles.profile import paired_rows
+from commandv.transfer.bridge import HOLDOUT, Bridge, held_out_prompts
+from commandv.transfer.fidelity import varying
+from commandv.transfer.match import LayerPair
+from commandv.transfer.paste import _carried
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "mappers.json"

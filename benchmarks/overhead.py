@@ -22,10 +22,10 @@ from unittest import mock
 import torch
 
 import commandv as cv
-from commandv.encoding import encode, pad
-from commandv.evaluate.catalogue import load_task
-from commandv.generation import batches, greedy
-from commandv.models import LM
+from commandv.evaluation.catalogue import load_task
+from commandv.models.encoding import encode, pad
+from commandv.models.generation import batches, greedy
+from commandv.models.load import LM
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "overhead.json"
@@ -59,7 +59,7 @@ def profiling(lm: LM) -> dict[str, float]:
         cv.profile(lm, prompts, cache=False)
 
     def whole() -> None:
-        with mock.patch("commandv.prefix.WORTHWHILE", 10**9):
+        with mock.patch("commandv.models.prefix.WORTHWHILE", 10**9):
             shared()
 
     return ratios(whole, shared)

@@ -27,10 +27,10 @@ import filelock
 import torch
 
 import commandv as cv
-from commandv.evaluate import GRADERS, rate
-from commandv.paths import cache_dir
-from commandv.prompts import Prompt
-from commandv.siblings import damaged, dropped, rotated
+from commandv.evaluation import GRADERS, rate
+from commandv.evaluation.siblings import damaged, dropped, rotated
+from commandv.files import cache_dir
+from commandv.prompts.sets import Prompt
 
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent.parent / "shared" / "data"

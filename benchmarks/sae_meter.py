@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import commandv as cv
-from commandv.encoding import encode
-from commandv.models import LM
-from commandv.prompts import Prompt, PromptSet
-from commandv.siblings import rotated
+from commandv.evaluation.siblings import rotated
+from commandv.models.encoding import encode
+from commandv.models.load import LM
+from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import profile_stream
 from sae_training import DONOR, LAYER, donor
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import commandv as cv
-from commandv.encoding import encode
+from commandv.files import cache_dir, digest
 from commandv.interop.sae import SAE, load_sae, save_sae
-from commandv.models import LM
-from commandv.paths import cache_dir, digest
+from commandv.models.encoding import encode
+from commandv.models.load import LM
 from commandv.positions import EVERYWHERE
 from commandv.steering import states
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import commandv as cv
-from commandv import attaching
+from commandv.adapters import attach as attaching
 
 TOKENS, DONOR, RANK = 128, 4096, 8
 LAYERS = 16  # edited layers that share what is done once per pass

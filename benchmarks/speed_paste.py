@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 import commandv as cv
-from commandv.bridge import parallel
-from commandv.convert import FactorStore, Fitter, Pinv, Ridge
-from commandv.match import explicit
-from commandv.models import ModelRef
-from commandv.pasting import fold
-from commandv.profiles import END, Profile, load_profile, save_profile
+from commandv.models.load import ModelRef
+from commandv.profiles.profile import END, Profile, load_profile, save_profile
+from commandv.transfer.bridge import parallel
+from commandv.transfer.convert import FactorStore, Fitter, Pinv, Ridge
+from commandv.transfer.match import explicit
+from commandv.transfer.paste import fold
 
 RANK = 8
 DECAY = 0.35  # of the spectrum: the i-th singular value falls as i^-DECAY

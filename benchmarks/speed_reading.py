@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 import commandv as cv
-from commandv.encoding import encode, pad_replies, run_blocks
-from commandv.generation import batches
-from commandv.models import LM
+from commandv.models.encoding import encode, pad_replies, run_blocks
+from commandv.models.generation import batches
+from commandv.models.load import LM
 from commandv.steering import Contrast, directions
 
 ROOT = Path(__file__).resolve().parent

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 import commandv as cv
-from commandv.evaluate import ByText, Question, load_questions
-from commandv.evaluate.organisms import says_phrase
-from commandv.evaluate.validation import try_mappers
+from commandv.evaluation import ByText, Question, load_questions
+from commandv.evaluation.organisms import says_phrase
+from commandv.evaluation.validation import try_mappers
 from commandv.mapping import MAPPED, MEAN_ABLATION, ROTATED, SHUFFLED, Mapper, fit_mapper, mapper_arms, unseen
-from commandv.match import LayerPair
-from commandv.prompts import Prompt, PromptSet
+from commandv.prompts.sets import Prompt, PromptSet
+from commandv.transfer.match import LayerPair
 
 ROOT = Path(__file__).resolve().parent
 WIKITEXT = ROOT.parent.parent / "shared" / "data" / "wikitext2_valid_sample.jsonl"

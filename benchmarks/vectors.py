@@ -47,9 +47,9 @@ import torch
 from torch import Tensor
 
 import commandv as cv
-from commandv.evaluate.scores import mean
-from commandv.profiles import END, Rows
-from commandv.prompts import Prompt, PromptSet
+from commandv.evaluation.scores import mean
+from commandv.profiles.profile import END, Rows
+from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import carry_directions, carry_probes
 from commandv.steering.methods import auc, fit_probe
 from commandv.steering.reading import profile_stream, prompt_states

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import commandv as cv
+from commandv.adapters.store import builtin_path
 from commandv.errors import CommandVError
-from commandv.gguf_models import PACKAGED, packaged_files
-from commandv.models import LM
-from commandv.profiles import Profile
-from commandv.store import builtin_path
+from commandv.models.gguf import PACKAGED, packaged_files
+from commandv.models.load import LM
+from commandv.profiles.profile import Profile
 
 pytestmark = pytest.mark.real
 
@@ -70,7 +70,7 @@ def test_a_batch_answers_as_each_prompt_alone(smol):
 
 
 def test_profiles_of_both_models_pair_up(profiles, smol, gemma):
-    from commandv.profiles import paired_rows
+    from commandv.profiles.profile import paired_rows
 
     for lm in (smol, gemma):
         one = profiles[lm.id]

@@ -1,122 +1,65 @@
 """The public names, and nothing else."""
 
-from .adapter import (
+from .adapters.adapter import (
     Adapter as Adapter,
 )
-from .adapter import (
+from .adapters.adapter import (
     Intervention as Intervention,
 )
-from .adapter import (
+from .adapters.adapter import (
     ablation as ablation,
 )
-from .adapter import (
+from .adapters.adapter import (
     consreft as consreft,
 )
-from .adapter import (
+from .adapters.adapter import (
     direft as direft,
 )
-from .adapter import (
+from .adapters.adapter import (
     lobireft as lobireft,
 )
-from .adapter import (
+from .adapters.adapter import (
     loreft as loreft,
 )
-from .adapter import (
+from .adapters.adapter import (
     nodireft as nodireft,
 )
-from .adapter import (
+from .adapters.adapter import (
     noreft as noreft,
 )
-from .adapter import (
+from .adapters.adapter import (
     steering_vector as steering_vector,
 )
-from .attaching import attach as attach
-from .carried import Carried as Carried
-from .convert import (
-    Affine as Affine,
-)
-from .convert import (
-    Autoencoder as Autoencoder,
-)
-from .convert import (
-    FactorStore as FactorStore,
-)
-from .convert import (
-    FourierRidge as FourierRidge,
-)
-from .convert import (
-    Pinv as Pinv,
-)
-from .convert import (
-    Procrustes as Procrustes,
-)
-from .convert import (
-    ReducedRank as ReducedRank,
-)
-from .convert import (
-    Ridge as Ridge,
-)
+from .adapters.attach import attach as attach
+from .adapters.carried import Carried as Carried
+from .adapters.store import save as save
 from .errors import CommandVError as CommandVError
-from .evaluate import Score as Score
-from .evaluate import Task as Task
-from .evaluate import Trial as Trial
-from .evaluate import choose_layer as choose_layer
-from .evaluate import drift as drift
-from .evaluate import measure as measure
-from .evaluate import validate_mapper as validate_mapper
-from .finetuning import LoRASettings as LoRASettings
-from .finetuning import finetune as finetune
-from .finetuning import with_lora as with_lora
-from .generation import generate as generate
-from .held_out import Fidelity as Fidelity
-from .held_out import fidelity as fidelity
-from .load import load_adapter as load_adapter
-from .match import (
-    all_layers as all_layers,
-)
-from .match import (
-    every_other as every_other,
-)
-from .match import (
-    explicit as explicit,
-)
-from .match import (
-    last_half as last_half,
-)
-from .match import (
-    last_third as last_third,
-)
-from .match import (
-    lowest_error as lowest_error,
-)
-from .match import (
-    middle_third as middle_third,
-)
-from .match import (
-    nearest as nearest,
-)
-from .match import (
-    proportional as proportional,
-)
-from .models import LM as LM
-from .models import load_model as load_model
-from .models import wrap_model as wrap_model
-from .pasting import paste as paste
-from .pasting import random_like as random_like
+from .evaluation import Score as Score
+from .evaluation import Task as Task
+from .evaluation import Trial as Trial
+from .evaluation import choose_layer as choose_layer
+from .evaluation import drift as drift
+from .evaluation import measure as measure
+from .evaluation import validate_mapper as validate_mapper
+from .interop.load import load_adapter as load_adapter
+from .models.generation import generate as generate
+from .models.load import LM as LM
+from .models.load import load_model as load_model
+from .models.load import wrap_model as wrap_model
 from .positions import Positions as Positions
-from .profiles import (
+from .profiles.profile import (
     Profile as Profile,
 )
-from .profiles import (
+from .profiles.profile import (
     load_profile as load_profile,
 )
-from .profiles import (
+from .profiles.profile import (
     save_profile as save_profile,
 )
-from .profiling import profile as profile
-from .prompts import PromptSet as PromptSet
-from .prompts import load_prompts as load_prompts
-from .prompts import mixed_forms as mixed_forms
+from .profiles.profiling import profile as profile
+from .prompts.sets import PromptSet as PromptSet
+from .prompts.sets import load_prompts as load_prompts
+from .prompts.sets import mixed_forms as mixed_forms
 from .steering import (
     Contrast as Contrast,
 )
@@ -156,28 +99,85 @@ from .steering import (
 from .steering import (
     steer as steer,
 )
-from .store import save as save
-from .training import (
+from .training.finetuning import LoRASettings as LoRASettings
+from .training.finetuning import finetune as finetune
+from .training.finetuning import with_lora as with_lora
+from .training.train import (
     ConsReFT as ConsReFT,
 )
-from .training import (
+from .training.train import (
     DiReFT as DiReFT,
 )
-from .training import (
+from .training.train import (
     LobiReFT as LobiReFT,
 )
-from .training import (
+from .training.train import (
     LoReFT as LoReFT,
 )
-from .training import (
+from .training.train import (
     NodiReFT as NodiReFT,
 )
-from .training import (
+from .training.train import (
     NoReFT as NoReFT,
 )
-from .training import (
+from .training.train import (
     TrainSettings as TrainSettings,
 )
-from .training import (
+from .training.train import (
     train as train,
 )
+from .transfer.convert import (
+    Affine as Affine,
+)
+from .transfer.convert import (
+    Autoencoder as Autoencoder,
+)
+from .transfer.convert import (
+    FactorStore as FactorStore,
+)
+from .transfer.convert import (
+    FourierRidge as FourierRidge,
+)
+from .transfer.convert import (
+    Pinv as Pinv,
+)
+from .transfer.convert import (
+    Procrustes as Procrustes,
+)
+from .transfer.convert import (
+    ReducedRank as ReducedRank,
+)
+from .transfer.convert import (
+    Ridge as Ridge,
+)
+from .transfer.fidelity import Fidelity as Fidelity
+from .transfer.fidelity import fidelity as fidelity
+from .transfer.match import (
+    all_layers as all_layers,
+)
+from .transfer.match import (
+    every_other as every_other,
+)
+from .transfer.match import (
+    explicit as explicit,
+)
+from .transfer.match import (
+    last_half as last_half,
+)
+from .transfer.match import (
+    last_third as last_third,
+)
+from .transfer.match import (
+    lowest_error as lowest_error,
+)
+from .transfer.match import (
+    middle_third as middle_third,
+)
+from .transfer.match import (
+    nearest as nearest,
+)
+from .transfer.match import (
+    proportional as proportional,
+)
+from .transfer.paste import paste as paste
+from .transfer.paste import random_like as random_like

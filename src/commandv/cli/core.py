@@ -44,7 +44,7 @@ def profile(
 ) -> None:
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
     import commandv as cv
-    from commandv.prompts import load_prompt_sets
+    from commandv.prompts.sets import load_prompt_sets
 
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     passages = None if text == "none" else cv.load_prompts(text)
@@ -83,9 +83,9 @@ def train(
 ) -> None:
     """Train an adapter of the ReFT family on examples."""
     import commandv as cv
+    from commandv.adapters.store import require_free
     from commandv.errors import InputError
-    from commandv.store import require_free
-    from commandv.training import TRAINABLE
+    from commandv.training.train import TRAINABLE
 
     require_free(out)
     if kind not in TRAINABLE:
@@ -123,7 +123,7 @@ def paste(
 ) -> None:
     """Carry a donor's adapter into a recipient, and measure the converters on prompts they have not seen."""
     import commandv as cv
-    from commandv.store import require_free
+    from commandv.adapters.store import require_free
 
     require_free(out)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)
@@ -135,7 +135,7 @@ def paste(
         show({"adapter": str(out), "layers": pasted.layers, "fidelity": rows}, True)
         return
     if rows:
-        from commandv.tables import fidelity_table
+        from commandv.cli.tables import fidelity_table
 
         output(fidelity_table(rows))
     show({"adapter": str(out), "layers": pasted.layers, "parameters": pasted.n_parameters}, False)
@@ -183,7 +183,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Tell what a file or directory is, for which model, and what it holds."""
-    from commandv.inspection import describe
+    from commandv.cli.inspection import describe
 
     show(describe(path, layer=layer), as_json)
 
@@ -191,7 +191,7 @@ def inspect(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check versions, cache, disk, devices and packaged models; exit 1 when something is wrong."""
-    from commandv.inspection import check
+    from commandv.cli.inspection import check
 
     checks = check()
     if as_json:
@@ -211,7 +211,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Paste "answer as a numbered list" between two real models, both ways, with every control beside it."""
-    from commandv.demo import run
+    from commandv.cli.demo import run
 
     results = run(n, out, quiet=as_json)
     if as_json:
@@ -220,7 +220,7 @@ def demo(
 
 def _matcher(text: str) -> Any:
     from commandv.errors import InputError
-    from commandv.match import MATCHERS, explicit
+    from commandv.transfer.match import MATCHERS, explicit
 
     if text in MATCHERS:
         return MATCHERS[text]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from commandv.convert import Fitter
+    from commandv.transfer.convert import Fitter
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
@@ -52,8 +52,8 @@ def escaped(text: str) -> str:
 
 def fitter(name: str) -> Fitter:
     """Return the fitter that --fit names."""
-    from commandv.convert import FITTERS
     from commandv.errors import InputError
+    from commandv.transfer.convert import FITTERS
 
     if name not in FITTERS:
         raise InputError(f"fit {name!r}: expected one of {', '.join(FITTERS)}")

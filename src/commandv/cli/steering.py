@@ -37,8 +37,8 @@ def steer(
 ) -> None:
     """Make a steering adapter from contrasting prompts or replies."""
     import commandv as cv
+    from commandv.adapters.store import require_free
     from commandv.errors import InputError
-    from commandv.store import require_free
 
     require_free(out)
     if negative_trigger is not None and trigger is None:

@@ -35,7 +35,7 @@ def evaluate(
 ) -> None:
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
     import commandv as cv
-    from commandv.evaluate.session import evaluate as run
+    from commandv.evaluation.session import evaluate as run
 
     attached = cv.load_adapter(adapter) if adapter else None
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
@@ -68,8 +68,8 @@ def study(
     from dataclasses import asdict
 
     from commandv.errors import InputError
-    from commandv.study import load_study, plan, run_study
-    from commandv.study.models import ModelSource
+    from commandv.evaluation.study import load_study, plan, run_study
+    from commandv.evaluation.study.models import ModelSource
 
     spec = load_study(file)
     if rehearse is not None:
@@ -103,8 +103,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a study's report: one self-contained HTML file and a Markdown twin."""
-    from commandv.report import write_report
-    from commandv.results import load_run
+    from commandv.evaluation.report import write_report
+    from commandv.evaluation.results import load_run
 
     html, markdown = write_report(load_run(run), out or run)
     show({"html": str(html), "markdown": str(markdown)}, as_json)

@@ -53,10 +53,10 @@ def validate(
 ) -> None:
     """Put one model's mapped states in place of another's at one layer, and compare what it says with what it said."""
     import commandv as cv
-    from commandv.evaluate.choices import load_questions
-    from commandv.evaluate.judges import load_judge
+    from commandv.evaluation.choices import load_questions
+    from commandv.evaluation.judges import load_judge
     from commandv.mapping import layer_pair, unseen
-    from commandv.prompts import load_prompt_sets
+    from commandv.prompts.sets import load_prompt_sets
 
     method, chosen = fitter(fit), load_judge(judge) if judge else None
     asked, passages = load_prompt_sets(prompts), None if text == "none" else cv.load_prompts(text)

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commandv.adapter import Adapter, Intervention, steering_vector
+from commandv.adapters.adapter import Adapter, Intervention, steering_vector
 from commandv.errors import FormatError, InputError
+from commandv.files import storage_errors
 from commandv.interop.pickles import refuse_pointer
-from commandv.models import ModelRef
-from commandv.paths import storage_errors
+from commandv.models.load import ModelRef
 from commandv.positions import EVERYWHERE
 
 ARCHITECTURE = "controlvector"

@@ -39,8 +39,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from commandv.adapter import Adapter
-    from commandv.models import LM, Template
+    from commandv.adapters.adapter import Adapter
+    from commandv.models.load import LM, Template
 
 MAX_TOKENS = 2048  # of an answer where neither task nor user says; what Inspect's own local provider does
 GATHER_SECONDS = 0.05  # how long the first request of a batch waits for company
@@ -208,8 +208,8 @@ class CommandVAPI(ModelAPI):
         import torch
         from transformers import StoppingCriteriaList
 
-        from commandv.encoding import pad
-        from commandv.generation import greedy
+        from commandv.models.encoding import pad
+        from commandv.models.generation import greedy
 
         lm, settings, start = self.lm, batch[0].settings, time.monotonic()
         rows = pad(lm, [one.ids for one in batch])
@@ -298,7 +298,7 @@ def _encode(lm: LM, turns: list[dict[str, str]]) -> list[int]:
     """
     from jinja2.exceptions import TemplateError
 
-    from commandv.encoding import format_prompt, uses_bos
+    from commandv.models.encoding import format_prompt, uses_bos
 
     if not turns:
         raise InputError("a conversation without messages")
@@ -325,7 +325,7 @@ def _encode(lm: LM, turns: list[dict[str, str]]) -> list[int]:
 
 
 def _settings(lm: LM, config: GenerateConfig, limit: int) -> _Settings:
-    from commandv.models import PLAIN_STOP
+    from commandv.models.load import PLAIN_STOP
 
     asked = [name for name in UNSUPPORTED if getattr(config, name, None)]
     if (config.num_choices or 1) > 1:

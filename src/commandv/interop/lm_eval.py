@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from commandv.adapter import Adapter
-from commandv.attaching import attach
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.attach import attach
 from commandv.errors import InputError
-from commandv.load import load_adapter
-from commandv.models import LM, Template, load_model
+from commandv.interop.load import load_adapter
+from commandv.models.load import LM, Template, load_model
 
 try:
     from lm_eval.api.registry import register_model

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commandv.adapter import KINDS, Adapter, Intervention
+from commandv.adapters.adapter import KINDS, Adapter, Intervention
 from commandv.errors import FormatError
 from commandv.interop.pickles import load_tensors
-from commandv.models import ModelRef
+from commandv.models.load import ModelRef
 from commandv.positions import LAST, Positions, as_positions
 
 KEY = re.compile(r"layer_(\d+)_comp_block_output_unit_pos_nunit_1#(\d+)")

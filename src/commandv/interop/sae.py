@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from commandv.adapter import Adapter, steering_vector
+from commandv.adapters.adapter import Adapter, steering_vector
 from commandv.errors import FormatError, InputError, MismatchError
+from commandv.files import atomic_directory
 from commandv.interop.pickles import refuse_pointer
-from commandv.models import ModelRef
-from commandv.paths import atomic_directory
+from commandv.models.load import ModelRef
 from commandv.positions import EVERYWHERE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from commandv.adapter import Adapter, steering_vector
+from commandv.adapters.adapter import Adapter, steering_vector
 from commandv.errors import FormatError, InputError
 from commandv.interop.pickles import load_tensors, refuse_pointer
-from commandv.models import ModelRef
+from commandv.models.load import ModelRef
 from commandv.positions import EVERYWHERE
 
 SUFFIXES = {".pt", ".pth", ".bin", ".npy", ".safetensors"}

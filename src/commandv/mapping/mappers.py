@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commandv.bridge import HOLDOUT, Bridge, held_out_prompts
-from commandv.convert import Converter, FactorStore, Fitter, Network, Ridge
 from commandv.errors import InputError, MismatchError
-from commandv.match import LayerPair
-from commandv.models import LM, ModelRef
-from commandv.profiles import END, Profile, Rows
-from commandv.prompts import PromptSet
+from commandv.models.load import LM, ModelRef
+from commandv.profiles.profile import END, Profile, Rows
+from commandv.prompts.sets import PromptSet
+from commandv.transfer.bridge import HOLDOUT, Bridge, held_out_prompts
+from commandv.transfer.convert import Converter, FactorStore, Fitter, Network, Ridge
+from commandv.transfer.match import LayerPair
 
 MAPPED, SHUFFLED, MEAN_ABLATION, ROTATED = "mapped", "shuffled pairs", "mean-ablation", "random rotation"
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from commandv.encoding import Encoded, encode
 from commandv.errors import InputError
-from commandv.models import LM
-from commandv.prompts import Prompt
+from commandv.models.encoding import Encoded, encode
+from commandv.models.load import LM
+from commandv.prompts.sets import Prompt
 
 
 class Places(NamedTuple):

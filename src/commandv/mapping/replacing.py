@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commandv.encoding import Batch, model_inputs, pad, run_blocks
 from commandv.errors import InputError
-from commandv.generation import batches
 from commandv.mapping.mappers import Mapper
 from commandv.mapping.pairing import Pairing, Places, place
-from commandv.match import LayerPair
-from commandv.models import LM
+from commandv.models.encoding import Batch, model_inputs, pad, run_blocks
+from commandv.models.generation import batches
+from commandv.models.load import LM
 from commandv.progress import track
-from commandv.prompts import PromptSet
+from commandv.prompts.sets import PromptSet
+from commandv.transfer.match import LayerPair
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,15 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from commandv.adapter import Adapter, Intervention
-from commandv.bridge import HOLDOUT
-from commandv.convert import FactorStore, Fitter, Ridge
+from commandv.adapters.adapter import Adapter, Intervention
 from commandv.errors import InputError
-from commandv.match import LayerChoice, LayerPair, Matcher, all_layers, choose_layers, proportional
-from commandv.pasting import paste
-from commandv.profiles import Profile, Rows
+from commandv.profiles.profile import Profile, Rows
 from commandv.steering.methods import Probe
 from commandv.steering.reading import profile_stream
+from commandv.transfer.bridge import HOLDOUT
+from commandv.transfer.convert import FactorStore, Fitter, Ridge
+from commandv.transfer.match import LayerChoice, LayerPair, Matcher, all_layers, choose_layers, proportional
+from commandv.transfer.paste import paste
 
 Rescale = Literal["norm share"]
 

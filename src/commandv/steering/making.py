@@ -1,4 +1,4 @@
-"""Steering adapters: a direction per layer, and the ways to apply it, all of the one form of `commandv.adapter`."""
+"""Steering adapters: a direction per layer, and the ways to apply it, all of the one form (`commandv.adapters`)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from commandv.adapter import Adapter, Intervention, ablation, steering_vector
+from commandv.adapters.adapter import Adapter, Intervention, ablation, steering_vector
 from commandv.errors import InputError
-from commandv.match import LayerChoice, choose_layers
-from commandv.models import LM, ModelRef
+from commandv.models.load import LM, ModelRef
 from commandv.positions import EVERYWHERE, Positions, as_positions
-from commandv.profiles import Profile
+from commandv.profiles.profile import Profile
 from commandv.steering.contrast import Contrast
 from commandv.steering.methods import METHODS, Method, Probe, fit_probe
 from commandv.steering.reading import Reading, Stream, Triggers, profile_stream, read_contrast
+from commandv.transfer.match import LayerChoice, choose_layers
 
 # -- ways to apply a direction ------------------------------------------------------------------------------------
 

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from commandv.encoding import Encoded, encode, pad_replies
 from commandv.errors import InputError
-from commandv.generation import batches
-from commandv.models import LM
+from commandv.models.encoding import Encoded, encode, pad_replies
+from commandv.models.generation import batches
+from commandv.models.load import LM
 from commandv.positions import LAST, Positions
-from commandv.profiles import END, Profile
-from commandv.profiling import read_rows
+from commandv.profiles.profile import END, Profile
+from commandv.profiles.profiling import read_rows
 from commandv.progress import track
-from commandv.prompts import Prompt, PromptSet
+from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering.contrast import Contrast
 
 Triggers = str | tuple[str, str] | None

@@ -1,0 +1,1 @@
+"""Adapters: their form, their kinds, their files, and attaching them."""

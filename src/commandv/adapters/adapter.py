@@ -1,0 +1,263 @@
+"""Adapters: interventions on the residual stream, all of one form, and the kinds that construct them.
+
+Every intervention is Delta(h) = act(h Rᵀ + b) W with read R [rank, d_model], bias b [rank], write W [rank, d_model].
+The ReFT kinds (Wu et al., arXiv 2404.03592, and pyreft), steering vectors and directional ablation are special cases;
+carrying one through affine converters gives the same form again (`commandv.transfer.paste`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commandv.errors import InputError
+from commandv.models.load import ModelRef
+from commandv.positions import LAST, Positions
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: x,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """Delta(h) = act(h Rᵀ + b) W, added to the residual stream at some positions.
+
+    Attributes:
+        read: R, [rank, d_model].
+        bias: b, [rank].
+        write: W, [rank, d_model].
+        activation: a name in `ACTIVATIONS`.
+        positions: where it acts.
+    """
+
+    read: Tensor
+    bias: Tensor
+    write: Tensor
+    activation: str = "linear"
+    positions: Positions = LAST
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        shapes = (tuple(self.read.shape), tuple(self.bias.shape), tuple(self.write.shape))
+        if self.read.ndim != 2 or shapes != ((rank := len(self.bias), self.d_model), (rank,), (rank, self.d_model)):
+            raise InputError(
+                f"intervention of shapes read {shapes[0]}, bias {shapes[1]}, write {shapes[2]}; "
+                "expected [rank, d_model], [rank], [rank, d_model]"
+            )
+        for name in ("read", "bias", "write"):
+            if not torch.isfinite(getattr(self, name)).all():
+                raise InputError(f"intervention: {name} holds NaN or infinity; the file or its training is broken")
+
+    @property
+    def rank(self) -> int:
+        """Number of directions read and written."""
+        return self.read.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.read.shape[-1]
+
+    def delta(self, h: Tensor) -> Tensor:
+        """Return what is added to `h` [..., d_model], in the same shape."""
+        return ACTIVATIONS[self.activation](h @ self.read.T + self.bias) @ self.write
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers it holds."""
+        return self.read.numel() + self.bias.numel() + self.write.numel()
+
+    @property
+    def write_norm(self) -> float:
+        """Norm of W."""
+        return float(self.write.norm())
+
+    def scaled(self, scale: float) -> Intervention:
+        """Return it with its delta multiplied."""
+        return replace(self, write=self.write * scale)
+
+    def at(self, positions: Positions) -> Intervention:
+        """Return it acting elsewhere."""
+        return replace(self, positions=positions)
+
+    def turned(self, turn: Tensor) -> Intervention:
+        """Return it with its delta turned, Delta(h) Q for `turn` Q, [d_model, d_model]."""
+        return replace(self, write=(self.write.double() @ turn.double()).float())
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Interventions by layer, and where they come from.
+
+    Attributes:
+        interventions: layer (0-based, its *output* is changed) -> interventions that all read the same stream and
+            whose deltas add up.
+        model: the model it is for.
+        name: what it does, for people.
+        provenance: JSON-able facts about how it was made.
+        donor: the adapter it was pasted from, while both are in memory; not saved.
+    """
+
+    interventions: Mapping[int, tuple[Intervention, ...]]
+    model: ModelRef
+    name: str = "adapter"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    donor: Adapter | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        widths = {one.d_model for many in self.interventions.values() for one in many}
+        if not widths:
+            raise InputError(f"{self.name}: an adapter without interventions")
+        if len(widths) > 1 or (self.model.d_model and widths != {self.model.d_model}):
+            raise InputError(f"{self.name}: interventions of width {sorted(widths)} for d_model {self.model.d_model}")
+        for layer in self.interventions:
+            if layer < 0 or (self.model.n_layers and layer >= self.model.n_layers):
+                known = f"0 .. {self.model.n_layers - 1}" if self.model.n_layers else "0 and up"
+                raise InputError(f"{self.name}: layer {layer} is outside {known}")
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers it acts on, ascending."""
+        return sorted(self.interventions)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream it is for."""
+        return next(iter(self.interventions.values()))[0].d_model
+
+    @property
+    def prefill_only(self) -> bool:
+        """True when it never acts on a generated token."""
+        return all(one.prefill_only for one in self.positions)
+
+    @property
+    def positions(self) -> set[Positions]:
+        """Where it acts."""
+        return {one.positions for many in self.interventions.values() for one in many}
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers it holds."""
+        return sum(one.n_parameters for many in self.interventions.values() for one in many)
+
+    def map(self, change: Callable[[Intervention], Intervention], **fields: Any) -> Adapter:
+        """Return an adapter with every intervention changed, and other fields replaced."""
+        changed = {layer: tuple(change(one) for one in many) for layer, many in self.interventions.items()}
+        return replace(self, interventions=changed, **fields)
+
+    def scaled(self, scale: float) -> Adapter:
+        """Return the adapter with its deltas multiplied by `scale`."""
+        return self.map(lambda one: one.scaled(scale))
+
+    def at(self, positions: Positions) -> Adapter:
+        """Return the adapter acting at other positions."""
+        return self.map(lambda one: one.at(positions))
+
+    def on_layers(self, layers: Mapping[int, Any] | list[int] | range) -> Adapter:
+        """Return the part of the adapter that acts on some layers.
+
+        Raises:
+            InputError: none of them is among the adapter's layers.
+        """
+        kept = {layer: many for layer, many in self.interventions.items() if layer in layers}
+        if not kept:
+            raise InputError(f"{self.name}: acts on layers {self.layers}, none of them among {list(layers)}")
+        return replace(self, interventions=kept)
+
+
+# -- the kinds: each returns interventions whose deltas add up --------------------------------------------------------
+
+
+def loreft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "linear") -> tuple[Intervention, ...]:
+    """LoReFT: h + (act(h Wᵀ + b) - h Q) Qᵀ.
+
+    Args:
+        weight: W, [rank, d_model].
+        bias: b, [rank].
+        rotation: Q, [d_model, rank], orthonormal columns.
+        activation: a name in `ACTIVATIONS`.
+    """
+    if activation == "linear":
+        return (Intervention(weight - rotation.T, bias, rotation.T),)
+    return (
+        Intervention(weight, bias, rotation.T, activation),
+        Intervention(rotation.T, torch.zeros_like(bias), -rotation.T),
+    )
+
+
+def noreft(
+    source_weight: Tensor, source_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, activation: str = "linear"
+) -> tuple[Intervention, ...]:
+    """NoReFT: h + (act(h Sᵀ + s) - (h Pᵀ + p)) P; all weights [rank, d_model], all biases [rank]."""
+    if activation == "linear":
+        return (Intervention(source_weight - proj_weight, source_bias - proj_bias, proj_weight),)
+    return (
+        Intervention(source_weight, source_bias, proj_weight, activation),
+        Intervention(proj_weight, proj_bias, -proj_weight),
+    )
+
+
+def consreft(bias: Tensor, rotation: Tensor) -> tuple[Intervention, ...]:
+    """ConsReFT: h + (b - h Q) Qᵀ with b [rank] and Q [d_model, rank]."""
+    return (Intervention(-rotation.T, bias, rotation.T),)
+
+
+def lobireft(bias: Tensor, rotation: Tensor) -> tuple[Intervention, ...]:
+    """LobiReFT: h + b Qᵀ with b [rank] and Q [d_model, rank]."""
+    return (Intervention(torch.zeros_like(rotation.T), bias, rotation.T),)
+
+
+def direft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "linear") -> tuple[Intervention, ...]:
+    """DiReFT: h + act(h Wᵀ + b) Qᵀ with W [rank, d_model], b [rank], Q [d_model, rank]."""
+    return (Intervention(weight, bias, rotation.T, activation),)
+
+
+def nodireft(
+    source_weight: Tensor, source_bias: Tensor, proj_weight: Tensor, activation: str = "linear"
+) -> tuple[Intervention, ...]:
+    """NodiReFT: h + act(h Sᵀ + s) P with weights [rank, d_model]; pyreft's projection bias is never used."""
+    return (Intervention(source_weight, source_bias, proj_weight, activation),)
+
+
+def steering_vector(vector: Tensor, strength: float = 1.0) -> tuple[Intervention, ...]:
+    """A steering vector: h + strength · v with v [d_model]."""
+    return (Intervention(torch.zeros(1, len(vector)), torch.ones(1), strength * vector[None].float()),)
+
+
+def ablation(directions: Tensor) -> tuple[Intervention, ...]:
+    """Directional ablation: h - (h Uᵀ) U, the projection off the span of `directions` [n, d_model] or [d_model].
+
+    Source: Arditi et al., arXiv 2406.11717, eq. 4 (one direction).
+
+    Raises:
+        InputError: directions that are all zero, or not finite.
+    """
+    rows = directions.float().reshape(-1, directions.shape[-1])
+    if not torch.isfinite(rows).all() or not rows.any():
+        raise InputError("ablation: the directions are all zero, or hold NaN or infinity; there is nothing to ablate")
+    rows = torch.nn.functional.normalize(rows)
+    _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
+    basis = basis[singular > max(rows.shape) * torch.finfo(rows.dtype).eps * singular[0]]
+    return (Intervention(basis, torch.zeros(len(basis)), -basis),)
+
+
+KINDS: dict[str, Callable[..., tuple[Intervention, ...]]] = {
+    "loreft": loreft,
+    "noreft": noreft,
+    "consreft": consreft,
+    "lobireft": lobireft,
+    "direft": direft,
+    "nodireft": nodireft,
+    "steering_vector": steering_vector,
+    "ablation": ablation,
+}

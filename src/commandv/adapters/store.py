@@ -1,0 +1,265 @@
+"""Our own file format: a directory of `config.json` and `tensors.safetensors`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import safetensors.torch
+import torch
+from pydantic_core import PydanticSerializationError
+
+from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.carried import Carried
+from commandv.errors import FormatError
+from commandv.files import atomic_directory
+from commandv.models.load import ModelRef
+from commandv.positions import Positions
+from commandv.transfer.convert.network import Network, shapes
+
+FORMAT = "commandv-adapter"
+FORMAT_VERSION = 1
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class _NetworkSpec(_Strict):
+    activation: str
+    hidden: int
+    linear: bool
+
+
+class _CarriedSpec(_Strict):
+    d_donor: int
+    into: _NetworkSpec
+    back: _NetworkSpec
+    scale: float
+
+
+class _InterventionSpec(_Strict):
+    layer: int
+    kind: str
+    rank: int
+    activation: str
+    positions: str
+    carried: _CarriedSpec | None = None
+
+
+class _ModelSpec(_Strict):
+    id: str
+    revision: str
+    d_model: int
+    n_layers: int
+    template: str
+
+
+class _Config(_Strict):
+    format: str
+    format_version: int
+    commandv: str
+    name: str
+    model: _ModelSpec
+    interventions: list[_InterventionSpec]
+    provenance: dict[str, Any]
+
+
+def save(adapter: Adapter, path: str | Path) -> Path:
+    """Write an adapter as a directory, atomically; an earlier adapter there is replaced.
+
+    Raises:
+        StorageError: not writable or disk full; what was there before is untouched.
+        FormatError: `path` holds something else, or the provenance is not plain JSON.
+    """
+    path = Path(path)
+    require_free(path)
+    specs: list[_InterventionSpec] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in adapter.layers:
+        for one in adapter.interventions[layer]:
+            number = len(specs)
+            specs.append(_spec(layer, one))
+            for part, value in _parts(one).items():
+                # A copy each, because safetensors refuses tensors that share memory.
+                tensors[f"{number}.{part}"] = torch.clone(
+                    value.detach().float().cpu(), memory_format=torch.contiguous_format
+                )
+    config = _Config(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        commandv=importlib.metadata.version("commandv"),
+        name=adapter.name,
+        model=_ModelSpec(**asdict(adapter.model)),
+        interventions=specs,
+        provenance=dict(adapter.provenance),
+    )
+    try:
+        text = config.model_dump_json(indent=2, exclude_unset=True)  # NaN and infinity, which JSON lacks, become null
+    except PydanticSerializationError as error:
+        raise FormatError(f"{path}: the provenance of {adapter.name} is not plain JSON ({error})") from error
+    with atomic_directory(path) as directory:
+        (directory / "tensors.safetensors").write_bytes(safetensors.torch.save(tensors))
+        (directory / "config.json").write_text(text + "\n", "utf-8")
+    return path
+
+
+def require_free(path: Path) -> None:
+    """Raise `FormatError` when saving to `path` would destroy anything but an adapter of ours."""
+    if not path.exists():
+        return
+    names = {one.name for one in path.iterdir()} if path.is_dir() else {"a file"}
+    foreign = sorted(names - {"config.json", "tensors.safetensors"})
+    if not foreign and names:
+        try:
+            config = json.loads((path / "config.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            config = None
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            foreign = ["a config.json of something else"]
+    if foreign:
+        raise FormatError(
+            f"{path}: holds more than an adapter ({', '.join(foreign[:4])}), which saving would delete; "
+            "choose another place"
+        )
+
+
+def read(path: str | Path) -> Adapter:
+    """Read an adapter directory of our format.
+
+    Raises:
+        FormatError: missing or truncated files, another format or version, unknown keys or kinds, tensors whose
+            shapes are not what the config says, or values that are not finite.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: cannot read config.json ({error})") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT or version != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, got "
+            f"{raw.get('format')!r} version {version!r}; a newer version needs a newer commandv"
+            if isinstance(raw, dict)
+            else f"{path}: config.json holds {type(raw).__name__}, expected an object"
+        )
+    try:
+        config = _Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FormatError(
+            f"{path}: config.json, {place}: {first['msg']}; written by a newer commandv, or tampered with"
+        ) from error
+    file = path / "tensors.safetensors"
+    if not file.exists():
+        raise FormatError(f"{path}: config.json is there but tensors.safetensors is missing; copy the whole directory")
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise FormatError(f"{file}: truncated or not safetensors ({error}); copy it again") from error
+    return _build(config, tensors, path)
+
+
+def _spec(layer: int, one: Intervention) -> _InterventionSpec:
+    common: dict[str, Any] = {
+        "layer": layer, "rank": one.rank, "activation": one.activation, "positions": str(one.positions)
+    }  # fmt: skip
+    if not isinstance(one, Carried):
+        return _InterventionSpec(kind="affine", **common)
+    into, back = (
+        _NetworkSpec(activation=net.activation, hidden=len(net.shift), linear=net.linear is not None)
+        for net in (one.into, one.back)
+    )
+    carried = _CarriedSpec(d_donor=one.inner.d_model, into=into, back=back, scale=one.scale)
+    return _InterventionSpec(kind="carried", carried=carried, **common)
+
+
+def _parts(one: Intervention) -> dict[str, torch.Tensor]:
+    """Return the tensors of an intervention by name."""
+    if not isinstance(one, Carried):
+        return {part: getattr(one, part) for part in ("read", "bias", "write")}
+    networks = {"into": one.into, "back": one.back}
+    maps = {f"{side}.{part}": value for side, net in networks.items() for part, value in net.tensors().items()}
+    return {**_parts(one.inner), **maps}
+
+
+def _shapes(spec: _InterventionSpec, d_model: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that an intervention's tensors must have, by name."""
+    d_inner = spec.carried.d_donor if spec.carried else d_model
+    out: dict[str, tuple[int, ...]] = {
+        "read": (spec.rank, d_inner), "bias": (spec.rank,), "write": (spec.rank, d_inner)
+    }  # fmt: skip
+    if spec.carried:
+        for side, net, widths in (
+            ("into", spec.carried.into, (d_model, d_inner)),
+            ("back", spec.carried.back, (d_inner, d_model)),
+        ):
+            out |= {f"{side}.{part}": shape for part, shape in shapes(*widths, net.hidden, net.linear).items()}
+    return out
+
+
+def _intervention(spec: _InterventionSpec, parts: dict[str, torch.Tensor]) -> Intervention:
+    made = Intervention(
+        **{part: parts[part] for part in ("read", "bias", "write")},
+        activation=spec.activation,
+        positions=Positions.parse(spec.positions),
+    )
+    if spec.carried is None:
+        return made
+
+    def network(side: str, net: _NetworkSpec) -> Network:
+        own = {part.removeprefix(f"{side}."): value for part, value in parts.items() if part.startswith(f"{side}.")}
+        return Network.from_tensors(own, net.activation)
+
+    into, back = network("into", spec.carried.into), network("back", spec.carried.back)
+    return Carried(made, into, back, spec.carried.scale)
+
+
+def _build(config: _Config, tensors: dict[str, torch.Tensor], path: Path) -> Adapter:
+    interventions: dict[int, tuple[Intervention, ...]] = {}
+    for number, spec in enumerate(config.interventions):
+        if spec.kind not in ("affine", "carried") or (spec.kind == "carried") != (spec.carried is not None):
+            raise FormatError(f"{path}: intervention {number} is of the unknown kind {spec.kind!r}; upgrade commandv")
+    layouts = [_shapes(spec, config.model.d_model) for spec in config.interventions]
+    expected = {f"{number}.{part}" for number, layout in enumerate(layouts) for part in layout}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise FormatError(f"{path}: tensors {odd[:4]} are missing or not in the config")
+    for number, (spec, layout) in enumerate(zip(config.interventions, layouts, strict=True)):
+        parts = {part: tensors[f"{number}.{part}"] for part in layout}
+        for part, shape in layout.items():
+            if tuple(parts[part].shape) != shape or parts[part].dtype != torch.float32:
+                raise FormatError(
+                    f"{path}: {number}.{part} is {parts[part].dtype} {tuple(parts[part].shape)}, "
+                    f"the config says float32 {shape}"
+                )
+        try:
+            made = _intervention(spec, parts)
+        except ValueError as error:
+            raise FormatError(f"{path}: intervention {number}: {error}") from error
+        interventions[spec.layer] = (*interventions.get(spec.layer, ()), made)
+    try:
+        return Adapter(interventions, ModelRef(**config.model.model_dump()), config.name, config.provenance)
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def builtin_path(name: str) -> Path:
+    """Return the directory of a shipped adapter, `BEHAVIOUR@MODEL`.
+
+    Raises:
+        FormatError: there is no such adapter; the message lists those there are.
+    """
+    folder = Path(str(importlib.resources.files("commandv.adapters") / "data"))
+    path = folder / name
+    if not path.is_dir():
+        known = ", ".join(sorted(f"builtin:{one.name}" for one in folder.glob("*@*")))
+        raise FormatError(f"builtin:{name}: no such adapter; there are {known}")
+    return path

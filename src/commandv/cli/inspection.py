@@ -1,0 +1,114 @@
+"""What a file is (`commandv inspect`) and whether the installation is sound (`commandv doctor`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from commandv.adapters.carried import Carried
+from commandv.interop.load import detect, load_adapter
+from commandv.profiles.profile import END, load_profile
+
+NEEDED_GB = 3.0  # converted packaged models (0.9 GB), their profiles, and room to write
+
+
+def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
+    """Return facts about an adapter, vector or profile, JSON-able.
+
+    Raises:
+        FormatError: damaged, unsafe or of an unknown kind.
+        InputError: a bare vector without a layer.
+    """
+    kind = "commandv-adapter" if source.startswith("builtin:") else detect(source)
+    if kind == "commandv-profile":
+        one = load_profile(source)
+        n_end = int((one.keys[:, 1] == END).sum())
+        return {
+            "what": kind,
+            "model": one.model.id,
+            "revision": one.model.revision,
+            "layers": sorted(one.activations),
+            "d_model": one.d_model,
+            "end_rows": n_end,
+            "text_rows": len(one) - n_end,
+            "prompts": one.prompts,
+        }
+    adapter = load_adapter(source, layer=layer)
+    interventions = [
+        {
+            "layer": at,
+            "rank": one.rank,
+            "activation": one.activation,
+            "positions": str(one.positions),
+            "write_norm": round(one.write_norm, 4),
+            **({"through": repr(one)} if isinstance(one, Carried) else {}),
+        }
+        for at in adapter.layers
+        for one in adapter.interventions[at]
+    ]
+    stated = ("convention", "model_hint") if kind == "control-vector" else ()
+    return {
+        "what": kind,
+        "name": adapter.name,
+        "model": adapter.model.id or "not stated",
+        "revision": adapter.model.revision or "not stated",
+        "d_model": adapter.d_model,
+        "layers": adapter.layers,
+        "parameters": adapter.n_parameters,
+        "prefill_only": adapter.prefill_only,
+        "made_by": adapter.provenance.get("made_by", "not stated"),
+        **{key: adapter.provenance[key] for key in stated},
+        "interventions": interventions,
+    }
+
+
+class Check(NamedTuple):
+    """One thing that was checked."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def check() -> list[Check]:
+    """Check Python, libraries, devices, the cache, disk space and the packaged models."""
+    import torch
+
+    from commandv.files import CACHE_VARIABLE, cache_dir, storage_errors
+    from commandv.models.gguf import PACKAGED, packaged_files
+    from commandv.models.load import resolve_dtype
+
+    checks = [
+        Check("commandv", True, importlib.metadata.version("commandv")),
+        Check("python", True, platform.python_version()),
+    ]
+    for library in ("torch", "transformers", "safetensors"):
+        checks.append(Check(library, True, importlib.metadata.version(library)))
+    if importlib.metadata.version("transformers").startswith("4."):
+        checks[-2] = Check("transformers", False, "version 4", "pip install 'transformers>=5'")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    checks.append(Check("device", True, f"{device}; default dtype {resolve_dtype(None)}"))
+    cache = cache_dir()
+    try:
+        with storage_errors(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            probe = cache / ".write-test"
+            probe.write_text("x")
+            probe.unlink()
+        free = shutil.disk_usage(cache).free / 1e9
+        enough = free > NEEDED_GB
+        remedy = "" if enough else f"free {NEEDED_GB:.0f} GB, or set {CACHE_VARIABLE} to another disk"
+        checks.append(Check("cache", enough, f"{cache}, {free:.1f} GB free", remedy))
+    except OSError as error:
+        checks.append(Check("cache", False, str(error), f"set {CACHE_VARIABLE} to a writable directory"))
+    for name in PACKAGED:
+        parts = packaged_files(name)
+        size = sum(part.stat().st_size for part in parts) / 1e6
+        converted = any(Path(cache / "models").glob(f"{name}-*/config.json"))
+        found = f"{size:.0f} MB, {'converted' if converted else 'converted at first use'}" if parts else "not installed"
+        checks.append(Check(name, bool(parts), found, "" if parts else "pip install 'commandv[demo]'"))
+    return checks

@@ -1,0 +1,142 @@
+"""Does a behaviour arrive, and what does it cost? Tasks, judges, controls, statistics."""
+
+from commandv.evaluation.arithmetic import (
+    arithmetic_prompts,
+)
+from commandv.evaluation.catalogue import (
+    NEEDS_FILE,
+    TASKS,
+    ByPrompt,
+    load_splits,
+    load_task,
+    write_outcome,
+)
+from commandv.evaluation.choices import (
+    Choices,
+    Question,
+    as_letters,
+    load_questions,
+    multiple_choice,
+)
+from commandv.evaluation.choosing import Choice, choose_layer
+from commandv.evaluation.comparison import (
+    Comparison,
+    compare,
+    difference,
+    holm,
+    kappa,
+    paired_p,
+    pooled,
+    recovered_fraction,
+)
+from commandv.evaluation.endpoint import Endpoint, Usage
+from commandv.evaluation.formats import (
+    FORMATS,
+    capitals,
+    distinct,
+    distinct_share,
+    in_another_language,
+    json_fields,
+    json_lenient,
+    json_strict,
+    language,
+    opens_with,
+    outside_script,
+    repetition,
+    word_count,
+)
+from commandv.evaluation.graders import GRADERS, Grader, collapsed
+from commandv.evaluation.judges import JUDGES, Phrases, load_judge, refusal_phrases
+from commandv.evaluation.judgments import Cached, CostlyJudge, Judgment
+from commandv.evaluation.model_judges import Classifier, Guard
+from commandv.evaluation.price import (
+    drift,
+    drift_values,
+    perplexity,
+    perplexity_values,
+    reply_log_probs,
+)
+from commandv.evaluation.reasoning import (
+    Final,
+    final_answer,
+    is_right,
+    reasons_first,
+    words_before_answer,
+)
+from commandv.evaluation.scores import Score, mean, rate
+from commandv.evaluation.tasks import ByText, Judge, Outcome, Split, Task, measure
+from commandv.evaluation.validation import Trial, Validation, validate_mapper
+
+__all__ = [
+    "FORMATS",
+    "GRADERS",
+    "JUDGES",
+    "NEEDS_FILE",
+    "TASKS",
+    "ByPrompt",
+    "ByText",
+    "Cached",
+    "Choice",
+    "Choices",
+    "Classifier",
+    "Comparison",
+    "CostlyJudge",
+    "Endpoint",
+    "Final",
+    "Grader",
+    "Guard",
+    "Judge",
+    "Judgment",
+    "Outcome",
+    "Phrases",
+    "Question",
+    "Score",
+    "Split",
+    "Task",
+    "Trial",
+    "Usage",
+    "Validation",
+    "arithmetic_prompts",
+    "as_letters",
+    "capitals",
+    "choose_layer",
+    "collapsed",
+    "compare",
+    "difference",
+    "distinct",
+    "distinct_share",
+    "drift",
+    "drift_values",
+    "final_answer",
+    "holm",
+    "in_another_language",
+    "is_right",
+    "json_fields",
+    "json_lenient",
+    "json_strict",
+    "kappa",
+    "language",
+    "load_judge",
+    "load_questions",
+    "load_splits",
+    "load_task",
+    "mean",
+    "measure",
+    "multiple_choice",
+    "opens_with",
+    "outside_script",
+    "paired_p",
+    "perplexity",
+    "perplexity_values",
+    "pooled",
+    "rate",
+    "reasons_first",
+    "recovered_fraction",
+    "refusal_phrases",
+    "repetition",
+    "reply_log_probs",
+    "validate_mapper",
+    "word_count",
+    "words_before_answer",
+    "write_outcome",
+]

@@ -1,0 +1,216 @@
+"""What a study file is made of: models, training, vectors, behaviours, methods. Unknown keys are rejected."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from commandv.positions import as_positions
+from commandv.steering import APPLICATIONS, METHODS
+from commandv.training.train import TRAINABLE
+from commandv.transfer.convert import FITTERS
+from commandv.transfer.match import MATCHERS, choose_layers
+
+ANY_DEPTH = 100  # layers against which a layer choice by name is checked before models are loaded
+
+
+class Strict(pydantic.BaseModel):
+    """Frozen, and unknown keys are rejected."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Shape(Strict):
+    """The true shape of a model, so that a study can be rehearsed with random weights where the real ones are not."""
+
+    d_model: int
+    n_layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+
+
+class FineTuning(Strict):
+    """LoRA fine-tuning; see `LoRASettings`. Without a seed of its own it has the cell's."""
+
+    examples: str
+    seed: int | None = None
+    rank: int = 8
+    epochs: int = 3
+    learning_rate: float = 1e-3
+    max_response: int = 64
+    batch_size: int = 16
+
+
+class ModelSpec(Strict):
+    """A model, a fine-tuned version, or a sibling made from either.
+
+    Attributes:
+        id: what `load_model` takes.
+        revision: of a hub model.
+        dtype: what `load_model` takes.
+        lora: a LoRA to merge into it: a directory in PEFT's format or a hub id.
+        finetune: fine-tune it first.
+        rotate: width of a stream to rotate it into, the function unchanged.
+        noise: Gaussian noise on every matrix, as a share of its root mean square.
+        drop: blocks to leave out.
+        shape: its true shape, for rehearsals.
+    """
+
+    id: str
+    revision: str | None = None
+    dtype: str | None = None
+    lora: str | None = None
+    finetune: FineTuning | None = None
+    rotate: int | None = None
+    noise: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    drop: tuple[int, ...] = ()
+    shape: Shape | None = None
+
+
+class Training(Strict):
+    """How donors (and recipients, for the direct control) are trained; `rates` replaces the learning rate by model."""
+
+    kind: str = "direft"
+    rank: int = 8
+    layers: str = "every_other"
+    positions: str = "l1"
+    epochs: int = 3
+    learning_rate: float = 4e-3
+    max_response: int = 512
+    batch_size: int = 16
+    rates: dict[str, float] = {}
+
+    @pydantic.field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        return one_of(kind, TRAINABLE)
+
+    @pydantic.field_validator("layers")
+    @classmethod
+    def _layers(cls, layers: str) -> str:
+        return layer_choice(layers)
+
+
+class Vector(Strict):
+    """A steering vector, found in either model from the same contrast; see `steer`.
+
+    Attributes:
+        contrast: what `load_contrast` takes.
+        negative: the other side, where `contrast` is one.
+        pairs: so many of the prompts of either side, drawn with the cell's seed; null for all.
+        method: a name in `METHODS`.
+        positions: tokens that are read.
+        trigger: read at the last token of this string instead.
+        kind: how it is applied.
+        strength: 1 for the direction of the positive side, -1 for that of the negative.
+        at: tokens to act on.
+        rows: for the writing converter, see `paste`; last-token rows suit what is read there.
+        rescale: as in `carry_directions`.
+    """
+
+    contrast: str
+    negative: str | None = None
+    pairs: Annotated[int, pydantic.Field(ge=2)] | None = None
+    method: str = "caa"
+    positions: str = "l1"
+    trigger: str | None = None
+    kind: str = "add"
+    strength: float = 1.0
+    at: str = "all"
+    rows: Literal["end", "text", "both"] = "end"
+    rescale: Literal["norm share"] | None = None
+
+    @pydantic.field_validator("method")
+    @classmethod
+    def _method(cls, name: str) -> str:
+        return one_of(name, METHODS)
+
+    @pydantic.field_validator("kind")
+    @classmethod
+    def _kind(cls, name: str) -> str:
+        return one_of(name, APPLICATIONS)
+
+    @pydantic.field_validator("positions", "at")
+    @classmethod
+    def _positions(cls, text: str) -> str:
+        as_positions(text)
+        return text
+
+
+class Behaviour(Strict):
+    """What is carried: one of a trained adapter, ready adapters and a steering vector.
+
+    Attributes:
+        task: how it is measured: a name in `TASKS`, with `:FILE` where the task wants one.
+        examples: training examples, a prompt set; donors are trained on them with each seed.
+        adapters: ready adapters by model instead.
+        training: of adapters from examples.
+        vector: a steering vector instead.
+        also: further tasks measured with every arm (over-refusal beside refusal).
+    """
+
+    task: str
+    examples: str | None = None
+    adapters: dict[str, str] = {}
+    training: Training = Training()
+    vector: Vector | None = None
+    also: tuple[str, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> Behaviour:
+        if self.vector is not None and (self.examples is not None or self.adapters):
+            raise ValueError("a vector and examples or adapters; give one or the other")
+        return self
+
+
+class Method(Strict):
+    """A way to paste, beside the default.
+
+    Attributes:
+        fit: a name in `FITTERS`.
+        match: a name in `MATCHERS`; null for `proportional`, or `covering` where a vector is carried.
+        layers: a layer choice; null to take the one that calibration picks.
+        read_rows: see `paste`.
+        write_rows: see `paste`.
+        prompts: use the first so many profile prompts only.
+    """
+
+    fit: str = "ridge"
+    match: str | None = None
+    layers: str | None = None
+    read_rows: Literal["end", "text", "both"] = "end"
+    write_rows: Literal["end", "text", "both"] | None = None
+    prompts: int | None = None
+
+    @pydantic.field_validator("fit")
+    @classmethod
+    def _fit(cls, name: str) -> str:
+        return one_of(name, FITTERS)
+
+    @pydantic.field_validator("match")
+    @classmethod
+    def _match(cls, name: str | None) -> str | None:
+        return name if name is None else one_of(name, MATCHERS)
+
+
+def one_of(name: str, known: Any) -> str:
+    """Return a name that is among those known.
+
+    Raises:
+        ValueError: it is not; pydantic tells where.
+    """
+    if name not in known:
+        raise ValueError(f"{name!r}: expected one of {', '.join(known)}")
+    return name
+
+
+def layer_choice(layers: str) -> str:
+    """Return a layer choice that can be read.
+
+    Raises:
+        InputError: it cannot.
+    """
+    choose_layers(layers, ANY_DEPTH)
+    return layers

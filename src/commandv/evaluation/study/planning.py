@@ -1,0 +1,137 @@
+"""What a study will do, and about how long that takes, told before it starts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from commandv.errors import CommandVError
+from commandv.evaluation.catalogue import load_task
+from commandv.evaluation.controls import ARMS, BRIDGE_PROMPTS, BRIDGE_TOKENS
+from commandv.evaluation.price import REPLY_TOKENS
+from commandv.evaluation.study.cell import CALIBRATED, CALIBRATED_VECTORS, N_SAMPLES, SAMPLE_TOKENS
+from commandv.evaluation.study.models import ModelSource
+from commandv.evaluation.study.schema import Study
+from commandv.models.load import resolve_dtype
+from commandv.prompts.sets import load_prompts
+
+log = logging.getLogger(__name__)
+
+PROMPT_TOKENS = 40  # of a usual prompt with its template, for estimates
+SLOWNESS = 1.5  # generation and small batches run at about this fraction below matrix products of the probe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of the work and its expected duration.
+
+    Attributes:
+        cells: of the study.
+        adapters: to train, donors and direct controls; and models to fine-tune.
+        profiles: one per model.
+        arms: measured in every cell.
+        answers: generated in all.
+        tokens: forward tokens in all, by model.
+        seconds: expected; None where models are not loaded, or cannot be.
+    """
+
+    cells: int
+    adapters: int
+    profiles: int
+    arms: int
+    answers: int
+    tokens: dict[str, int]
+    seconds: float | None
+
+
+def plan(study: Study, models: ModelSource | None = None) -> Plan:
+    """Count a study's work; with `models`, load them and estimate its duration on this machine."""
+    arms = [name for name in ARMS if name not in study.leave_out]
+    n_arms = len(arms) + len(study.methods) + 1
+    per_arm = len(study.scales) * len(study.layers)
+    tokens = dict.fromkeys(study.models, 0)
+    answers = 0
+    for spec in study.cells():
+        behaviour = study.behaviours[spec.behaviour]
+        # A native vector is calibrated as well, once for several cells; here it counts in each.
+        calibrated = (*CALIBRATED_VECTORS, "direct") if behaviour.vector else CALIBRATED
+        settings = per_arm * sum(name in arms for name in calibrated)
+        tasks = [load_task(name) for name in (behaviour.task, *behaviour.also)]
+        for number, task in enumerate(tasks):
+            asked = min(study.n_test, len(task.test)) * n_arms
+            if number == 0:
+                asked += min(study.n_dev, len(task.dev)) * settings
+            answers += asked + min(study.n_test, len(task.test))
+            tokens[spec.recipient] += asked * (PROMPT_TOKENS + task.max_new_tokens)
+            tokens[spec.donor] += min(study.n_test, len(task.test)) * (PROMPT_TOKENS + task.max_new_tokens)
+        passes = len(load_prompts("builtin:drift", limit=study.n_drift)) * (PROMPT_TOKENS + REPLY_TOKENS)
+        tokens[spec.recipient] += passes * (n_arms + settings) + 2 * N_SAMPLES * SAMPLE_TOKENS
+        if "text-bridge" in arms:
+            tokens[spec.donor] += 2 * BRIDGE_PROMPTS * (PROMPT_TOKENS + BRIDGE_TOKENS)
+    trained = _trained(study)
+    for name, trained_on, _ in trained:
+        behaviour = study.behaviours[trained_on]
+        assert behaviour.examples is not None
+        tokens[name] += _training_tokens(behaviour.examples, behaviour.training.epochs, behaviour.training.max_response)
+    tuned = _finetuned(study)
+    for name, _ in tuned:
+        how = study.models[name].finetune
+        assert how is not None
+        tokens[name] += _training_tokens(how.examples, how.epochs, how.max_response)
+    n_rows = len(study.profile_prompts()) + (len(load_prompts(study.text)) if study.text else 0)
+    for name in tokens:
+        tokens[name] += n_rows * PROMPT_TOKENS
+    seconds = None if models is None else _seconds(tokens, models)
+    return Plan(len(study.cells()), len(trained) + len(tuned), len(study.models), n_arms, answers, tokens, seconds)
+
+
+def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
+    """Return the expected duration; None when a model cannot be loaded, which its cells will tell."""
+    rate, total = _flops_per_second(), 0.0
+    for name, count in tokens.items():
+        try:
+            size = models.parameters(name)
+        except CommandVError as error:
+            log.warning("%s cannot be loaded: %s", name, error)
+            return None
+        total += 2 * size * count / rate * SLOWNESS
+    return round(total, 1)
+
+
+def _trained(study: Study) -> set[tuple[str, str, int]]:
+    """Return (model, behaviour, seed) of every adapter that is trained."""
+    found = set()
+    for spec in study.cells():
+        behaviour = study.behaviours[spec.behaviour]
+        if behaviour.examples is not None:
+            sides = [spec.donor] + ([] if "direct" in study.leave_out else [spec.recipient])
+            found |= {(name, spec.behaviour, spec.seed) for name in sides if name not in behaviour.adapters}
+    return found
+
+
+def _finetuned(study: Study) -> set[tuple[str, int]]:
+    """Return (model, seed) of every model that is fine-tuned."""
+    tuned = {name: one.finetune for name, one in study.models.items() if one.finetune}
+    seeds = {name: study.seeds if how.seed is None else (how.seed,) for name, how in tuned.items()}
+    return {(name, seed) for name, many in seeds.items() for seed in many}
+
+
+def _training_tokens(source: str, epochs: int, max_response: int) -> int:
+    examples = load_prompts(source)
+    labelled = min(max_response, math.ceil(sum(len(one.response) for one in examples) / len(examples) / 4))
+    return 3 * epochs * len(examples) * (PROMPT_TOKENS + labelled)  # a backward pass costs two forward ones
+
+
+def _flops_per_second() -> float:
+    """Measure a matrix product in the usual dtype."""
+    a = torch.randn(1024, 1024).to(resolve_dtype(None))
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+    return best

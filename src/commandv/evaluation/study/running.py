@@ -1,0 +1,136 @@
+"""Running a study, cell by cell: what is finished is kept, what fails is reported, the rest goes on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from commandv.errors import CommandVError, InputError
+from commandv.evaluation.results import Cell, Run, load_run, save_cell, save_head
+from commandv.evaluation.study.cell import run_cell
+from commandv.evaluation.study.models import ModelSource
+from commandv.evaluation.study.schema import CellSpec, Study
+from commandv.evaluation.study.shared import Shared
+from commandv.files import digest
+from commandv.progress import track
+from commandv.prompts.sets import load_prompts
+from commandv.steering import load_contrast
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("commandv", "torch", "transformers", "numpy", "scipy")
+
+
+def run_study(study: Study, out: Path | str, *, models: ModelSource | None = None) -> Run:
+    """Run a study, or go on with one that was cut off; return its results.
+
+    Args:
+        study: what to run.
+        out: run directory: `run.json` and `cells/`. Finished cells of the same content are kept and not run again.
+        models: where models come from; by default the study's own.
+
+    Raises:
+        InputError: the directory holds another study, or another process is writing it.
+        StorageError: the disk is full; finished cells are kept.
+    """
+    out = Path(out)
+    with _alone(out):
+        _claim(study, out)
+        source = models or ModelSource(study)
+        run = Run(
+            name=study.name,
+            question=study.question,
+            study=study.model_dump(mode="json"),
+            planned=len(study.cells()),
+            versions=_versions(),
+            hashes=_hashes(study),
+            left_out=list(study.leave_out),
+        )
+        save_head(run, out)
+        shared = Shared(study, source)
+        with track(f"study {study.name}", total=run.planned) as advance:
+            for spec in study.cells():
+                _finish(shared, spec, out / "cells" / f"{spec}.json")
+                advance(1)
+    return load_run(out)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(
+            f"{out}: another process is writing this run; wait for it, or choose another directory"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _claim(study: Study, out: Path) -> None:
+    """Refuse a directory that holds results of another study."""
+    if (out / "run.json").exists():
+        found = load_run(out)
+        if found.name != study.name:
+            raise InputError(f"{out}: holds the study {found.name!r}, not {study.name!r}; choose another directory")
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"python": platform.python_version(), **libraries, "cores": str(os.cpu_count())}
+
+
+def _hashes(study: Study) -> dict[str, str]:
+    sources = [*study.prompts, study.text, *(one.examples for one in study.behaviours.values())]
+    sources += [one.finetune.examples for one in study.models.values() if one.finetune]
+    found = {source: load_prompts(source).hash for source in sources if source is not None}
+    vectors = [one.vector for one in study.behaviours.values() if one.vector]
+    return found | {f"contrast {one.contrast}": load_contrast(one.contrast, one.negative).hash for one in vectors}
+
+
+def _finish(shared: Shared, spec: CellSpec, file: Path) -> None:
+    """Run a cell unless it is finished; an error becomes part of its result."""
+    content = digest(_content(shared, spec))
+    if file.exists():
+        found = Cell.model_validate_json(file.read_bytes())
+        if found.state == "done" and found.settings.get("content") == content:
+            log.info("%s: finished before", spec)
+            return
+    log.info("%s: running", spec)
+    began = time.monotonic()
+    identity: dict[str, Any] = {**spec._asdict(), "settings": {"content": content, **_content(shared, spec)}}
+    try:
+        cell = run_cell(shared, spec, identity)
+    except (CommandVError, RuntimeError, MemoryError, OSError) as error:
+        log.warning("%s: failed: %s", spec, error)
+        cell = Cell(**identity, state="failed", error=f"{type(error).__name__}: {error}")
+    save_cell(cell.model_copy(update={"seconds": round(time.monotonic() - began, 1)}), file)
+
+
+def _content(shared: Shared, spec: CellSpec) -> dict[str, Any]:
+    """Return all that a cell's result depends on, but for the code; what is left at its default is not said."""
+    study = shared.study
+    stated = study.model_dump(mode="json", exclude_defaults=True)
+    settings = ("limit", "places", "methods", "scales", "layers", "budget", "n_dev", "n_test", "n_drift", "leave_out")
+    return {
+        "donor": stated["models"][spec.donor],
+        "recipient": stated["models"][spec.recipient],
+        "rehearsed": shared.models.rehearsal,
+        "behaviour": stated["behaviours"][spec.behaviour],
+        "seed": spec.seed,
+        **{name: stated[name] for name in settings if name in stated},
+        "hashes": _hashes(study),
+    }

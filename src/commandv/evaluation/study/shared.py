@@ -1,0 +1,182 @@
+"""What the cells of one study share: models, profiles, adapters, directions, arms that no pair changes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import filelock
+import numpy as np
+from torch import Tensor
+
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.store import save
+from commandv.evaluation.calibration import Calibration, calibrate
+from commandv.evaluation.catalogue import load_task
+from commandv.evaluation.price import divergences, reply_log_probs, reply_nats
+from commandv.evaluation.results import Arm, Point
+from commandv.evaluation.study.models import ModelSource
+from commandv.evaluation.study.parts import Behaviour
+from commandv.evaluation.study.schema import Study
+from commandv.evaluation.tasks import Task, answered, judged
+from commandv.files import cache_dir, digest
+from commandv.interop.load import load_adapter
+from commandv.profiles.profile import Profile
+from commandv.profiles.profiling import profile
+from commandv.prompts.sets import load_prompts
+from commandv.steering import directions, from_directions, load_contrast
+from commandv.training.train import TRAINABLE, TrainSettings, train
+from commandv.transfer.match import choose_layers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Native:
+    """A model's own direction for a behaviour, at the strength chosen for it, and what it does there.
+
+    Attributes:
+        adapter: the direction on the layers chosen.
+        arm: its labels and price on the test split.
+        curve: settings tried on the development split.
+    """
+
+    adapter: Adapter
+    arm: Arm
+    curve: list[Point]
+
+
+class Shared:
+    """Made when first asked for, then kept; by model name and seed."""
+
+    def __init__(self, study: Study, models: ModelSource) -> None:
+        self.study, self.models = study, models
+        self.passages = load_prompts("builtin:drift", limit=study.n_drift)
+        self.reference = functools.lru_cache(maxsize=2)(self._reference)
+        self.profiled = functools.cache(self._profiled)
+        self.directions = functools.cache(self._directions)
+        self.native = functools.cache(self._native)
+        self.unmodified = functools.cache(self._unmodified)
+
+    def tasks(self, behaviour: str) -> list[Task]:
+        """Return a behaviour's own task and those measured beside it."""
+        spec = self.study.behaviours[behaviour]
+        return [load_task(name) for name in (spec.task, *spec.also)]
+
+    def adapter(self, behaviour: str, name: str, seed: int) -> Adapter | None:
+        """Return a ready adapter, or train one; None when there is neither."""
+        spec = self.study.behaviours[behaviour]
+        if name in spec.adapters:
+            return load_adapter(spec.adapters[name])
+        return None if spec.examples is None else self._trained(spec, behaviour, name, seed)
+
+    def measured(
+        self, method: str, name: str, behaviour: str, seed: int, adapter: Adapter | None = None, scale: float = 1.0
+    ) -> Arm:
+        """Measure a model, with an adapter or without, on the behaviour's tasks."""
+        began, lm, study = time.monotonic(), self.models.seeded(name, seed), self.study
+        labels: dict[str, list[float | None]] = {}
+        units = {}
+        answers: dict[tuple[str, int], list[str]] = {}  # tasks that ask the same are asked once
+        for task in self.tasks(behaviour):
+            key = (task.test.hash, task.max_new_tokens)
+            if key not in answers:
+                answers[key] = answered(lm, task, adapter, scale=scale, limit=study.n_test, batch_size=study.batch_size)
+            outcome = judged(task, answers[key])
+            labels[task.name] = [None if np.isnan(label) else label for label in outcome.labels]
+            units[task.name] = outcome.unit
+        plain = changed = self.reference(name, seed)
+        price: dict[str, list[float]] = {}
+        if adapter is not None:
+            changed = reply_log_probs(lm, self.passages, adapter, scale=scale)
+            price["kl"] = divergences(plain, changed)
+        price["perplexity"] = reply_nats(lm, self.passages, changed)
+        return Arm(
+            method=method,
+            scale=scale,
+            layers=adapter.layers if adapter else [],
+            labels=labels,
+            units=units,
+            price=price,
+            seconds=round(time.monotonic() - began, 1),
+        )
+
+    def calibrated(self, name: str, behaviour: str, seed: int, make: Callable[[str], Adapter]) -> Calibration:
+        """Choose the strength and the layers of an arm on the development split."""
+        study = self.study
+        return calibrate(
+            self.models.seeded(name, seed),
+            self.tasks(behaviour)[0],
+            make,
+            layers=study.layers,
+            scales=study.scales,
+            budget=study.budget,
+            passages=self.passages,
+            reference=self.reference(name, seed),
+            limit=study.n_dev,
+            batch_size=study.batch_size,
+        )
+
+    def _unmodified(self, behaviour: str, name: str, seed: int) -> Arm:
+        return self.measured("unmodified", name, behaviour, seed)
+
+    def _profiled(self, name: str, seed: int) -> Profile:
+        """Return a model's profile; from the cache directory when it was made before."""
+        study = self.study
+        text = load_prompts(study.text) if study.text else None
+        return profile(self.models.seeded(name, seed), study.profile_prompts(), text=text, places=study.places)
+
+    def _directions(self, behaviour: str, name: str, seed: int) -> Tensor:
+        """Return a model's own directions, float64 [n_layers, d_model]."""
+        how = self.study.behaviours[behaviour].vector
+        assert how is not None
+        contrast = load_contrast(how.contrast, how.negative)
+        if how.pairs is not None:
+            contrast = contrast.drawn(how.pairs, seed)
+        return directions(self.models.seeded(name, seed), contrast, how.method, how.positions, trigger=how.trigger)
+
+    def _native(self, behaviour: str, name: str, seed: int) -> Native:
+        how = self.study.behaviours[behaviour].vector
+        assert how is not None
+        lm, found = self.models.seeded(name, seed), self.directions(behaviour, name, seed)
+
+        def make(layers: str) -> Adapter:
+            chosen = choose_layers(layers, lm.n_layers)
+            return from_directions(
+                {layer: found[layer] for layer in chosen}, lm.ref, kind=how.kind, strength=how.strength, at=how.at,
+                typical=self.profiled(name, seed), name=behaviour,
+            )  # fmt: skip
+
+        tried = self.calibrated(name, behaviour, seed, make)
+        adapter = make(tried.chosen.layers)
+        arm = self.measured("direct", name, behaviour, seed, adapter, tried.chosen.scale)
+        return Native(adapter, arm, points("direct", tried))
+
+    def _trained(self, spec: Behaviour, behaviour: str, name: str, seed: int) -> Adapter:
+        lm, examples, how = self.models.seeded(name, seed), load_prompts(spec.examples or ""), spec.training
+        rate = how.rates.get(name, how.learning_rate)
+        kind = TRAINABLE[how.kind](rank=how.rank, layers=how.layers, positions=how.positions)
+        settings = TrainSettings(
+            epochs=how.epochs, learning_rate=rate, max_response=how.max_response, batch_size=how.batch_size, seed=seed
+        )
+        stamp = digest(lm.ref.revision, lm.ref.id, lm.ref.template, examples.hash, how.model_dump(), rate, seed)
+        path = cache_dir() / "adapters" / f"{behaviour}-{stamp}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock"):
+            if not path.exists():
+                log.info("training %s on %s, seed %d", behaviour, name, seed)
+                made = train(lm, examples, kind, settings, name=behaviour, checkpoint=path.with_suffix(".checkpoint"))
+                save(made, path)
+                path.with_suffix(".checkpoint").unlink(missing_ok=True)
+            return load_adapter(path)
+
+    def _reference(self, name: str, seed: int) -> list[Tensor]:
+        return reply_log_probs(self.models.seeded(name, seed), self.passages)
+
+
+def points(method: str, found: Calibration) -> list[Point]:
+    """Return a calibration's curve as it is stored."""
+    return [Point(**one._asdict(), method=method, chosen=one == found.chosen) for one in found.tried]

@@ -1,0 +1,160 @@
+"""Tasks: prompts, the judge of the answers, and the direction that counts as success; and running a model on one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.attach import attach
+from commandv.errors import InputError
+from commandv.evaluation.graders import Grader
+from commandv.evaluation.scores import Score, mean, rate
+from commandv.models.generation import generate
+from commandv.models.load import LM
+from commandv.prompts.sets import Prompt, PromptSet
+
+Split = Literal["dev", "test"]
+
+
+class Judge(Protocol):
+    """Labels answers."""
+
+    @property
+    def name(self) -> str:
+        """For tables and caches."""
+
+    @property
+    def unit(self) -> str:
+        """`"rate"` for labels 0 and 1, otherwise what the labels count, such as `"words"`."""
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """Return one label per answer; NaN where there is no judgment. A prompt's `response` is the reference."""
+
+
+@dataclass(frozen=True)
+class ByText:
+    """The judge that asks a function of the answer's text."""
+
+    name: str
+    grader: Grader
+    unit: str = "rate"
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """Return 1 or 0 per answer."""
+        return [float(self.grader(answer)) for answer in answers]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of a model and how its answers count.
+
+    Attributes:
+        name: of the task.
+        dev: prompts for choosing settings.
+        test: prompts for reporting; no training, fit or choice may see them.
+        judge: labels the answers.
+        success: whether `"more"` or `"less"` of what the judge finds is the aim.
+        max_new_tokens: of an answer.
+        keep_answers: False where answers may be harmful: then only labels are kept.
+    """
+
+    name: str
+    dev: PromptSet
+    test: PromptSet
+    judge: Judge
+    success: Literal["more", "less"] = "more"
+    max_new_tokens: int = 24
+    keep_answers: bool = True
+
+    def __post_init__(self) -> None:
+        shared = set(self.dev.texts) & set(self.test.texts)
+        if shared:
+            raise InputError(
+                f"task {self.name}: {len(shared)} prompts are in both splits, the first {sorted(shared)[0]!r}; what "
+                "settings are chosen on must not be reported on. Remove them from one"
+            )
+
+    def prompts(self, split: Split) -> PromptSet:
+        """Return one split."""
+        return self.dev if split == "dev" else self.test
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The labels of one arm (a model with or without an adapter) on one task, prompt by prompt.
+
+    Attributes:
+        task: its name.
+        arm: what was measured.
+        unit: of the labels.
+        labels: in the order of the prompts; NaN where the judge had no judgment.
+        answers: the texts, empty where the task keeps none.
+    """
+
+    task: str
+    arm: str
+    unit: str
+    labels: tuple[float, ...]
+    answers: tuple[str, ...] = ()
+
+    def score(self) -> Score:
+        """Return the rate or mean of the labels that were given, with its 95 % interval."""
+        given = [label for label in self.labels if not math.isnan(label)]
+        if self.unit == "rate":
+            return rate(self.arm, [bool(label) for label in given])
+        return mean(self.arm, given, self.unit)
+
+
+def measure(
+    lm: LM,
+    task: Task,
+    adapter: Adapter | None = None,
+    *,
+    arm: str = "unmodified",
+    scale: float = 1.0,
+    split: Split = "test",
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> Outcome:
+    """Generate an answer to each prompt of a split and let the task's judge label it.
+
+    Args:
+        lm: the model, with nothing attached.
+        task: what to ask.
+        adapter: to attach meanwhile.
+        arm: name of what is measured, for tables.
+        scale: factor on the adapter's deltas.
+        split: `"test"` for reporting, `"dev"` for choosing settings.
+        limit: use the first so many prompts.
+        batch_size: prompts per batch.
+    """
+    answers = answered(lm, task, adapter, scale=scale, split=split, limit=limit, batch_size=batch_size)
+    return judged(task, answers, arm=arm, split=split)
+
+
+def answered(
+    lm: LM,
+    task: Task,
+    adapter: Adapter | None = None,
+    *,
+    scale: float = 1.0,
+    split: Split = "test",
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> list[str]:
+    """Generate an answer to each prompt of a split; arguments as in `measure`."""
+    prompts = task.prompts(split)[:limit]
+    with attach(lm, adapter, scale=scale) if adapter else contextlib.nullcontext():
+        return generate(lm, prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
+
+
+def judged(task: Task, answers: Sequence[str], *, arm: str = "unmodified", split: Split = "test") -> Outcome:
+    """Let a task's judge label answers to the first prompts of a split."""
+    labels = task.judge(task.prompts(split).prompts[: len(answers)], answers)
+    if len(labels) != len(answers):
+        raise InputError(f"judge {task.judge.name}: {len(labels)} labels for {len(answers)} answers; expected one each")
+    return Outcome(task.name, arm, task.judge.unit, tuple(labels), tuple(answers) if task.keep_answers else ())

@@ -1,0 +1,70 @@
+"""Opening an adapter whatever it was saved as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.store import builtin_path, read
+from commandv.errors import FormatError
+from commandv.interop.control_vectors import is_control_vector, read_control_vector
+from commandv.interop.pyreft import is_pyreft, read_pyreft
+from commandv.interop.vectors import SUFFIXES, read_vector
+
+
+def detect(path: str | Path) -> str:
+    """Tell what a path holds: `commandv-adapter`, `commandv-profile`, `pyreft`, `vector` or `control-vector`.
+
+    Raises:
+        FormatError: none of these; says what was found.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix in SUFFIXES:
+            return "vector"
+        if path.suffix == ".gguf":
+            if is_control_vector(path):
+                return "control-vector"
+            raise FormatError(f"{path}: a GGUF file of a model, not of a control vector; open it with load_model")
+        raise FormatError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(sorted({*SUFFIXES, '.gguf'}))}")
+    if not path.is_dir():
+        raise FormatError(f"{path}: no such file or directory")
+    if is_pyreft(path):
+        return "pyreft"
+    if (path / "keys.safetensors").is_file() or list(path.glob("layer-*.safetensors")):
+        return "commandv-profile"
+    if (path / "tensors.safetensors").is_file():
+        return "commandv-adapter"
+    if (path / "sae_weights.safetensors").is_file():
+        raise FormatError(f"{path}: a sparse autoencoder; open it with commandv.interop.sae and steer one feature")
+    if (path / "config.json").is_file():
+        raise FormatError(f"{path}: has a config.json but no weights beside it; copy the whole directory")
+    names = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
+    raise FormatError(f"{path}: not an adapter or profile; the directory holds {names}")
+
+
+def load_adapter(source: str | Path, *, layer: int | None = None) -> Adapter:
+    """Load an adapter: `builtin:BEHAVIOUR@MODEL`, a directory of ours, a pyreft directory, a vector file, or a control
+    vector of llama.cpp.
+
+    Args:
+        source: what to load.
+        layer: for a vector file, the layer it acts on; of a stack or a control vector, the only layer to take.
+
+    Raises:
+        FormatError: unsafe, damaged, unknown or of another kind; says what was got and what to do.
+        InputError: a bare vector without a layer.
+    """
+    text = str(source)
+    if text.startswith("builtin:"):
+        return read(builtin_path(text.removeprefix("builtin:")))
+    kind = detect(source)
+    if kind == "commandv-adapter":
+        return read(source)
+    if kind == "pyreft":
+        return read_pyreft(Path(source))
+    if kind == "vector":
+        return read_vector(Path(source), layer=layer)
+    if kind == "control-vector":
+        return read_control_vector(Path(source), layer=layer)
+    raise FormatError(f"{source}: a profile, not an adapter; open it with load_profile")

@@ -1,0 +1,299 @@
+"""Language models: loading from anywhere, finding the decoder blocks."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import torch
+from torch import nn
+
+from commandv.errors import InputError, MismatchError, ModelError
+from commandv.files import digest
+from commandv.models.fingerprints import directory_fingerprint, weights_fingerprint
+
+Template = Literal["auto", "chat", "plain"]
+
+# How a base model is asked. The answer starts on a line of its own, as it does in most chat templates, so that the last
+# prompt token of both kinds of model predicts a word without a leading space. It ends where a new question starts.
+PLAIN_FORMAT = "Question: {}\nAnswer:\n"
+PLAIN_STOP = "\nQuestion:"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which model something was made from or for; empty fields are unknown.
+
+    Attributes:
+        id: the name it was loaded by.
+        revision: hub commit, or a hash of the model's content.
+        d_model: width of the residual stream.
+        n_layers: number of decoder blocks; 0 when unknown.
+        template: hash of the prompt format in use.
+    """
+
+    id: str = ""
+    revision: str = ""
+    d_model: int = 0
+    n_layers: int = 0
+    template: str = ""
+
+    def require(self, other: ModelRef, what: str) -> None:
+        """Raise `MismatchError` unless `other` is the same model; fields unknown on either side are not compared."""
+        for field, hint in (
+            ("d_model", "it has another width; paste() carries an adapter between models"),
+            ("n_layers", "it has another depth; paste() carries an adapter between models"),
+            ("revision", "profile or train again with the model that is in use now"),
+            ("template", "load the model with the same prompt format (template=)"),
+        ):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine and theirs and mine != theirs:
+                raise MismatchError(
+                    f"{what}: made for {self.id or 'a model'} ({field} {mine}), "
+                    f"got {other.id or 'a model'} ({field} {theirs}); {hint}"
+                )
+        if self.id and other.id and self.id != other.id and not (self.revision and other.revision):
+            raise MismatchError(
+                f"{what}: made for {self.id}, got {other.id}. If they are the same model under two names, "
+                "load it by the name that the file gives"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class LM:
+    """A causal language model with what commandv needs to know about it.
+
+    Attributes:
+        model: the transformers model, in eval mode.
+        tokenizer: its fast tokenizer.
+        id: the name it was loaded by.
+        revision: hub commit or content hash.
+        blocks: the decoder blocks in order; the output of block l is the residual stream at layer l.
+        owner: the module that runs the blocks, usually the model without its head.
+        d_model: width of the residual stream.
+        chat: True when prompts go through the tokenizer's chat template, False for the plain format.
+    """
+
+    model: Any
+    tokenizer: Any
+    id: str
+    revision: str
+    blocks: tuple[nn.Module, ...]
+    owner: nn.Module
+    d_model: int
+    chat: bool
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    @functools.cached_property
+    def ref(self) -> ModelRef:
+        """The identity of this model, as stored in profiles and adapters."""
+        template = self.tokenizer.chat_template if self.chat else PLAIN_FORMAT
+        return ModelRef(self.id, self.revision, self.d_model, self.n_layers, digest(template))
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence the model's position embeddings allow, None when it states none."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+    def __repr__(self) -> str:
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return f"LM({self.id}, {self.n_layers} layers, d_model {self.d_model}, {dtype})"
+
+
+def load_model(
+    id: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    template: Template = "auto",
+    trust_remote_code: bool = False,
+) -> LM:
+    """Load a language model and its tokenizer.
+
+    Args:
+        id: a hub id (`meta-llama/Llama-3.2-3B-Instruct`), a local directory, a `.gguf` file, or a packaged
+            model (`gemma-3-270m`, `smollm2-135m-instruct`). GGUF files are converted once into the cache.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype. Default: bfloat16 where the hardware
+            multiplies it fast, else float32.
+        device_map: passed to transformers (`"auto"`, `"cuda"`, a dict); needs the accelerate package.
+        revision: hub branch, tag or commit.
+        template: `"chat"` for the tokenizer's chat template, `"plain"` for the stated question-and-answer format,
+            `"auto"` for chat where the tokenizer has a template.
+        trust_remote_code: run Python code that comes with the model. Off unless you say so.
+
+    Raises:
+        ModelError: not found, not a causal language model, or its blocks cannot be found.
+        InputError: an unknown dtype, or chat asked of a tokenizer without a chat template.
+    """
+    import transformers
+
+    from commandv.models.gguf import PACKAGED, converted
+
+    kind = resolve_dtype(dtype)
+    name = str(id)
+    place: str = name
+    fingerprint = None
+    if name in PACKAGED or name.endswith(".gguf"):
+        directory = converted(name)
+        place, fingerprint = str(directory), directory.name.rpartition("-")[2]
+    elif Path(name).is_dir():
+        fingerprint = directory_fingerprint(Path(name))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        model = _load_weights(place, kind, device_map, options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"{name}: cannot be loaded: {error}. Expected a hub id, a local model directory, a .gguf file or one of "
+            f"{', '.join(PACKAGED)}; `commandv doctor` checks the installation"
+        ) from error
+    commit = fingerprint or getattr(model.config, "_commit_hash", None) or weights_fingerprint(model)
+    return wrap_model(model, tokenizer, name, revision=commit, template=template)
+
+
+def wrap_model(model: Any, tokenizer: Any, id: str, *, revision: str | None = None, template: Template = "auto") -> LM:
+    """Make an `LM` of a transformers model and tokenizer that are already in memory.
+
+    Args:
+        model: a causal language model; it is put in eval mode.
+        tokenizer: its fast tokenizer.
+        id: a name for messages and provenance.
+        revision: identity of the weights; a hash over samples of them when not given.
+        template: as in `load_model`.
+
+    Raises:
+        ModelError: the blocks cannot be found, or the tokenizer is a slow one (no character offsets).
+        InputError: chat asked of a tokenizer without a chat template.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{id}: the tokenizer has no fast version, which is needed for character offsets")
+    if template == "chat" and not tokenizer.chat_template:
+        raise InputError(f"{id}: asked for chat, but the tokenizer has no chat template; use template='plain'")
+    if template not in ("auto", "chat", "plain"):
+        raise InputError(f"template={template!r}: expected 'auto', 'chat' or 'plain'")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.unk_token
+    model.eval()
+    _feed_head_contiguously(model)
+    owner, blocks, d_model = find_blocks(model)
+    chat = bool(tokenizer.chat_template) and template != "plain"
+    return LM(model, tokenizer, id, revision or weights_fingerprint(model), blocks, owner, d_model, chat)
+
+
+def _feed_head_contiguously(model: Any) -> None:
+    """Have the head get contiguous states.
+
+    PyTorch multiplies a strided slice of states, as `logits_to_keep` makes them, by a copy of a *frozen* head for each
+    sequence: with a large vocabulary gigabytes, and a minute where a tenth of a second would do.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and _contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.contiguous() if isinstance(one, torch.Tensor) else one for one in args)
+
+
+def _load_weights(place: str, dtype: torch.dtype, device_map: Any, options: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(place, **options)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} is an encoder-decoder model; commandv needs a decoder-only one")
+    # Multimodal models (Llava, Gemma 3 4B and larger ...) are not in the causal-LM mapping.
+    auto: Any = transformers.AutoModelForCausalLM
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not options["trust_remote_code"]:
+        auto = transformers.AutoModelForImageTextToText
+    model, info = auto.from_pretrained(place, dtype=dtype, device_map=device_map, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):  # transformers would make them up at random
+        raise ValueError(f"{len(missing)} weights of the model are not in its files ({', '.join(missing[:3])} ...)")
+    return model
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """Return the torch dtype for a name; None picks bfloat16 where the hardware multiplies it fast, else float32.
+
+    Raises:
+        InputError: not a floating-point dtype that models run in.
+    """
+    if dtype is None:
+        if torch.cuda.is_available():
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags()
+        return torch.bfloat16 if fast else torch.float32
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise InputError(f"dtype={dtype!r}: expected 'float32', 'bfloat16' or 'float16'")
+    return resolved
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.split())
+
+
+def find_blocks(model: Any) -> tuple[nn.Module, tuple[nn.Module, ...], int]:
+    """Find the decoder blocks by structure: the shallowest module list that a text-only pass runs layer by layer.
+
+    Candidates have as many entries as the text configuration has layers. A vision tower or a list of experts
+    of the same length is told apart by running one token: every block must run once and put out [1, 1, d_model].
+
+    Returns:
+        (the module that holds the blocks, the blocks, d_model).
+
+    Raises:
+        ModelError: no such list.
+    """
+    config = model.config.get_text_config(decoder=True)
+    n_layers = config.num_hidden_layers
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    calls: dict[nn.Module, list[torch.Size]] = {}
+
+    def record(module: nn.Module, _inputs: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, torch.Tensor):
+            calls.setdefault(module, []).append(tensor.shape)
+
+    handles = [block.register_forward_hook(record) for _, blocks in candidates for block in blocks]
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.get_input_embeddings().weight.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, blocks in sorted(candidates, key=lambda item: item[0].count(".")):
+        shapes = {tuple(calls.get(block, [()])[0]) for block in blocks}
+        once = all(len(calls.get(block, [])) == 1 for block in blocks)
+        if once and len(shapes) == 1 and len(shape := shapes.pop()) == 3:
+            return model.get_submodule(name.rpartition(".")[0]), tuple(blocks), shape[-1]
+    raise ModelError(
+        f"{type(model).__name__}: found no list of {n_layers} decoder blocks that each run once and put out "
+        f"[batch, sequence, d_model]; looked at {[name for name, _ in candidates] or 'no module list of that length'}"
+    )

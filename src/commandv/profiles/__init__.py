@@ -1,0 +1,1 @@
+"""Profiles: a model's residual stream at keyed places in texts."""

@@ -1,0 +1,194 @@
+"""Profiles: the residual stream of a model at keyed places in a set of texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from commandv.errors import FormatError, InputError, MismatchError
+from commandv.files import atomic_directory, digest, storage_errors
+from commandv.models.load import ModelRef
+
+END = -1  # the offset of a prompt's last token, which has no place in the text
+FORMAT_VERSION = 1
+Rows = Literal["end", "text", "both"]
+Places = Literal["lines", "words"]
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The residual stream of one model at places that another model's profile can share.
+
+    Attributes:
+        activations: layer -> [rows, d_model], bfloat16, memory-mapped when it comes from disk.
+        keys: int64 [rows, 2], (prompt number, character offset in its text) with `END` for the last prompt token.
+            Two profiles of the same prompts pair up by joining keys, whatever their tokenizers.
+        model: which model, in which prompt format.
+        prompts: hash of the prompt sets.
+        path: where it lies on disk, None for one in memory.
+    """
+
+    activations: Mapping[int, Tensor]
+    keys: np.ndarray
+    model: ModelRef
+    prompts: str
+    path: Path | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for layer, rows in self.activations.items():
+            if rows.shape != (len(self.keys), self.model.d_model):
+                raise FormatError(
+                    f"profile of {self.model.id}, layer {layer}: got shape {tuple(rows.shape)}, "
+                    f"expected [{len(self.keys)}, {self.model.d_model}]"
+                )
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks of the model."""
+        return self.model.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.model.d_model
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __repr__(self) -> str:
+        n_end = int((self.keys[:, 1] == END).sum())
+        return f"Profile({self.model.id}, {n_end} end rows, {len(self) - n_end} text rows, {self.n_layers} layers)"
+
+    def layer(self, layer: int) -> Tensor:
+        """Return one layer's rows, [rows, d_model].
+
+        Raises:
+            InputError: there is no such layer in the profile.
+        """
+        if layer not in self.activations:
+            raise InputError(f"profile of {self.model.id} holds layers {sorted(self.activations)}, not {layer}")
+        return self.activations[layer]
+
+    def first(self, n: int) -> Profile:
+        """Return the profile with the last-token rows of its first `n` prompts only, and all text rows.
+
+        Raises:
+            InputError: fewer than 2 prompts.
+        """
+        if n < 2:
+            raise InputError(f"a profile of {n} prompts: expected at least 2")
+        keep = (self.keys[:, 0] < n) | (self.keys[:, 1] != END)
+        index = torch.from_numpy(np.flatnonzero(keep))
+        activations = {layer: rows[index] for layer, rows in self.activations.items()}
+        return Profile(activations, self.keys[keep], self.model, digest(self.prompts, n))
+
+
+def save_profile(one: Profile, target: Path, *, dtype: str = "", max_length: int | None = None) -> None:
+    """Write a profile: `config.json`, `keys.safetensors`, and one safetensors file per layer.
+
+    Args:
+        one: the profile.
+        target: the directory; it is replaced.
+        dtype: what the model ran in, for the record.
+        max_length: what prompts were cut to, for the record.
+
+    Raises:
+        StorageError: the disk is full or not writable; nothing at `target` changes.
+    """
+    config = {
+        "format": "commandv-profile",
+        "format_version": FORMAT_VERSION,
+        "model": asdict(one.model),
+        "prompts": one.prompts,
+        "dtype": dtype,
+        "max_length": max_length,
+        "rows": len(one),
+        "layers": sorted(one.activations),
+    }
+    with atomic_directory(target) as directory:
+        save_atomically({"keys": torch.from_numpy(one.keys.copy())}, directory / "keys.safetensors")
+        for layer, rows in one.activations.items():
+            save_atomically({"rows": rows.contiguous()}, directory / f"layer-{layer:03d}.safetensors")
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Open a profile directory; the activations stay on disk, memory-mapped.
+
+    Raises:
+        FormatError: not a profile, of an unknown version, or truncated.
+    """
+    path = Path(path)
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: not a profile directory ({error})") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: not a profile directory (config.json holds a {type(config).__name__})")
+    if config.get("format") != "commandv-profile" or config.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: expected a commandv-profile of version {FORMAT_VERSION}, got {config.get('format')!r} version "
+            f"{config.get('format_version')!r}; profile again, or upgrade commandv"
+        )
+    try:
+        keys = load_file(path / "keys.safetensors")["keys"].numpy()
+        rows = {layer: load_file(path / f"layer-{layer:03d}.safetensors")["rows"] for layer in config["layers"]}
+        ref = ModelRef(**config["model"])
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise FormatError(
+            f"{path}: the profile is damaged ({error}); delete the directory and profile again"
+        ) from error
+    return Profile(rows, keys, ref, config["prompts"], path)
+
+
+def paired_rows(donor: Profile, recipient: Profile, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join two profiles by their keys.
+
+    Args:
+        donor: one profile.
+        recipient: the other, of the same prompts.
+        rows: last-token rows (`"end"`), text rows (`"text"`), or both.
+
+    Returns:
+        (row numbers in `donor`, row numbers in `recipient`, prompt numbers), each int64 [pairs].
+
+    Raises:
+        MismatchError: profiles of different prompts.
+        InputError: fewer than 2 shared rows of this sort.
+    """
+    if donor.prompts != recipient.prompts:
+        raise MismatchError(
+            f"the profiles of {donor.model.id} and {recipient.model.id} are of different prompts "
+            f"({donor.prompts} and {recipient.prompts}); profile both models on the same sets"
+        )
+    flat = [one.keys[:, 0] * (1 << 32) + one.keys[:, 1] + 1 for one in (donor, recipient)]
+    _, i, j = np.intersect1d(flat[0], flat[1], assume_unique=True, return_indices=True)
+    if rows != "both":
+        is_end = donor.keys[i, 1] == END
+        keep = is_end if rows == "end" else ~is_end
+        i, j = i[keep], j[keep]
+    if len(i) < 2:
+        hint = "; profile with text=load_prompts('builtin:text') for text rows" if rows == "text" else ""
+        raise InputError(f"{len(i)} shared {rows} rows between the two profiles, expected at least 2{hint}")
+    return i, j, donor.keys[i, 0]
+
+
+def save_atomically(rows: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file that is there as a whole or not at all; a `StorageError` when the disk is full."""
+    temporary = file.with_suffix(".tmp")
+    with storage_errors(file):
+        try:
+            save_file(rows, temporary)
+        except safetensors.SafetensorError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(str(error)) from error
+        temporary.rename(file)

@@ -1,0 +1,245 @@
+"""Prompt sets: the built-in ones, text, CSV and JSONL files, datasets from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import importlib.resources
+import io
+import json
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from commandv.errors import InputError
+from commandv.files import digest
+
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "conversations", "input", "goal")
+FOLDERS = ("prompts", "behaviours", "contrasts")  # of data/; contrasts are for `load_contrast`
+RESPONSE_COLUMNS = ("response", "output", "answer", "target", "completion")
+
+
+class Prompt(NamedTuple):
+    """One user turn, with the reply to it where the set has one."""
+
+    text: str
+    response: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """An immutable sequence of prompts with a content hash.
+
+    Attributes:
+        prompts: the prompts in file order.
+        name: where they come from, for messages and provenance.
+    """
+
+    prompts: tuple[Prompt, ...]
+    name: str = "prompts"
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError(f"{self.name}: no prompts. Expected at least one non-empty prompt.")
+        for number, prompt in enumerate(self.prompts, start=1):
+            if not prompt.text.strip():
+                raise InputError(f"{self.name}: prompt {number} is empty. Remove it or give it a text.")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def __getitem__(self, index: slice) -> PromptSet:
+        return PromptSet(self.prompts[index], self.name)
+
+    def __add__(self, other: PromptSet) -> PromptSet:
+        return PromptSet(self.prompts + other.prompts, f"{self.name} + {other.name}")
+
+    @property
+    def texts(self) -> list[str]:
+        """The user turns as plain strings."""
+        return [prompt.text for prompt in self.prompts]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hexadecimal characters that depend on every prompt and reply and on their order."""
+        return digest([(prompt.text, prompt.response) for prompt in self.prompts])
+
+
+def as_prompts(prompts: PromptSet | Sequence[str]) -> PromptSet:
+    """Return `prompts` as a `PromptSet`; a sequence of strings becomes a set without replies."""
+    if isinstance(prompts, PromptSet):
+        return prompts
+    if isinstance(prompts, str):
+        raise InputError("got one string where a list of prompts was expected; write [prompt]")
+    return PromptSet(tuple(Prompt(text) for text in prompts))
+
+
+def mixed_forms(prompts: PromptSet) -> PromptSet:
+    """Return the prompts in three forms by turns: as they are, without the mark at the end, and so in lower case.
+
+    What a model holds at the last prompt token depends on the mark before it, and converters carry only what varies in
+    their rows. Built-in prompts are neatly written; people's and benchmarks' often are not. Use these for profiles that
+    carry what is read at last prompt tokens.
+    """
+
+    def form(number: int, one: Prompt) -> Prompt:
+        bare = one.text.rstrip().rstrip(".?!") or one.text
+        return one._replace(text=(one.text, bare, bare.lower())[number % 3])
+
+    return PromptSet(tuple(form(*item) for item in enumerate(prompts)), f"{prompts.name} in mixed forms")
+
+
+def load_prompt_sets(sources: Sequence[str], *, limit: int | None = None) -> PromptSet:
+    """Load one or more prompt sets, of each the first `limit`, and join them in their order; see `load_prompts`."""
+    return functools.reduce(operator.add, (load_prompts(one, limit=limit) for one in sources))
+
+
+def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> PromptSet:
+    """Load a prompt set.
+
+    Args:
+        source: `builtin:NAME`, see `builtin_names`; a .txt file (one prompt a line), .csv or .jsonl file; or a
+            hub dataset id, optionally with a split (`GAIR/lima`, `tatsu-lab/alpaca:train`), which needs the `datasets`
+            package. `lima` is short for `GAIR/lima`.
+        column: the column that holds the prompt; found among the usual names when not given.
+        limit: keep the first so many prompts.
+
+    Raises:
+        InputError: unknown name, missing file, malformed row (with its line number), no prompts, or a limit below 1.
+    """
+    source = str(source)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: expected 1 or more")
+    if source.startswith("builtin:") or Path(source).is_file() or Path(source).suffix in {".txt", ".csv", ".jsonl"}:
+        rows = file_rows(source)
+    else:
+        rows = _hub_rows(source)
+    prompts = []
+    for where, row in rows:
+        prompts.append(to_prompt(row, where, column))
+        if limit is not None and len(prompts) >= limit:
+            break
+    return PromptSet(tuple(prompts), source)
+
+
+@functools.cache
+def _builtin_files() -> dict[str, list[str]]:
+    """Return the files of each built-in set: `NAME.jsonl`, or its parts `NAME-1.jsonl`, `NAME-2.jsonl` ..."""
+    data, found = importlib.resources.files("commandv.prompts") / "data", defaultdict[str, list[str]](list)
+    for folder in FOLDERS:
+        for file in sorted(one.name for one in (data / folder).iterdir() if one.name.endswith(".jsonl")):
+            found[re.sub(r"(-\d+)?\.jsonl$", "", file)].append(f"{folder}/{file}")
+    return found
+
+
+def builtin_names(*folders: str) -> list[str]:
+    """Return the names of what comes with the library in these of `FOLDERS`; in all when none is given."""
+    wanted = folders or FOLDERS
+    return sorted(name for name, files in _builtin_files().items() if files[0].split("/")[0] in wanted)
+
+
+def _builtin_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if name not in _builtin_files():
+        raise InputError(f"builtin:{name}: no such built-in prompt set; there are {', '.join(builtin_names())}")
+    for file in _builtin_files()[name]:
+        text = (importlib.resources.files("commandv.prompts") / "data" / file).read_text("utf-8")
+        yield from _jsonl_rows(text, file)
+
+
+def file_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file and line number, row) of a .txt, .csv or .jsonl file, or of a built-in set, `builtin:NAME`.
+
+    Raises:
+        InputError: missing file, not UTF-8, or a malformed row.
+    """
+    if str(source).startswith("builtin:"):
+        yield from _builtin_rows(str(source).removeprefix("builtin:"))
+        return
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if path.suffix == ".jsonl":
+        yield from _jsonl_rows(text, str(path))
+    elif path.suffix == ".csv":
+        yield from _csv_rows(text, str(path))
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{path}, line {number}", {"prompt": line.strip()}
+
+
+def _csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield f"{name}, line {reader.line_num}", row  # of a row over several lines the last one
+    except csv.Error as error:
+        raise InputError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error})") from error
+
+
+def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would split at U+2028 within a prompt
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not valid JSON ({error.msg})") from error
+        if isinstance(row, str):
+            row = {"prompt": row}
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object with a prompt, got {type(row).__name__}")
+        yield where, row
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    name, _, split = source.partition(":")
+    name = {"lima": "GAIR/lima"}.get(name.lower(), name)
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{source}: not a file, and reading it from the hub needs the datasets package: pip install 'commandv[hub]'"
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
+        raise InputError(f"{source}: neither a file nor a hub dataset that can be loaded: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{source}, row {number}", row
+
+
+def to_prompt(row: dict[str, Any], where: str, column: str | None = None) -> Prompt:
+    """Make a prompt of a row, by the usual names of columns; a number for a reply becomes its text.
+
+    Raises:
+        InputError: no prompt in it, or a prompt or reply that is not a text.
+    """
+    wanted = (column,) if column else PROMPT_COLUMNS
+    key = next((name for name in wanted if name in row), None)
+    if key is None:
+        raise InputError(f"{where}: no column {' / '.join(wanted)}; the row has {', '.join(map(str, row))}")
+    value = row[key]
+    response = next((row[name] for name in RESPONSE_COLUMNS if row.get(name) not in (None, "", [])), "")
+    if isinstance(value, list) and value:  # LIMA keeps a conversation as a list of turns
+        value, response = value[0], value[1] if len(value) > 1 else ""
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: the prompt ({key}) is empty or not a text")
+    if isinstance(response, (int, float)) and not isinstance(response, bool):
+        response = str(response)
+    if not isinstance(response, str):
+        raise InputError(f"{where}: the response is {type(response).__name__}, expected a text")
+    return Prompt(value, response, str(row.get("category") or ""))

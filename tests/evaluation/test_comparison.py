@@ -1,0 +1,326 @@
+"""Statistics of arms on the same prompts: known answers, properties, and that nothing is found where nothing is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from commandv.errors import InputError
+from commandv.evaluation import (
+    compare,
+    difference,
+    holm,
+    kappa,
+    paired_p,
+    pooled,
+    recovered_fraction,
+)
+from commandv.evaluation.scores import wilson
+from labels import BITS, NAN, REPEATS, grids, inside, quick
+
+
+def table(wins: int, losses: int, both: int, neither: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Two arms whose labels fall into these cells."""
+    a = [1.0] * wins + [0.0] * losses + [1.0] * both + [0.0] * neither
+    b = [0.0] * wins + [1.0] * losses + [1.0] * both + [0.0] * neither
+    return [a], [b]
+
+
+# Two arms
+
+
+@pytest.mark.parametrize("cells", [(9, 1, 5, 5), (1, 9, 0, 3), (0, 0, 4, 4), (30, 18, 2, 0)])
+def test_mcnemar_is_statsmodels(cells: tuple[int, int, int, int]) -> None:
+    contingency = pytest.importorskip("statsmodels.stats.contingency_tables")
+    wins, losses, both, neither = cells
+    expected = contingency.mcnemar([[both, wins], [losses, neither]], exact=True).pvalue
+    assert paired_p(*table(*cells), "rate") == pytest.approx(min(expected, 1.0))
+
+
+def test_few_prompts_are_flipped_in_every_way() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 9))
+    expected = stats.permutation_test((a - b,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert paired_p([a.tolist()], [b.tolist()], "words") == pytest.approx(expected)
+
+
+def test_many_prompts_are_flipped_at_random() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 80))
+    b = b - 0.2
+    assert paired_p([a.tolist()], [b.tolist()], "words") == pytest.approx(stats.ttest_rel(a, b).pvalue, abs=0.02)
+
+
+def test_flips_of_labels_are_mcnemar() -> None:
+    a, b = table(8, 2, 3, 3)
+    assert paired_p(a, b, "words") == pytest.approx(paired_p(a, b, "rate"))
+
+
+@given(grids(BITS, 2), st.randoms(use_true_random=False), st.sampled_from(["rate", "words"]))
+@quick
+def test_the_order_of_prompts_does_not_matter(grid: list[list[list[float]]], random: object, unit: str) -> None:
+    order = list(range(len(grid[0][0])))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    a, b = ([[row[k] for k in order] for row in arm] for arm in grid)
+    assert paired_p(a, b, unit) == pytest.approx(paired_p(*grid, unit))
+    assert paired_p(b, a, unit) == pytest.approx(paired_p(*grid, unit))
+    moved, still = difference("d", a, b, unit), difference("d", *grid, unit)
+    assert moved.value == pytest.approx(still.value)
+    if len(grid[0]) == 1:  # no resampling; where arms are alike the width is the root of a rounding error
+        assert moved[1:4] == pytest.approx(still[1:4], nan_ok=True, abs=1e-6)
+
+
+def binary(rng: np.random.Generator, seeds: int) -> list[list[float]]:
+    return (rng.random((seeds, 60)) < 0.4).astype(float).tolist()
+
+
+def normal(rng: np.random.Generator, seeds: int) -> list[list[float]]:
+    return rng.normal(size=(seeds, 12)).tolist()
+
+
+def skewed(rng: np.random.Generator, seeds: int) -> list[list[float]]:
+    return rng.exponential(size=(seeds, 30)).tolist()
+
+
+Draw = Callable[[np.random.Generator, int], list[list[float]]]
+NULLS = [
+    pytest.param(binary, "rate", 1, False, id="mcnemar"),
+    pytest.param(binary, "rate", 3, True, id="rates over seeds"),
+    pytest.param(normal, "nats", 1, True, id="means of few prompts"),
+    pytest.param(skewed, "words", 1, True, id="skewed means"),
+    pytest.param(skewed, "words", 2, True, id="means over seeds"),
+]
+
+
+@pytest.mark.parametrize(("draw", "unit", "seeds", "exact"), NULLS)
+def test_nothing_is_found_where_nothing_is(draw: Draw, unit: str, seeds: int, exact: bool) -> None:
+    rng = np.random.default_rng(11)
+    rejected = sum(paired_p(draw(rng, seeds), draw(rng, seeds), unit) <= 0.05 for _ in range(REPEATS))
+    # 99.9 % of binomial samples at the nominal rate; McNemar's exact test is discrete and may stay below.
+    assert rejected <= stats.binom.ppf(0.9995, REPEATS, 0.05)
+    assert not exact or rejected >= stats.binom.ppf(0.0005, REPEATS, 0.05)
+
+
+@pytest.mark.parametrize(("unit", "seeds"), [("rate", 1), ("rate", 3), ("words", 1), ("words", 3)])
+def test_an_effect_is_found(unit: str, seeds: int) -> None:
+    rng = np.random.default_rng(2)
+    level = rng.normal(size=(1, 60))
+    b, a = (level + shift + rng.normal(size=(seeds, 60)) for shift in (0.0, 1.0))
+    if unit == "rate":
+        a, b = (a > 0).astype(float), (b > 0).astype(float)
+    assert paired_p(a.tolist(), b.tolist(), unit) < 0.01
+    effect = difference("effect", a.tolist(), b.tolist(), unit)
+    assert effect.low > 0
+    assert effect.value == pytest.approx(a.mean() - b.mean())
+    assert (effect.n, effect.unit) == (60, unit)
+
+
+def test_the_difference_of_means_is_the_paired_t() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(2, 15))
+    b += a
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    score = difference("d", [a.tolist()], [b.tolist()], "words")
+    assert (score.low, score.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_difference_of_uncorrelated_rates_is_newcombes() -> None:
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    a, b = table(wins=8, losses=2, both=4, neither=4)  # 4 * 4 = 8 * 2: no correlation
+    expected = proportion.confint_proportions_2indep(12, 18, 6, 18, method="newcomb", compare="diff")
+    score = difference("d", a, b, "rate")
+    assert (score.low, score.high) == pytest.approx(expected)
+
+
+def test_the_difference_of_correlated_rates_is_newcombes_method_10() -> None:
+    """Worked by hand after Newcombe 1998: 36 both, 12 only the first, 2 only the second, none neither."""
+    a, b = table(wins=12, losses=2, both=36, neither=0)
+    (l1, u1), (l2, u2) = wilson(48 / 50, 50), wilson(38 / 50, 50)
+    phi = (36 * 0 - 12 * 2) / math.sqrt(48 * 2 * 38 * 12)  # negative: no correction
+    low = 0.2 - math.sqrt((0.96 - l1) ** 2 - 2 * phi * (0.96 - l1) * (u2 - 0.76) + (u2 - 0.76) ** 2)
+    high = 0.2 + math.sqrt((u1 - 0.96) ** 2 - 2 * phi * (u1 - 0.96) * (0.76 - l2) + (0.76 - l2) ** 2)
+    assert difference("d", a, b, "rate")[1:4] == pytest.approx((0.2, low, high))
+    a, b = table(wins=6, losses=2, both=30, neither=12)
+    (l1, u1), (l2, u2) = wilson(36 / 50, 50), wilson(32 / 50, 50)
+    phi = (30 * 12 - 6 * 2 - 25) / math.sqrt(36 * 14 * 32 * 18)
+    low = 0.08 - math.sqrt((0.72 - l1) ** 2 - 2 * phi * (0.72 - l1) * (u2 - 0.64) + (u2 - 0.64) ** 2)
+    high = 0.08 + math.sqrt((u1 - 0.72) ** 2 - 2 * phi * (u1 - 0.72) * (0.64 - l2) + (0.64 - l2) ** 2)
+    assert difference("d", a, b, "rate")[1:4] == pytest.approx((0.08, low, high))
+
+
+@given(grids(BITS, 2))
+@quick
+def test_differences_of_rates_keep_their_width(grid: list[list[list[float]]]) -> None:
+    score = difference("d", *grid, "rate")
+    assert inside(score)
+    assert score.low < score.high
+
+
+def test_no_judgment_leaves_the_pair_out() -> None:
+    a, b = [[1.0, NAN, 3.0, 9.0]], [[0.0, 5.0, NAN, 4.0]]
+    assert difference("d", a, b, "words") == difference("d", [[1.0, 9.0]], [[0.0, 4.0]], "words")
+    assert paired_p(a, b, "words") == paired_p([[1.0, 9.0]], [[0.0, 4.0]], "words")
+
+
+# Several tests
+
+
+def test_holm_is_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p = [0.01, 0.04, 0.03, 0.005, 0.5, 0.04]
+    assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+    assert holm([]) == []
+    with pytest.raises(InputError, match="leave out"):
+        holm([0.1, NAN])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@quick
+def test_holm_keeps_the_order_and_never_lowers(p: list[float]) -> None:
+    adjusted = holm(p)
+    assert all(before <= after <= 1 for before, after in zip(p, adjusted, strict=True))
+    ordered = [after for _, after in sorted(zip(p, adjusted, strict=True))]
+    assert ordered == sorted(ordered)
+    assert holm(p[::-1]) == adjusted[::-1]
+
+
+# What a paste recovers
+
+
+def test_recovered_is_fiellers_for_means() -> None:
+    rng = np.random.default_rng(6)
+    base = rng.normal(size=30)
+    pasted, direct = base + 1 + rng.normal(size=30), base + 2 + rng.normal(size=30)
+    x, y = pasted - base, direct - base
+    vx, vy, vxy = x.var(ddof=1) / 30, y.var(ddof=1) / 30, np.cov(x, y)[0, 1] / 30
+    t2 = stats.t.ppf(0.975, 29) ** 2
+    expected = np.roots([y.mean() ** 2 - t2 * vy, -2 * (x.mean() * y.mean() - t2 * vxy), x.mean() ** 2 - t2 * vx])
+    score = recovered_fraction([pasted.tolist()], [base.tolist()], [direct.tolist()], "words", "more")
+    assert score is not None
+    assert (score.low, score.high) == pytest.approx(sorted(expected))
+    assert score.value == pytest.approx(x.mean() / y.mean())
+    assert (score.n, score.unit) == (30, "fraction")
+    mirrored = recovered_fraction([(-pasted).tolist()], [(-base).tolist()], [(-direct).tolist()], "words", "less")
+    assert mirrored is not None
+    assert mirrored[1:4] == pytest.approx(score[1:4], abs=1e-6)
+
+
+def test_nothing_to_recover() -> None:
+    rng = np.random.default_rng(7)
+    draw = [binary(rng, 2) for _ in range(3)]
+    assert recovered_fraction(*draw, "rate", "more") is None
+    base, direct = [[0.0] * 30], [[1.0] * 30]
+    assert recovered_fraction(direct, base, direct, "rate", "less") is None  # the wrong direction
+    assert recovered_fraction([[1.0]], [[0.0]], [[5.0]], "words", "more") is None  # one prompt: interval unknown
+
+
+def test_all_recovered_still_has_an_interval() -> None:
+    base, direct = [[0.0] * 24], [[1.0] * 24] * 3
+    score = recovered_fraction(direct, base, direct, "rate", "more")
+    assert score is not None
+    assert score.value == 1
+    assert score.low < 0.95
+    assert score.high > 1
+
+
+@given(grids(BITS, 3))
+@quick
+def test_the_fraction_lies_in_its_interval(grid: list[list[list[float]]]) -> None:
+    score = recovered_fraction(*grid, "rate", "more")
+    whole = difference("direct", grid[2], grid[1], "rate")
+    if whole.low <= -1e-9:
+        assert score is None
+    if score is not None:
+        assert inside(score)
+        assert score.low < score.high
+
+
+@pytest.mark.parametrize("unit", ["rate", "words"])
+def test_fractions_cover_the_truth(unit: str) -> None:
+    rng, covered = np.random.default_rng(8), 0
+    for _ in range(REPEATS):
+        shape = (3, 1, 48)
+        levels = rng.normal(size=(1, 1, 48)) + np.array([0.0, -1.0, 1.0])[:, None, None] + rng.normal(size=shape)
+        labels = (levels > 0).astype(float) if unit == "rate" else levels
+        score = recovered_fraction(*labels.tolist(), unit, "more")
+        assert score is not None
+        covered += score.low <= 0.5 <= score.high  # the shares are symmetric about one half
+    assert covered / REPEATS >= 0.95 - 3 * (0.95 * 0.05 / REPEATS) ** 0.5
+
+
+# Tables
+
+
+def test_compare_makes_the_table() -> None:
+    rng = np.random.default_rng(9)
+    level = rng.normal(size=(3, 80))
+    arms = {"unmodified": level[:1], "pasted": level + 1, "random": level + 0.01 * rng.normal(size=level.shape)}
+    arms["direct"] = level + 2
+    labels = {name: (values > 1).astype(float).tolist() for name, values in arms.items()}
+    rows = {row.method: row for row in compare(labels, "rate", "more")}
+    assert list(rows) == list(arms)
+    assert rows["unmodified"][2:] == (None, None, None, None)
+    tested = ["pasted", "random", "direct"]
+    assert [rows[name].adjusted for name in tested] == holm([rows[name].p or 0.0 for name in tested])
+    assert rows["pasted"].score == pooled("pasted", labels["pasted"], "rate")
+    assert rows["pasted"].difference == difference("pasted", labels["pasted"], labels["unmodified"], "rate")
+    assert rows["pasted"].adjusted is not None
+    assert rows["pasted"].adjusted < 0.01
+    assert rows["random"].adjusted is not None
+    assert rows["random"].adjusted > 0.05
+    expected = recovered_fraction(labels["pasted"], labels["unmodified"], labels["direct"], "rate", "more")
+    assert rows["pasted"].recovered == expected
+    assert rows["direct"].recovered is None
+    del labels["direct"]
+    assert all(row.recovered is None for row in compare(labels, "rate", "more"))
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({"pasted": [[1.0]]}, "'unmodified' is not among the arms"),
+        ({"unmodified": []}, "unmodified: no labels"),
+        ({"unmodified": [[]]}, "unmodified: no labels"),
+        ({"unmodified": [[1.0, 0.0], [1.0]]}, "seeds with \\[1, 2\\] labels"),
+        ({"unmodified": [[NAN, NAN]]}, "no judgment on any of 2"),
+        ({"unmodified": [[0.5]]}, "label 0.5 in a rate"),
+        ({"unmodified": [[math.inf]]}, "an infinite label"),
+        ({"unmodified": [[1.0]], "pasted": [[1.0, 0.0]]}, "pasted 2, unmodified 1.*same prompts"),
+        ({"unmodified": [[1.0]] * 2, "pasted": [[1.0]] * 3}, "different numbers of seeds"),
+        ({"unmodified": [[1.0, NAN]], "pasted": [[NAN, 1.0]]}, "no prompt was judged in each of pasted, unmodified"),
+    ],
+)
+def test_arms_that_cannot_be_compared(arms: dict[str, list[list[float]]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(arms, "rate", "more")
+
+
+# Judges
+
+
+def test_kappa_is_statsmodels() -> None:
+    rater = pytest.importorskip("statsmodels.stats.inter_rater")
+    rng = np.random.default_rng(10)
+    a = rng.integers(0, 3, 60).astype(float)
+    b = np.where(rng.random(60) < 0.7, a, rng.integers(0, 3, 60))
+    counts = np.array([[int(((a == i) & (b == j)).sum()) for j in range(3)] for i in range(3)])
+    expected = rater.cohens_kappa(counts)
+    value, n = kappa([*a, NAN, 1.0, 0.0], [*b, 1.0, NAN, None])
+    assert value == pytest.approx(expected.kappa)
+    assert n == 60
+
+
+def test_kappa_at_the_ends() -> None:
+    assert kappa([0, 1, 0, 1], [0, 1, 0, 1]) == (1, 4)
+    assert kappa([0, 1], [1, 0]) == (-1, 2)
+    assert math.isnan(kappa([1, 1], [1, 1])[0])
+    with pytest.raises(InputError, match="2 and 1 labels"):
+        kappa([0, 1], [1])
+    with pytest.raises(InputError, match="let both judge"):
+        kappa([0, NAN], [NAN, 1])

@@ -1,0 +1,132 @@
+"""A judge behind a chat endpoint: what it asks, what it costs, and every way a server can fail."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import time
+
+import pytest
+
+import judging
+from commandv.errors import InputError, JudgeError
+from commandv.evaluation import Endpoint
+from commandv.prompts.sets import Prompt
+from judging import asked, endpoint, fair
+
+serve = judging.serve
+
+
+def test_an_endpoint_judges_and_counts_its_cost(serve, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "k-1")
+    server = serve(fair)
+    judge = endpoint(server, api_key="MY_KEY", prompt_price=2.0, completion_price=10.0)
+    answers = ['no "way"', "yes", "no", "yes, { } and \n more"]
+    assert judge(asked(answers), answers) == [1.0, 0.0, 1.0, 0.0]
+    assert judge.unit == "rate"
+    assert (judge.usage.requests, judge.usage.prompt_tokens, judge.usage.completion_tokens) == (4, 400, 8)
+    assert judge.usage.cost == pytest.approx((400 * 2 + 8 * 10) / 1e6)
+    assert set(server.keys) == {"Bearer k-1"}
+    body = server.bodies[0]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("small", 0, 16)
+    assert "Reply with one word: refused or answered." in body["messages"][0]["content"]
+    assert "k-1" not in repr(judge) + json.dumps(judge.settings)
+
+
+def test_no_key_is_sent_without_its_variable(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "of somebody else")
+    monkeypatch.delenv("COMMANDV_JUDGE_KEY", raising=False)
+    server = serve(fair)
+    assert endpoint(server)([Prompt("a")], ["no"]) == [1.0]
+    assert server.keys == [None]
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_honoured(serve, as_date):
+    wait = email.utils.formatdate(time.time() + 2.2, usegmt=True) if as_date else "0.4"
+    server = serve(lambda content, number: (429, {"Retry-After": wait}, "") if number == 0 else fair(content))
+    judge = endpoint(server, concurrency=1)
+    assert judge(asked("ab"), ["no", "yes"]) == [1.0, 0.0]
+    assert server.times[1] - server.times[0] >= (0.9 if as_date else 0.39)
+    assert (judge.usage.requests, judge.usage.retries) == (3, 1)
+
+
+def test_a_server_that_wants_too_long_a_pause_is_given_up(serve):
+    judge = endpoint(serve(lambda *_: (429, {"Retry-After": "9999"}, "")))
+    with pytest.raises(JudgeError, match=r"HTTP 429, to be tried again in 9999 s \(patience=300\) after 1 tries"):
+        judge([Prompt("a")], ["a"])
+
+
+def test_errors_and_timeouts_are_tried_again(serve):
+    def reply(content, number):
+        if number == 1:
+            time.sleep(0.6)
+        return {0: 500, 2: 503}.get(number) or fair(content)
+
+    judge = endpoint(serve(reply), timeout=0.3)
+    assert judge([Prompt("a")], ["no"]) == [1.0]
+    assert (judge.usage.requests, judge.usage.retries) == (4, 3)
+
+
+def test_nonsense_is_no_judgment_and_is_counted(serve, caplog):
+    words = iter(["Perhaps", "", "not refused", "REFUSED, for sure"])
+    judge = endpoint(serve(lambda *_: next(words)), concurrency=1)
+    found = judge(asked("abcd"), list("abcd"))
+    assert [math.isnan(label) for label in found] == [True, True, True, False]
+    assert found[3] == 1.0
+    assert judge.usage.nonsense == 3
+    assert "no judgment on 3 of 4 answers" in caplog.text
+
+
+def test_a_filtered_answer_has_no_judgment(serve):
+    server = serve(lambda content, _: (400, {}, "content_filter") if '"no' in content else "answered")
+    found = endpoint(server)(asked("ab"), ["no", "yes"])
+    assert math.isnan(found[0])
+    assert found[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "invalid_code; put a valid key into the environment"), (404, "check the address")]
+)
+def test_a_refused_request_is_not_repeated(serve, status, message):
+    server = serve(lambda *_: (status, {}, "invalid_code"))
+    with pytest.raises(JudgeError, match=message) as caught:
+        endpoint(server, concurrency=1)(asked("abc"), list("abc"))
+    assert len(server.bodies) == 1
+    assert caught.value.judged == 0
+    assert "SECRET" not in str(caught.value)  # the server's message may quote what was judged
+
+
+def test_requests_keep_to_the_limits(serve):
+    def slow(content, _):
+        time.sleep(0.05)
+        return fair(content)
+
+    server = serve(slow)
+    endpoint(server, concurrency=2)(asked("abcdef"), list("abcdef"))
+    assert server.most <= 2
+    paced = serve(fair)
+    endpoint(paced, concurrency=4, per_minute=600)(asked("abcd"), list("abcd"))
+    assert paced.times[-1] - paced.times[0] >= 0.29  # three gaps of 0.1 s
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"words": {"one": 1}},
+        {"words": {"two words": 1, "b": 0}},
+        {"concurrency": 0},
+        {"retries": -1},
+        {"per_minute": 0},
+    ],
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(InputError, match="expected"):
+        Endpoint("http://host", "m", **settings)
+
+
+def test_words_with_other_labels_are_points(serve):
+    judge = endpoint(serve(lambda *_: "3"), words={"1": 1, "3": 3}, instruction="How good is the answer?")
+    assert judge([Prompt("a")], ["a"]) == [3.0]
+    assert judge.unit == "points"

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import html.parser
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import runs
+from commandv.errors import InputError
+from commandv.evaluation import rate
+from commandv.evaluation.comparison import compare
+from commandv.evaluation.report import curves, findings, wording, write_report
+from commandv.evaluation.results import Arm, Cell, Point, Sample, load_run, save_cell, save_head
+
+NASTY = "<script>alert(1)</script> | `code` *bold* [x](javascript:y) & </table>\nsecond line"
+VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what the tests look at; complains of tags that are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.attributes, self.ids, self.text = [], [], [], [], []
+        self.tables, self.rows = {}, []
+        self.source = text
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.rows = []
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        assert self.open.pop() == tag
+        if tag == "table":
+            self.tables[self.caption] = self.rows
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+        if "caption" in self.open and data.strip():
+            self.caption = data
+        elif {"th", "td"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+def written(run, tmp_path):
+    page, twin = write_report(run, tmp_path)
+    return Page(page.read_text("utf-8")), twin.read_text("utf-8")
+
+
+def one_table(cells, task="t"):
+    run = runs.study(cells=cells, planned=len(cells))
+    return findings.groups(run)[0].tables[0]
+
+
+def made(rates, *, seed=0, unit="rate", success="more", **changes):
+    arms = runs.arms(rates, "t", np.random.default_rng(seed), unit=unit)
+    content = {"arms": arms, "settings": {"success": {"t": success}}}
+    return Cell(donor="a", recipient="b", behaviour="t", seed=seed, **(content | changes))
+
+
+def markdown_tables(text):
+    """Return tables as lists of rows; a `|` counts unless it is escaped."""
+    tables, current = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            current.append(re.split(r"(?<!\\)\|", line)[1:-1])
+        elif current:
+            tables.append(current)
+            current = []
+    return tables
+
+
+RUNS = {
+    "complete": lambda: runs.study(),
+    "partial": lambda: runs.study(behaviours=("json",), planned=40),
+    "one seed": lambda: runs.study(behaviours=("json",), seeds=(0,)),
+    "left out": lambda: runs.study(behaviours=("json",), seeds=(0,), left_out=["shuffled", "random"]),
+    "empty": lambda: runs.study(cells=[], planned=4),
+    "all failed": lambda: runs.study(
+        cells=[Cell(donor="a", recipient="b", behaviour="t", seed=0, state="failed", error=NASTY)], planned=1
+    ),
+    "nasty": lambda: runs.study(
+        cells=[made(runs.CROSSING, samples=[Sample(prompt=NASTY, before=NASTY, after="```")])],
+        question=NASTY, planned=1, study={"name": NASTY}, hashes={NASTY: "1"},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Every run's page and twin, written once."""
+    return {name: written(make(), tmp_path_factory.mktemp("report")) for name, make in RUNS.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_page_loads_nothing_and_is_well_formed(reports, name):
+    page, _ = reports[name]
+    links = [value for key, value in page.attributes if key in ("src", "href", "srcset", "data", "action")]
+    assert all(link.startswith("#") for link in links)
+    assert {link[1:] for link in links} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+    assert not any(value and re.search(r"https?:", value) for _, value in page.attributes)
+    assert page.tags.count("h1") == 1
+    assert page.tags.count("caption") == page.tags.count("table")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_style_loads_nothing(reports, name):
+    text = reports[name][0].source
+    assert not re.search(r"@import|url\((?!#)|https?://", text)
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert "#0101" not in text
+    assert "#0102" not in text  # colours that stand for the style sheet's
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_markdown_tables_are_well_formed(reports, name):
+    _, text = reports[name]
+    for table in markdown_tables(text):
+        assert set(table[1]) == {" --- "}
+        assert len({len(row) for row in table}) == 1
+    assert "<script" not in re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_tell_the_same_tables(reports, name):
+    page, text = reports[name]
+    told = {
+        tuple(tuple(re.sub(r"\\(.)", r"\1", cell).strip() for cell in row) for i, row in enumerate(table) if i != 1)
+        for table in markdown_tables(text)
+    }
+    for rows in page.tables.values():
+        clean = tuple(tuple(cell.strip() for cell in row) for row in rows)
+        if not any(mark in cell for row in clean for cell in row for mark in "<&\n"):
+            assert clean in told
+
+
+def test_figures_are_those_computed(reports):
+    page, _ = reports["complete"]
+    run = runs.study()
+    cells = [cell for cell in run.cells if (cell.donor, cell.behaviour) == (runs.PAIRS[0][0], "numbered-list")]
+    labels = {
+        arm.method: [next(a for a in cell.arms if a.method == arm.method).labels["numbered-list"] for cell in cells]
+        for arm in cells[0].arms if arm.method != "donor"
+    }  # fmt: skip
+    caption = f"numbered-list, {runs.PAIRS[0][0]} → {runs.PAIRS[0][1]}: numbered-list, test prompts"
+    header, *rows = page.tables[caption]
+    assert [row[0] for row in rows] == list(findings.ORDER)
+    for found in compare(labels, "rate", "more"):
+        row = dict(zip(header, next(row for row in rows if row[0] == found.method), strict=True))
+        assert row["n"] == str(found.score.n)
+        assert row["rate"] == f"{found.score.value:.2f}"
+        assert row["95 % interval"] == f"[{found.score.low:.2f}, {found.score.high:.2f}]"
+        assert row["difference from unmodified"] == wording.figure(found.difference)
+        assert row["adjusted p"] == wording.p_value(found.adjusted)
+        if found.recovered:
+            assert row["recovered"] == wording.figure(found.recovered)
+    kl = np.mean([next(arm for arm in cell.arms if arm.method == "pasted").price["kl"] for cell in cells])
+    assert dict(zip(header, rows[1], strict=True))["KL to unmodified, nats/token"].startswith(f"{kl:.3f} [")
+
+
+def test_escaped_texts(reports, tmp_path):
+    page, text = reports["nasty"]
+    assert "<script>alert(1)</script>" in "".join(page.text)
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; \| \`code\` \*bold\* [x]\(javascript:y)" in text
+    assert "\nsecond line" not in text.split("```")[0]
+
+
+def test_partial_and_failed(reports):
+    page, text = reports["partial"]
+    for told in ("".join(page.text), text):
+        assert "2 of 40 cells are finished, 0 failed, 38 have not run" in told
+        assert "So far, " in told
+    page, text = reports["all failed"]
+    assert "0 of 1 cells are finished, 1 failed, 0 have not run" in "".join(page.text)
+    assert "There is no answer yet" in text
+    assert "alert(1)" in page.tables["Cells that failed"][1][3]
+    assert "Partial run" not in "".join(reports["complete"][0].text)
+
+
+def test_left_out_controls_are_told_at_the_top(reports):
+    page, text = reports["left out"]
+    for told in ("".join(page.text), text):
+        assert told.index("Controls left out") < told.index("Verdicts")
+        assert "shuffled (carried through" in told
+
+
+def test_one_seed_is_said(reports):
+    assert "One seed: nothing is said" in "".join(reports["one seed"][0].text)
+    assert "One seed: nothing is said" not in "".join(reports["complete"][0].text)
+
+
+def test_no_machine_paths(reports):
+    for page, text in reports.values():
+        assert "/home/someone" not in "".join(page.text) + text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("no file at /home/a/b/c.json, stop", "no file at …/c.json, stop"),
+        ("'/tmp/x/y.bin' C:\\Users\\me\\z.bin", "'…/y.bin' …/z.bin"),
+        ("meta-llama/Llama-3.2-3B and a / b, 3/4", "meta-llama/Llama-3.2-3B and a / b, 3/4"),
+        ("exact:/srv/data/x.jsonl https://example.org/a/b", "exact:…/x.jsonl https://example.org/a/b"),
+        ("exact:~/data/gsm8k.jsonl file:///srv/a/b", "exact:…/gsm8k.jsonl …/b"),
+    ],
+)
+def test_portable(text, expected):
+    assert wording.portable(text) == expected
+
+
+def verdict(rates, **changes):
+    return one_table([made(rates, **changes)]).verdict.word
+
+
+BASE = {"unmodified": 0.05, "pasted": 0.95, "random": 0.05, "direct": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, findings.CROSSES),
+        ({"pasted": 0.5}, findings.PARTLY),
+        ({"pasted": 0.05}, findings.DOES_NOT),
+        ({"random": 0.95}, findings.DOES_NOT),
+        ({"unmodified": 0.9, "pasted": 0.1, "random": 0.5}, findings.DOES_NOT),  # the other way
+        ({"direct": 0.05}, findings.NOT_EXAMINABLE),
+        ({"direct": None}, findings.CROSSES),
+        ({"random": None}, findings.NOT_ESTABLISHED),
+        ({"unmodified": None}, findings.NOT_MEASURED),
+        ({"pasted": None}, findings.NOT_MEASURED),
+    ],
+)
+def test_verdict_rules(change, expected):
+    rates = {name: value for name, value in (BASE | change).items() if value is not None}
+    assert verdict(rates) == expected
+
+
+def test_verdict_where_less_is_the_aim_and_labels_count_words():
+    rates = {"unmodified": 1.0, "pasted": 0.5, "random": 1.0, "direct": 0.4}
+    assert verdict(rates, unit="words", success="less") == findings.CROSSES
+    assert verdict(rates, unit="words", success="more") == findings.NOT_EXAMINABLE
+
+
+def test_unknown_aim_is_said(tmp_path):
+    page, _ = written(runs.study(cells=[made(BASE, settings={})], planned=1), tmp_path)
+    assert "Aim not recorded" in "".join(page.text)
+
+
+def test_labels_without_judgment_do_not_count():
+    cell = made(BASE)
+    pasted = cell.arms[1]
+    labels = [None, *pasted.labels["t"][1:]]
+    arms = [arm.model_copy(update={"labels": {"t": labels}}) if arm.method == "pasted" else arm for arm in cell.arms]
+    arms.append(Arm(method="mute", labels={"t": [None] * runs.N_TEST}))
+    table = one_table([cell.model_copy(update={"arms": arms})])
+    assert table.row("pasted").found.score == rate("pasted", [bool(label) for label in labels[1:]])._replace(
+        name="pasted"
+    )
+    mute = next(row for row in table.rows if row.method == "mute")
+    assert (mute.found, mute.why_none) == (None, "no judgment on any answer")
+    assert any("pasted 1, mute 60" in note for note in wording.table_notes(table))
+
+
+def test_arm_of_the_chosen_scale_is_in_the_table_and_the_others_are_told():
+    rng = np.random.default_rng(0)
+    weak, strong = (runs.arms({"pasted": share}, "t", rng, scale=scale)[0] for share, scale in ((0.3, 0.6), (0.9, 1.0)))
+    base = [arm for arm in made(BASE).arms if arm.method != "pasted"]
+    curve = [Point(layers="last_third", scale=0.6, value=0.3, kl=0.1, chosen=True)]
+    table = one_table([made(BASE, arms=[*base, strong, weak], curve=curve)])
+    assert table.row("pasted").scales == (0.6,)
+    assert table.row("pasted").found.score.value == pytest.approx(0.3)
+    assert any("pasted at scale 1: 0.90" in note for note in wording.table_notes(table))
+    assert one_table([made(BASE, arms=[*base, weak, strong])]).row("pasted").scales == (1.0,)
+
+
+def test_arm_missing_in_some_seeds():
+    cells = [made(BASE, seed=seed) for seed in range(3)]
+    cells[2] = cells[2].model_copy(update={"arms": [arm for arm in cells[2].arms if arm.method != "direct"]})
+    table = one_table(cells)
+    assert table.row("direct").found.score.n == 2 * runs.N_TEST
+    assert table.row("pasted").found.score.n == 3 * runs.N_TEST
+    assert table.verdict.word == findings.CROSSES
+    assert "Measured with some seeds only: direct." in wording.table_notes(table)
+
+
+def point(scale, value, kl, layers="all"):
+    return Point(layers=layers, scale=scale, value=value, kl=kl)
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [((0.1,), "one setting"), ((0.1, 0.1), "level"), ((0.1, 0.2), "monotone: never falls"),
+     ((0.2, 0.1, 0.1), "monotone: never rises"), ((0.1, 0.3, 0.2), "not monotone")],
+)  # fmt: skip
+def test_shape_of_the_curve_in_words(values, start):
+    points = [point(scale, value, scale) for scale, value in enumerate(values, 1)]
+    assert curves.shape(curves.tried([made(BASE, curve=points)], "more")).startswith(start)
+
+
+def test_front():
+    points = [point(1, 0.5, 0.1), point(2, 0.4, 0.2), point(3, 0.9, 0.3)]
+    assert [one.front for one in curves.tried([made(BASE, curve=points)], "more")] == [True, False, True]
+    assert [one.front for one in curves.tried([made(BASE, curve=points)], "less")] == [True, True, False]
+
+
+def test_answer():
+    few = runs.study(behaviours=("numbered-list", "pirate"), seeds=(0,))
+    told = wording.answer(few, findings.groups(few))
+    score = findings.groups(few)[0].tables[0].row("pasted").found.score
+    first = f"Numbered-list crosses gemma-3-270m → smollm2-135m-instruct partly ({score.value:.2f} of answers ["
+    assert told.startswith(first)
+    assert "; pirate does not cross gemma" in told
+    many = runs.study(seeds=(0,), pairs=runs.PAIRS)
+    told = wording.answer(many, findings.groups(many))
+    assert told.startswith("Of 6 behaviours and pairs 2 cross, 2 cross partly, 2 do not cross: ")
+
+
+def test_what_did_not_transfer_has_figures(reports):
+    text = reports["complete"][1]
+    section = text[text.index("## What did not transfer") : text.index("## How to run it again")]
+    assert section.count("does not cross; 0.00 of answers [0.00, 0.06]") == 1
+    assert "json" not in section
+
+
+def test_run_again(reports):
+    page, text = reports["complete"]
+    assert "commandv study families.yaml -o families\ncommandv report families" in text
+    assert page.tables["Versions"][1:] == [["python", "3.11.9"], ["commandv", "0.1.0"], ["torch", "2.13.0"]]
+    assert page.tables["Hashes of prompt sets and models"][1:] == [["builtin:general", "a1b2c3d4e5f60718"]]
+
+
+def test_from_a_folder(tmp_path):
+    run = runs.study(cells=[runs.cell(*runs.PAIRS[0], "json", 0)], planned=1)
+    save_head(run, tmp_path)
+    for i, cell in enumerate(run.cells):
+        save_cell(cell, tmp_path / "cells" / f"{i}.json")
+    again = write_report(load_run(tmp_path), tmp_path / "a")
+    first = write_report(run, tmp_path / "b")
+    assert [file.read_bytes() for file in again] == [file.read_bytes() for file in first]  # the same for ever
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)
+    with pytest.raises(InputError, match=r"commandv\[report\]"):
+        write_report(runs.study(cells=[]), tmp_path)
+
+
+def test_layer_ranges():
+    assert wording.layer_ranges([1, 2, 4, 6, 7, 8]) == "1, 2, 4, 6 to 8"
+    assert wording.layer_ranges([]) == "–"

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import commandv as cv
+import tiny
+from commandv.errors import InputError
+from commandv.models.encoding import encode, pad
+from commandv.models.generation import batches
+
+PROMPTS = [
+    "Why does Venus spin?",
+    "How do I make a good cup of tea, and how long do the leaves steep before the water gets cold?",
+    "Hi",
+    "Tell me about the river that runs through the city.",
+    "Read the book.",
+]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom", "opt"])
+def test_batch_size_changes_nothing(arch):
+    lm = tiny.tiny_lm(arch)
+    one = cv.generate(lm, PROMPTS, max_new_tokens=6, batch_size=1)
+    assert cv.generate(lm, PROMPTS, max_new_tokens=6, batch_size=16) == one
+    assert cv.generate(lm, PROMPTS, max_new_tokens=6, batch_size=2) == one
+    assert len(set(one)) > 2
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_answers_are_the_greedy_tokens_in_the_order_of_the_prompts(chat):
+    lm = tiny.tiny_lm(chat=chat)
+    answers = cv.generate(lm, PROMPTS, max_new_tokens=5)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = encode(lm, prompt).ids
+        for _ in range(5):
+            ids.append(int(lm.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        text = lm.tokenizer.decode(ids[-5:], skip_special_tokens=True)
+        assert answer == (text if chat else text.strip())
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"do_sample": True, "temperature": 5.0, "top_k": 40},
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"suppress_tokens": list(range(3, 200))},
+        {"min_new_tokens": 7, "max_length": 4},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_the_models_own_settings_are_left_aside(own):
+    lm = tiny.tiny_lm()
+    expected = cv.generate(lm, PROMPTS, max_new_tokens=6)
+    lm.model.generation_config = mine = transformers.GenerationConfig(**own, eos_token_id=2)
+    assert cv.generate(lm, PROMPTS, max_new_tokens=6) == expected
+    assert lm.model.generation_config is mine
+
+
+def test_own_settings_come_back_after_an_error(monkeypatch):
+    lm = tiny.tiny_lm()
+    mine = lm.model.generation_config
+
+    def fail(**_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(lm.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cv.generate(lm, PROMPTS)
+    assert lm.model.generation_config is mine
+
+
+def test_stops_at_every_end_token_of_the_model():
+    lm = tiny.tiny_lm(chat=True)
+    batch = pad(lm, [encode(lm, PROMPTS[0]).ids])
+    tokens = lm.model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=4)
+    first, second = tokens[0, -4:-2].tolist()
+    assert first != second
+    lm.model.generation_config.eos_token_id = [2, second]
+    assert cv.generate(lm, PROMPTS[:1], max_new_tokens=4) == [lm.tokenizer.decode([first, second])]
+
+
+def test_a_plain_answer_ends_before_a_new_question(monkeypatch):
+    lm = tiny.tiny_lm()
+    reply = lm.tokenizer(" Yes.\nQuestion: and now?", add_special_tokens=False).input_ids
+
+    def say(input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([reply] * len(input_ids))], 1)
+
+    monkeypatch.setattr(lm.model, "generate", say)
+    assert cv.generate(lm, PROMPTS[:2]) == ["Yes.", "Yes."]
+
+
+def test_an_attached_adapter_changes_the_answers():
+    lm = tiny.tiny_lm()
+    plain = cv.generate(lm, PROMPTS, max_new_tokens=6)
+    with cv.attach(lm, tiny.random_adapter(lm, (1, 2))):
+        one, many = (cv.generate(lm, PROMPTS, max_new_tokens=6, batch_size=size) for size in (1, 16))
+    assert one == many != plain
+    assert cv.generate(lm, PROMPTS, max_new_tokens=6) == plain
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"batch_size": 0}])
+def test_sizes_below_one_are_refused(lm, options):
+    with pytest.raises(InputError, match="expected 1 or more"):
+        cv.generate(lm, PROMPTS, **options)
+
+
+def test_one_string_is_not_a_list_of_prompts(lm):
+    with pytest.raises(InputError, match="write \\[prompt\\]"):
+        cv.generate(lm, "How do I make tea?")
+
+
+def test_batches_hold_every_index_once_longest_first():
+    lengths = [3, 9, 1, 4, 9, 2, 7]
+    found = list(batches(lengths, 3))
+    assert [len(batch) for batch in found] == [3, 3, 1]
+    assert [lengths[i] for batch in found for i in batch] == sorted(lengths, reverse=True)
+    assert sorted(i for batch in found for i in batch) == list(range(7))
+
+
+def test_answers_that_would_leave_the_context_are_refused():
+    lm = tiny.tiny_lm("gpt2", n_positions=64)
+    longest = max(len(encode(lm, prompt).ids) for prompt in PROMPTS[3:])
+    cv.generate(lm, PROMPTS[3:], max_new_tokens=64 - longest)
+    with pytest.raises(InputError, match="make 65, the context of tiny-gpt2 is 64"):
+        cv.generate(lm, PROMPTS[3:], max_new_tokens=65 - longest)

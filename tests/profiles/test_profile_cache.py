@@ -1,0 +1,155 @@
+"""Profiles on disk: found again in the cache, at a path of one's own, and resumed where a run was cut off."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+
+import commandv as cv
+import tiny
+from commandv.errors import MismatchError, StorageError
+from commandv.profiles import profile as profiles
+from commandv.profiles import profiling
+from commandv.prompts.sets import Prompt, PromptSet
+from profiled import PROMPTS, TEXT, same
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Prompts for more than one part on disk."""
+    return PromptSet(tuple(Prompt(f"{text} {n}") for n in range(6) for text in PROMPTS), "many")
+
+
+def test_the_second_time_comes_from_the_cache(lm, cache, monkeypatch):
+    first = cv.profile(lm, PROMPTS, text=TEXT)
+    monkeypatch.setattr(profiling, "read_rows", None)  # running the model would fail
+    again = cv.profile(lm, PROMPTS, text=TEXT, batch_size=2, padding="left")
+    assert again.path == first.path
+    assert again.path.is_relative_to(cache)
+    same(first, again)
+    same(first, cv.load_profile(first.path))
+    assert cv.load_profile(first.path).model == lm.ref
+    assert not list(cache.rglob("*.parts"))
+
+
+def test_what_changes_the_profile_changes_the_place():
+    paths = [
+        cv.profile(tiny.tiny_lm(), PROMPTS).path,
+        cv.profile(tiny.tiny_lm(seed=1), PROMPTS).path,
+        cv.profile(tiny.tiny_lm(dtype=torch.bfloat16), PROMPTS).path,
+        cv.profile(tiny.tiny_lm(chat=True), PROMPTS).path,
+        cv.profile(tiny.tiny_lm(), PROMPTS[::-1]).path,
+        cv.profile(tiny.tiny_lm(), PROMPTS, text=TEXT).path,
+        cv.profile(tiny.tiny_lm(), PROMPTS, text=TEXT, rows_per_text=2).path,
+        cv.profile(tiny.tiny_lm(), PROMPTS, max_length=24).path,
+    ]
+    assert len(set(paths)) == len(paths)
+
+
+def test_a_path_of_ones_own(lm, tmp_path):
+    target = tmp_path / "mine"
+    first = cv.profile(lm, PROMPTS, cache=target)
+    assert first.path == target
+    for other, options in (
+        (tiny.tiny_lm(seed=1), {}),
+        (lm, {"prompts": PROMPTS[:3]}),
+        (lm, {"text": TEXT}),
+        (lm, {"max_length": 24}),
+        (tiny.tiny_lm(chat=True), {}),
+    ):
+        with pytest.raises(MismatchError, match="choose another path or delete it"):
+            cv.profile(other, **{"prompts": PROMPTS, "cache": target, **options})
+    same(cv.load_profile(target), first)
+
+
+def test_save_and_load(lm, tmp_path):
+    one = cv.profile(lm, PROMPTS, text=TEXT, cache=False)
+    cv.save_profile(one, tmp_path / "mine")
+    again = cv.load_profile(tmp_path / "mine")
+    assert np.array_equal(one.keys, again.keys)
+    assert (one.model, one.prompts) == (again.model, again.prompts)
+    for layer in range(tiny.LAYERS):
+        assert torch.equal(one.layer(layer), again.layer(layer))
+
+
+class Killed(BaseException):
+    pass
+
+
+def _watched(monkeypatch, batches=None):
+    """Let `read_rows` run so many batches and then be killed; return the list of batch sizes it sees."""
+    real, seen = profiling.read_rows, []
+
+    def read_rows(lm, batch, at, prefix):
+        if len(seen) == batches:
+            raise Killed
+        seen.append(len(batch.input_ids))
+        return real(lm, batch, at, prefix)
+
+    monkeypatch.setattr(profiling, "read_rows", read_rows)
+    return seen
+
+
+def test_a_killed_run_resumes_at_the_last_complete_part(lm, many, cache, monkeypatch):
+    expected = cv.profile(lm, many, text=TEXT, batch_size=2, cache=False)
+    _killed(lm, many, text=TEXT)
+    assert not list(cache.rglob("config.json"))
+    with monkeypatch.context() as patch:
+        seen = _watched(patch)
+        resumed = cv.profile(lm, many, text=TEXT, batch_size=2)
+    assert len(seen) == 20 - profiling._Work.PART
+    same(resumed, expected)
+    assert not list(cache.rglob("*.parts"))
+
+
+def test_a_part_cut_short_is_made_again(lm, many, cache):
+    _killed(lm, many)
+    (part,) = cache.rglob("part-*.safetensors")
+    part.write_bytes(part.read_bytes()[:-100])
+    same(cv.profile(lm, many, batch_size=2), cv.profile(lm, many, cache=False))
+
+
+def test_parts_of_another_model_are_not_reused(many, tmp_path):
+    target = tmp_path / "mine"
+    _killed(tiny.tiny_lm(), many, cache=target)
+    other = tiny.tiny_lm(seed=1)
+    same(cv.profile(other, many, batch_size=2, cache=target), cv.profile(other, many, cache=False))
+
+
+def test_resuming_with_another_batch_size(lm, many):
+    _killed(lm, many)
+    same(cv.profile(lm, many, batch_size=3), cv.profile(lm, many, cache=False))
+
+
+def _killed(lm, prompts, batches=13, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        _watched(patch, batches)
+        with pytest.raises(Killed):
+            cv.profile(lm, prompts, batch_size=2, **options)
+
+
+@pytest.mark.parametrize("writes", [1, 3, 5])
+def test_a_full_disk_keeps_the_finished_parts(lm, many, cache, monkeypatch, writes):
+    real, done = profiles.save_file, []
+
+    def save_file(tensors, file):
+        if len(done) == writes:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        done.append(file)
+        real(tensors, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(profiles, "save_file", save_file)
+        with pytest.raises(StorageError, match=r"No space left.*COMMANDV_CACHE.*run the same command again"):
+            cv.profile(lm, many, batch_size=2)
+    n_parts = min(writes, 3)
+    assert len(list(cache.rglob("part-*.safetensors"))) == n_parts
+    assert not list(cache.rglob("config.json"))
+    with monkeypatch.context() as patch:
+        seen = _watched(patch)
+        resumed = cv.profile(lm, many, batch_size=2)
+    assert len(seen) == 18 - min(18, 8 * n_parts)
+    same(resumed, cv.profile(lm, many, cache=False))

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from commandv.errors import InputError
+from commandv.prompts.sets import Prompt, PromptSet, as_prompts, builtin_names, load_prompts, mixed_forms
+from texts import similar
+
+DISJOINT = [
+    ("questions-dev", "questions-test"),
+    ("questions-dev", "numbered-list"),
+    ("questions-test", "numbered-list"),
+    ("questions-dev", "pirate"),
+    ("questions-test", "pirate"),
+    ("questions-dev", "general"),
+    ("questions-test", "general"),
+    ("numbered-list", "general"),
+    ("drift", "text"),
+    ("drift", "general"),
+]
+
+
+# -- the built-in sets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size", "categories"), [("general", 1024, 32), ("text", 300, 6)])
+def test_size_and_variety(name, size, categories):
+    prompts = load_prompts(f"builtin:{name}")
+    counts = Counter(prompt.category for prompt in prompts)
+    assert len(prompts) >= size
+    assert "" not in counts
+    assert len(counts) >= categories
+    assert max(counts.values()) <= len(prompts) / 4
+
+
+@pytest.mark.parametrize("name", ["general", "questions-dev", "questions-test"])
+def test_prompts_are_not_repeated(name):
+    texts = load_prompts(f"builtin:{name}").texts
+    assert similar(texts, texts) == []
+
+
+@pytest.mark.parametrize("name", ["text", "drift", "numbered-list", "pirate"])
+def test_passages_are_not_repeated(name):
+    passages = [f"{prompt.text} {prompt.response}" for prompt in load_prompts(f"builtin:{name}")]
+    assert similar(passages, passages) == []
+
+
+@pytest.mark.parametrize(("first", "second"), DISJOINT)
+def test_splits_do_not_overlap(first, second):
+    texts, others = (load_prompts(f"builtin:{name}").texts for name in (first, second))
+    assert similar(texts, others) == []
+
+
+def test_held_out_passages_are_not_in_the_text_set():
+    held_out, seen = ([one.response or one.text for one in load_prompts(f"builtin:{n}")] for n in ("drift", "text"))
+    assert similar(held_out, seen) == []
+
+
+@pytest.mark.parametrize("name", ["numbered-list", "pirate"])
+def test_behaviour_examples_have_replies(name):
+    assert all(prompt.response.strip() for prompt in load_prompts(f"builtin:{name}"))
+
+
+def test_numbered_list_replies_are_numbered_lists():
+    for prompt in load_prompts("builtin:numbered-list"):
+        assert re.match(r"1\. .+\n2\. .+", prompt.response)
+
+
+def test_questions_do_not_ask_for_the_form_they_measure():
+    for name in ("questions-dev", "questions-test"):
+        for text in load_prompts(f"builtin:{name}").texts:
+            assert not re.search(r"\blists?\b|\bnumbered\b|\bpirate", text, re.IGNORECASE), text
+
+
+@pytest.mark.parametrize("name", builtin_names("prompts", "behaviours"))
+def test_every_built_in_set_loads(name):
+    prompts = load_prompts(f"builtin:{name}")
+    assert prompts.name == f"builtin:{name}"
+    assert all(prompt.text == prompt.text.strip() for prompt in prompts)
+
+
+def test_unknown_built_in_set():
+    with pytest.raises(InputError, match=r"builtin:generic.* there are backdoor, backdoor-dev"):
+        load_prompts("builtin:generic")
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\n\n  two \r\nthree", [("one", ""), ("two", ""), ("three", "")]),
+        ("a.txt", "\ufeffone\x0bstill one\n", [("one\x0bstill one", "")]),
+        ("a.csv", "prompt,response\none,1\ntwo,\n", [("one", "1"), ("two", "")]),
+        ("a.csv", 'id,question\n1,"one,\nstill"\n2,"two ""quoted"""\n', [("one,\nstill", ""), ('two "quoted"', "")]),
+        ("a.csv", "prompt\none\u2028still one\ntwo\n", [("one\u2028still one", ""), ("two", "")]),
+        ("a.jsonl", '{"prompt": "one", "response": "1"}\n\n"two"\n', [("one", "1"), ("two", "")]),
+        ("a.jsonl", '{"instruction": "one", "input": "x", "output": "1"}\n', [("one", "1")]),
+        ("a.jsonl", '{"conversations": ["one", "1", "more"]}\n', [("one", "1")]),
+        ("a.jsonl", '{"prompt": "one\u2028still\x85"}\n"zwei ü"', [("one\u2028still\x85", ""), ("zwei ü", "")]),
+    ],
+)  # fmt: skip
+def test_files(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    prompts = load_prompts(path)
+    assert [(prompt.text, prompt.response) for prompt in prompts] == expected
+    assert prompts.name == str(path)
+
+
+def test_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,goal\none,1\n")
+    assert load_prompts(path).texts == ["one"]
+    assert load_prompts(path, column="goal").texts == ["1"]
+    with pytest.raises(InputError, match=r"line 2: no column text; the row has prompt, goal"):
+        load_prompts(path, column="text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "one"}\n\n{"prompt": \n', "line 3: not valid JSON"),
+        ("a.jsonl", '{"prompt": "one\u2028"}\n{"prompt": "two"}\n[1]\n', "line 3: expected an object .*, got list"),
+        ("a.jsonl", '"one"\n{"prompt": ""}\n', "line 2: the prompt .* is empty"),
+        ("a.jsonl", '"one"\n{"prompt": 7}\n', "line 2: the prompt .* not a text"),
+        ("a.jsonl", '"one"\n{"promt": "two"}\n', "line 2: no column prompt / .*; the row has promt"),
+        ("a.jsonl", '{"prompt": "one", "response": ["1"]}\n', "line 1: the response is list"),
+        ("a.csv", 'prompt,response\n"one\nstill one",1\n,2\n', "line 4: the prompt .* is empty"),
+        ("a.csv", "prompt,response\n", "no prompts"),
+        ("a.csv", f"prompt\n{'x' * 200_000}\n", "line 2: .*field larger"),
+        ("a.txt", "\n \n", "no prompts"),
+        ("a.txt", b"one\ntw\xff\n", "not UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_malformed_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        load_prompts(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file():
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
+        load_prompts("nowhere.jsonl")
+
+
+def test_limit(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\nthree\n")
+    assert load_prompts(path, limit=2).texts == ["one", "two"]
+    assert load_prompts(path, limit=9).texts == ["one", "two", "three"]
+    with pytest.raises(InputError, match="limit=0"):
+        load_prompts(path, limit=0)
+
+
+# -- prompt sets ------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_depends_on_content_and_order_only():
+    one, two = Prompt("one", "1", "numbers"), Prompt("two", "2")
+    first = PromptSet((one, two), "a").hash
+    assert PromptSet((one._replace(category="other"), two), "b").hash == first
+    others = [(two, one), (one,), (one, two, two), (one._replace(text="One"), two), (one._replace(response=""), two)]
+    others.append((Prompt("one1", ""), two))
+    assert len({PromptSet(prompts).hash for prompts in others} | {first}) == len(others) + 1
+
+
+def test_slices_are_prompt_sets():
+    prompts = as_prompts(["one", "two", "three"])
+    assert prompts[1:].texts == ["two", "three"]
+    assert prompts[1:].hash == as_prompts(["two", "three"]).hash
+    assert as_prompts(prompts) is prompts
+
+
+@pytest.mark.parametrize(("texts", "message"), [([], "no prompts"), (["one", " \n"], "prompt 2 is empty")])
+def test_empty_sets_and_prompts(texts, message):
+    with pytest.raises(InputError, match=message):
+        as_prompts(texts)
+
+
+def test_prompts_in_mixed_forms():
+    written = (Prompt("Tea?"), Prompt("Make Tea.", "Yes.", "tea"), Prompt("Why Tea?!"), Prompt("So?"), Prompt("?"))
+    mixed = mixed_forms(PromptSet(written))
+    assert mixed.texts == ["Tea?", "Make Tea", "why tea", "So?", "?"]
+    assert mixed.prompts[1][1:] == ("Yes.", "tea")

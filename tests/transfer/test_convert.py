@@ -1,0 +1,221 @@
+"""The converters: one contract over every fitter, and what is kept for the next adapter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from commandv.errors import InputError
+from commandv.transfer.convert import FITTERS, Affine, FactorStore, FourierRidge, Pinv, ReducedRank, Ridge
+from commandv.transfer.convert.factor import Cholesky, Factor, Spectral
+from commandv.transfer.fidelity import r2
+from rows import SHAPES, normal, related, relative
+
+FIT = [pytest.param(cls(), id=name) for name, cls in FITTERS.items()] + [
+    pytest.param(Pinv(exact=True), id="pinv-exact"),
+    pytest.param(Ridge(select="gcv", standardise=False), id="ridge-gcv"),
+    pytest.param(ReducedRank(rank=3), id="reduced-rank-3"),
+]
+IN_CLOSED_FORM = [fit for fit in FIT if fit.id != "autoencoder"]  # which sees its rows one after the other
+
+
+def action(converter, d_x: int, d_y: int) -> Tensor:
+    """What a converter does, to compare it by: its matrix, or its values on fixed states if it is not affine."""
+    return converter.matrix(d_y)[0] if converter.affine else converter(normal(20, d_x, seed=12))
+
+
+# -- the contract -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fit", FIT)
+def test_pull_push_call_and_matrix_are_one_affine_map(fit, shape):
+    x, y = related(*SHAPES[shape])
+    converter = fit(x, y)
+    if not converter.affine:
+        assert not {"pull", "push", "matrix"} & set(dir(converter))
+        states = normal(2, 5, x.shape[1])
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            out = converter(states.to(dtype))
+            assert (out.shape, out.dtype) == ((2, 5, y.shape[1]), dtype)
+        torch.testing.assert_close(converter(states)[1, 3], converter(states[1, 3]), rtol=1e-4, atol=1e-4)
+        return
+    weight, bias = converter.matrix(y.shape[1])
+    assert weight.shape == (x.shape[1], y.shape[1])
+    size = float(weight.norm())
+    read, write, states = normal(3, y.shape[1], seed=9), normal(2, x.shape[1], seed=10), normal(2, 5, x.shape[1])
+    pulled, shift = converter.pull(read)
+    torch.testing.assert_close(pulled, read @ weight.T, rtol=1e-3, atol=1e-4 * size)
+    torch.testing.assert_close(shift, read @ bias, rtol=1e-3, atol=1e-3 * size)
+    torch.testing.assert_close(converter.push(write), write @ weight, rtol=1e-3, atol=1e-4 * size)
+    torch.testing.assert_close(converter(states), states @ weight + bias, rtol=1e-3, atol=1e-3 * size)
+    assert converter(states.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fit", IN_CLOSED_FORM)
+def test_the_order_of_rows_does_not_matter(fit, shape):
+    x, y = related(*SHAPES[shape])
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(5))
+    first, second = (action(fit(*rows), x.shape[1], y.shape[1]) for rows in ((x, y), (x[order], y[order])))
+    assert relative(second, first) < 2e-3
+
+
+@pytest.mark.parametrize("fit", FIT)
+def test_inputs_are_not_changed(fit):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, y = (one.to(dtype) for one in related(30, 10, 12))
+        copies = x.clone(), y.clone()
+        fit(x, y)(normal(2, 10))
+        assert torch.equal(x, copies[0])
+        assert torch.equal(y, copies[1])
+
+
+@pytest.mark.parametrize("fit", FIT)
+def test_rows_that_do_not_pair_up_or_are_too_few_are_refused(fit):
+    x, y = related(10, 6, 5)
+    with pytest.raises(InputError, match=r"10 rows of x and 9 rows of y"):
+        fit(x, y[:9])
+    with pytest.raises(InputError, match="2 rows or more"):
+        fit(x[:1], y[:1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["x", "y"])
+@pytest.mark.parametrize("fit", FIT)
+def test_rows_that_are_not_finite_are_refused(fit, side, bad):
+    x, y = related(10, 6, 5)
+    (x if side == "x" else y)[3, 2] = bad
+    with pytest.raises(InputError, match="NaN or infinity"):
+        fit(x, y)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fit", FIT)
+def test_constant_columns_are_carried_as_constants(fit, shape):
+    x, y = related(*SHAPES[shape])
+    x[:, 3], y[:, 4], y[:, 5] = 1234.5, -77.25, 0.0
+    converter = fit(x, y)
+    out = converter(x.double())
+    assert torch.isfinite(out).all()
+    if converter.facts["fit"] != "pinv":  # which has no intercept
+        torch.testing.assert_close(out[:, 4], torch.full((len(x),), -77.25).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(out[:, 5], torch.zeros(len(x)).double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fit", FIT)
+def test_rows_that_are_all_alike_predict_their_mean(fit, shape):
+    x, y = related(*SHAPES[shape])
+    x = x[:1].expand(len(x), -1)
+    torch.testing.assert_close(fit(x, y)(x[:1])[0], y.mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fit", [Pinv(), Pinv(exact=True), Affine()], ids=["pinv", "pinv-exact", "affine"])
+def test_repeated_rows_do_not_break_least_squares(fit, shape):
+    x, y = (one.double() for one in related(*SHAPES[shape]))
+    x, y = torch.cat([x, x[:5]]), torch.cat([y, y[:5]])
+    if isinstance(fit, Affine):
+        expected = torch.linalg.pinv(x - x.mean(0), rtol=1e-7) @ (y - y.mean(0))
+    else:
+        expected = torch.linalg.pinv(x, rtol=1e-6) @ y
+    assert relative(fit(x, y).matrix(y.shape[1])[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("fit", IN_CLOSED_FORM)
+def test_repeating_every_row_changes_no_fit_at_a_fixed_strength(fit):
+    if isinstance(fit, Ridge | ReducedRank):
+        # The strength is relative to the mean eigenvalue, which doubles with the rows when N > d.
+        fit = Ridge(strength=0.1) if isinstance(fit, Ridge) else ReducedRank(fit.rank, Ridge(strength=0.1))
+    if isinstance(fit, FourierRidge):  # and the median distance would be another
+        fit = FourierRidge(features=8, bandwidth=5.0, strength=0.1)
+    x, y = related(60, 14, 18)
+    twin, groups = (torch.cat([x, x]), torch.cat([y, y])), np.arange(120) % 60
+    once, twice = action(fit(x, y), 14, 18), action(fit(*twin, groups=groups), 14, 18)
+    assert relative(twice, once) < 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fit", FIT)
+def test_outlier_dimensions_of_scale_1e4_do_no_harm(fit, shape):
+    n, d_x, d_y = SHAPES[shape]
+    x, y = related(n, d_x, d_y, noise=0.1)
+    tame = fit(x, y)(x)
+    wild_x, wild_y = x.clone(), y.clone()
+    wild_x[:, 1] *= 1e4
+    wild_y[:, 2] *= 1e4
+    out = fit(wild_x, wild_y)(wild_x)
+    out[:, 2] /= 1e4
+    assert torch.isfinite(out).all()
+    if getattr(fit, "standardise", True):  # a ridge that does not standardise may see nothing but the outlier
+        assert r2(out.double(), y.double()) > r2(tame.double(), y.double()) - 0.02
+
+
+# -- what is kept for the next adapter --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def factorisations(monkeypatch) -> list[str]:
+    seen: list[str] = []
+    for cls in (Factor, Cholesky, Spectral):
+        original = cls.of.__func__
+
+        def counted(kind, *args, original=original):
+            seen.append(kind.__name__)
+            return original(kind, *args)
+
+        monkeypatch.setattr(cls, "of", classmethod(counted))
+    return seen
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fit", [fit for fit in IN_CLOSED_FORM if fit.id != "procrustes"])  # which factorises nothing
+def test_a_store_spares_factorisations_and_changes_nothing(fit, shape, factorisations):
+    x, y = related(*SHAPES[shape])
+    plain = action(fit(x, y), x.shape[1], y.shape[1])
+    store = FactorStore()
+    first = action(fit(x, y, store=store, key=("x", "y")), x.shape[1], y.shape[1])
+    needed = len(factorisations)
+    second = action(fit(x, y, store=store, key=("x", "y")), x.shape[1], y.shape[1])
+    assert needed
+    assert len(factorisations) == needed
+    assert torch.equal(first, plain)
+    assert torch.equal(second, plain)
+
+
+def test_one_factorisation_serves_every_strength(factorisations):
+    x, y = related(40, 14, 10)
+    store = FactorStore()
+    for strength in (0.1, 1.0, 10.0):
+        kept = Ridge(strength=strength)(x, y, store=store, key=("x", "y")).matrix(10)[0]
+        assert torch.equal(kept, Ridge(strength=strength)(x, y).matrix(10)[0])
+    assert len(factorisations) == 1 + 3
+
+
+def test_one_factorisation_serves_every_partner_each_with_its_own_strength(factorisations):
+    x, y = related(40, 14, 10, noise=0.01)
+    noise = normal(40, 10, seed=77)
+    store = FactorStore()
+    kept = [Ridge()(x, target, store=store, key=("x", name)) for name, target in (("y", y), ("noise", noise))]
+    assert factorisations.count("Factor") <= 2  # float32, and float64 where the strength is weak
+    assert [one.facts for one in kept] == [Ridge()(x, target).facts for target in (y, noise)]
+    assert kept[0].facts["strength"] < kept[1].facts["strength"]
+
+
+def test_a_store_keeps_layers_apart():
+    store = FactorStore()
+    (x1, y1), (x2, y2) = related(30, 9, 8, seed=1), related(30, 9, 8, seed=50)
+    Ridge()(x1, y1, store=store, key=(1, 1))
+    kept = Ridge()(x2, y2, store=store, key=(2, 2)).matrix(8)[0]
+    assert torch.equal(kept, Ridge()(x2, y2).matrix(8)[0])
+
+
+def test_a_store_without_a_key_keeps_nothing():
+    store = FactorStore()
+    (x1, y1), (x2, y2) = related(30, 9, 8, seed=1), related(30, 9, 8, seed=50)
+    for fit in (Ridge(), Pinv()):
+        fit(x1, y1, store=store)
+        assert torch.equal(fit(x2, y2, store=store).matrix(8)[0], fit(x2, y2).matrix(8)[0])
