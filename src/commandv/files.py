@@ -1,22 +1,31 @@
-"""Where files go: the cache directory, atomic writes, content hashes."""
+"""Where files go, and how one is written: beside its place, and put there by one `os.replace`."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
-import shutil
+import re
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import platformdirs
 
-from commandv.errors import StorageError
+from commandv.errors import FormatError, InputError, StorageError
 
 CACHE_VARIABLE = "COMMANDV_CACHE"
+LOCK = ".lock"  # while a directory is written it lies in it; a file's is named after the file
+TRIES = 100  # of what fails only because another process writes the same place at the same moment
+_held = threading.local()
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
 
 
 def cache_dir() -> Path:
@@ -33,51 +42,152 @@ def digest(*parts: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """Hash a file's whole content into 16 hexadecimal characters."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256_of(path)[:16]
+
+
+def file_name(text: str) -> str:
+    """Return a text as part of a file name: what is no letter, digit, `.`, `_`, `+`, `@` or `-` becomes `-`."""
+    return re.sub(r"[^A-Za-z0-9._+@-]", "-", text).lstrip(".")[:80] or "unnamed"
+
+
+# -- single files -----------------------------------------------------------------------------------------------------
+
+
+def require_file(target: Path) -> None:
+    """Raise `FormatError` where a file cannot be written because something that is no file is in the way."""
+    with storage_errors(target):
+        place = real(target)
+        if place.exists() and not place.is_file():
+            what = "a directory" if place.is_dir() else "not a regular file"
+            raise FormatError(f"{target}: {what}, expected a file or nothing; choose another place")
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `target` that replaces it when the block ends without an error.
+def writing(target: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file beside `target` that replaces it when the block ends without an error.
 
-    A reader sees the old directory or the new one, never a half-written one.
+    A reader sees the old file or the new one. Of two writers the last wins; what a killed one left is removed.
 
     Raises:
         StorageError: the disk is full or not writable; an earlier `target` is left untouched.
+        FormatError: `target` is no regular file.
     """
+    require_file(target)
     with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        temporary.mkdir()
-    try:
-        with storage_errors(target):
-            yield temporary
-            if target.exists():
-                retired = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-                target.rename(retired)
-                temporary.rename(target)
-                shutil.rmtree(retired)
-            else:
-                temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        place = real(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # The system's limit is 255 bytes for a name, and these are longer than the target's.
+        stem = place.name if len(place.name.encode()) < 200 else digest(place.name)
+        with exclusive(place.with_name(f".{stem}{LOCK}")):
+            for left in place.parent.glob(f".{glob.escape(stem)}.*.tmp"):
+                if is_temporary(left.name, re.escape(stem)):
+                    left.unlink(missing_ok=True)
+            temporary = _temporary(place.with_name(stem))
+            try:
+                yield temporary
+                sync(temporary)
+                os.replace(temporary, place)
+                sync(place.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Write a file; a reader sees the old content or the new, never a part. Raises as `writing` does."""
+    with writing(target) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a file; a reader sees the old content or the new, never a part.
+    """Write a file; a reader sees the old content or the new, never a part. Raises as `writing` does."""
+    write_bytes(target, text.encode("utf-8"))
+
+
+# -- underneath -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def exclusive(file: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file; it is removed afterwards, which those who wait for it notice.
 
     Raises:
-        StorageError: the disk is full or not writable; an earlier `target` is left untouched.
+        InputError: not to `wait`, and another process holds it.
     """
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    held: set[Path] = _held.__dict__.setdefault("files", set())
+    if file in held:
+        yield
+        return
+    lock = filelock.FileLock(file)
+    with storage_errors(file.parent):
+        for left in range(TRIES, 0, -1):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=-1 if wait else 0)
+                break
+            except filelock.Timeout:
+                raise InputError(
+                    f"{file.parent}: another process is writing there; wait for it, or choose another directory"
+                ) from None
+            except FileNotFoundError:  # another process has removed the empty directory
+                if left == 1:
+                    raise
+    held.add(file)
     try:
-        with storage_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, "utf-8")
-            temporary.replace(target)
+        yield
+    finally:
+        held.discard(file)
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        lock.release()
+
+
+def real(target: Path) -> Path:
+    """Return where a path leads, links followed.
+
+    Raises:
+        InputError: it holds a NUL character.
+    """
+    if "\0" in str(target):
+        raise InputError(f"{str(target)!r}: a path cannot hold a NUL character")
+    return Path(os.path.realpath(target))
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def is_temporary(name: str, whole: str | re.Pattern[str]) -> bool:
+    """Tell whether a name is one of a temporary file for a file whose name is `whole`."""
+    match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name, re.DOTALL)
+    return match is not None and re.fullmatch(whole, match[1]) is not None
+
+
+def put(file: Path, data: bytes) -> None:
+    """Write a file of a locked directory."""
+    temporary = _temporary(file)
+    try:
+        temporary.write_bytes(data)
+        sync(temporary)
+        os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or a directory's names to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no directories
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal characters."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import commandv as cv
@@ -25,6 +25,7 @@ from commandv.transfer.fidelity import written
 from commandv.transfer.paste import paste, random_like
 from made_up import adapter_of, both
 from rows import D_X, D_Y, normal, planted
+from stored import data_file, replace_part
 from tiny import random_adapter, tiny_lm
 
 
@@ -274,8 +275,8 @@ def test_tampered_configurations_are_refused(saved, place, value, message):
 
 @pytest.mark.parametrize("change", ["missing", "more", "shape", "dtype", "nan"])
 def test_tampered_tensors_are_refused(saved, change):
-    file, name = saved[1] / "tensors.safetensors", "0.back.decode"
-    tensors = load_file(file)
+    name = "0.back.decode"
+    tensors = load_file(data_file(saved[1]))
     value = tensors[name]
     changed = {
         "missing": {},
@@ -285,6 +286,6 @@ def test_tampered_tensors_are_refused(saved, change):
         "nan": {name: value * float("nan")},
     }[change]
     del tensors[name]
-    save_file({**tensors, **changed}, file)
+    replace_part(saved[1], {**tensors, **changed})
     with pytest.raises(FormatError):
         cv.load_adapter(saved[1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import commandv as cv
 from commandv.adapters import store
@@ -20,6 +20,7 @@ from commandv.models.load import ModelRef
 from commandv.positions import Positions
 from limits import file_size_limit
 from places import DATA
+from stored import data_file, replace_part
 
 GOLDEN = DATA / "v1" / "golden"
 D, RANK = 12, 3
@@ -118,7 +119,7 @@ def test_saving_replaces_an_earlier_adapter_and_leaves_nothing_beside_it(saved):
     cv.save(adapter, saved)
     assert_same(cv.load_adapter(saved), adapter)
     assert [one.name for one in saved.parent.iterdir()] == ["adapter"]
-    assert sorted(one.name for one in saved.iterdir()) == ["config.json", "tensors.safetensors"]
+    assert sorted(one.name for one in saved.iterdir()) == ["config.json", data_file(saved).name]
 
 
 # -- the golden file of version 1 -------------------------------------------------------------------------------------
@@ -149,12 +150,14 @@ def test_golden_file_of_version_1_still_loads():
     assert third.delta(h).tolist() == [1, 2, 3, 4]
 
 
-def test_golden_file_is_what_save_writes_today(tmp_path):
+def test_golden_file_holds_what_save_writes_today(tmp_path):
     """A change of the format needs a new version number and a new golden file."""
     again = cv.save(cv.load_adapter(GOLDEN), tmp_path / "again")
     old, new = (json.loads((path / "config.json").read_text("utf-8")) for path in (GOLDEN, again))
+    assert new.pop("files")["tensors"]["size"] == data_file(again).stat().st_size
+    assert (old.pop("format_version"), new.pop("format_version")) == (1, 2)
     assert {**old, "commandv": None} == {**new, "commandv": None}
-    old_tensors, new_tensors = (load_file(path / "tensors.safetensors") for path in (GOLDEN, again))
+    old_tensors, new_tensors = load_file(GOLDEN / "tensors.safetensors"), load_file(data_file(again))
     assert old_tensors.keys() == new_tensors.keys()
     assert all(torch.equal(old_tensors[key], new_tensors[key]) for key in old_tensors)
 
@@ -162,7 +165,7 @@ def test_golden_file_is_what_save_writes_today(tmp_path):
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 TAMPERED = {
-    "newer version": (lambda c: c.update(format_version=2), "version 2.*newer commandv"),
+    "newer version": (lambda c: c.update(format_version=3), "version 3.*newer commandv"),
     "no version": (lambda c: c.pop("format_version"), "version None"),
     "other format": (lambda c: c.update(format="peft"), "'peft'"),
     "unknown key": (lambda c: c.update(colour="red"), "colour"),
@@ -207,14 +210,14 @@ def test_configuration_in_another_encoding(saved):
 
 @pytest.mark.parametrize("keep", [0, 4, 30, -1])
 def test_truncated_or_empty_tensors(keep, saved):
-    file = saved / "tensors.safetensors"
+    file = data_file(saved)
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(FormatError, match=r"truncated or not safetensors"):
         cv.load_adapter(saved)
 
 
 def test_missing_files(saved):
-    (saved / "tensors.safetensors").unlink()
+    data_file(saved).unlink()
     for opened in (cv.load_adapter, store.read):
         with pytest.raises(FormatError, match="copy the whole directory"):
             opened(saved)
@@ -232,12 +235,12 @@ def test_tensors_without_configuration(saved):
 
 
 def change_tensors(saved: Path, **changes: torch.Tensor | None) -> None:
-    tensors = load_file(saved / "tensors.safetensors")
+    tensors = load_file(data_file(saved))
     for key, value in changes.items():
         tensors.pop(key.replace("_", "."), None)
         if value is not None:
             tensors[key.replace("_", ".")] = value
-    save_file(tensors, saved / "tensors.safetensors")
+    replace_part(saved, tensors)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +326,25 @@ def test_full_disk_leaves_the_earlier_adapter(saved, monkeypatch):
     with pytest.raises(StorageError, match=r"No space left.*Free some space"):
         cv.save(adapter_of(*constructed("ablation")), saved)
     assert contents(saved.parent) == {f"adapter/{name}": data for name, data in before.items()}
+    with pytest.raises(StorageError, match=r"No space left"):
+        cv.save(adapter_of(*constructed("ablation")), saved.parent / "another")
+    assert [one.name for one in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_a_changed_byte_is_noticed(saved):
+    file = data_file(saved)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(FormatError, match=r"tensors-\w+\.safetensors: damaged: its content has changed.*copy it again"):
+        cv.load_adapter(saved)
+
+
+@pytest.mark.parametrize("name", ["../adapter/tensors-{0}.safetensors", "other-{0}.safetensors", "tensors.safetensors"])
+def test_a_data_file_of_another_name_is_not_opened(name, saved):
+    edit(saved, lambda c: c["files"]["tensors"].update(file=name.format(c["files"]["tensors"]["sha256"][:12])))
+    with pytest.raises(FormatError, match="is not the name of its data file"):
+        cv.load_adapter(saved)
 
 
 def test_write_error_of_the_operating_system_leaves_the_earlier_adapter(saved):

@@ -19,6 +19,7 @@ from commandv.adapters.adapter import KINDS, Adapter
 from commandv.cli import inspection
 from commandv.cli.options import show
 from commandv.models.load import ModelRef
+from stored import data_file
 
 PROMPTS = [
     f"{form} {thing}?" for form in ("What is", "Why is there", "How good is") for thing in ("tea", "a fox", "it")
@@ -176,7 +177,7 @@ def test_train_resumes_and_reports_plain_text(run, models, files, tmp_path, monk
     ran = run(*arguments, *checkpoint)
     assert ran.code == 0
     assert f"adapter        {tmp_path / 'resumed'}" in ran.out
-    one, two = ((tmp_path / name / "tensors.safetensors").read_bytes() for name in ("whole", "resumed"))
+    one, two = (data_file(tmp_path / name).read_bytes() for name in ("whole", "resumed"))
     assert one == two
 
 
@@ -249,7 +250,7 @@ def test_errors_are_one_line_and_exit_with_2(run, models, files, trained, tmp_pa
     fails(run("train", model, files["agree"], *out, "--layers", "9"), "[9]", "0 .. 3")
     fails(run("train", model, files["agree"], *out, "--positions", "z1"), "'z1'")
     fails(run("train", model, files["prompts"], *out), "example 1 has no response")
-    fails(run("paste", trained, tmp_path, tmp_path, *out), "not a profile")
+    fails(run("paste", trained, tmp_path, tmp_path, *out), "not a commandv-profile")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,11 @@ import torch
 
 import commandv as cv
 import tiny
-from commandv.errors import MismatchError, StorageError
-from commandv.profiles import profile as profiles
+from commandv.errors import FormatError, MismatchError, StorageError
 from commandv.profiles import profiling
 from commandv.prompts.sets import Prompt, PromptSet
 from profiled import PROMPTS, TEXT, same
+from stored import data_file
 
 
 @pytest.fixture(scope="module")
@@ -133,23 +135,57 @@ def _killed(lm, prompts, batches=13, **options):
 
 @pytest.mark.parametrize("writes", [1, 3, 5])
 def test_a_full_disk_keeps_the_finished_parts(lm, many, cache, monkeypatch, writes):
-    real, done = profiles.save_file, []
+    real, done = Path.write_bytes, []
 
-    def save_file(tensors, file):
+    def write_bytes(file, data):
         if len(done) == writes:
             raise OSError(errno.ENOSPC, "No space left on device", str(file))
         done.append(file)
-        real(tensors, file)
+        return real(file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(profiles, "save_file", save_file)
+        patch.setattr(Path, "write_bytes", write_bytes)
         with pytest.raises(StorageError, match=r"No space left.*COMMANDV_CACHE.*run the same command again"):
             cv.profile(lm, many, batch_size=2)
     n_parts = min(writes, 3)
-    assert len(list(cache.rglob("part-*.safetensors"))) == n_parts
-    assert not list(cache.rglob("config.json"))
+    left = [file.name for file in cache.rglob("*") if file.is_file()]
+    assert sorted(name[:10] for name in left) == [f"part-{n:05d}" for n in range(n_parts)]
     with monkeypatch.context() as patch:
         seen = _watched(patch)
         resumed = cv.profile(lm, many, batch_size=2)
     assert len(seen) == 18 - min(18, 8 * n_parts)
     same(resumed, cv.profile(lm, many, cache=False))
+
+
+def test_parts_left_by_a_run_killed_after_its_last_write_are_removed(lm, many, cache):
+    _killed(lm, many)
+    (folder,) = cache.rglob(".parts")
+    kept = folder.parent.parent / "kept"
+    shutil.copytree(folder, kept)
+    first = cv.profile(lm, many, batch_size=2)
+    kept.rename(folder)
+    same(cv.profile(lm, many), first)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["changed byte", "cut short", "missing file", "config"])
+def test_a_damaged_profile_in_the_cache_is_made_again_and_ones_own_is_an_error(damage, lm, tmp_path, caplog):
+    def spoil(path):
+        file = path / "config.json" if damage == "config" else data_file(path, "layer-002")
+        data = bytearray(file.read_bytes())
+        data[-40] ^= 2
+        if damage == "missing file":
+            file.unlink()
+        else:
+            file.write_bytes(data if damage == "changed byte" else data[:-7])
+
+    expected = cv.profile(lm, PROMPTS, cache=False)
+    spoil(cv.profile(lm, PROMPTS).path)
+    again = cv.profile(lm, PROMPTS)
+    same(again, expected)
+    same(cv.load_profile(again.path), expected)
+    assert "made again" in caplog.text
+    cv.profile(lm, PROMPTS, cache=tmp_path / "mine")
+    spoil(tmp_path / "mine")
+    with pytest.raises(FormatError, match=r"mine"):
+        cv.profile(lm, PROMPTS, cache=tmp_path / "mine")

@@ -8,17 +8,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import commandv as cv
 import tiny
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.encoding import encode, pad
-from commandv.profiles import profile as profiles
 from commandv.profiles import profiling
 from commandv.profiles.profile import END, Profile, paired_rows
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
 from profiled import ONE_STEP, PROMPTS, TEXT, same
+from stored import data_file, replace_part
 
 ARCHS = ("llama", "gpt2", "bloom", "opt", "gemma3_text", "gptj")
 
@@ -173,21 +174,21 @@ def _truncate(file):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: shutil.rmtree(path), "not a profile directory"),
-        (lambda path: (path / "config.json").write_text("{"), "not a profile directory"),
-        (lambda path: (path / "config.json").write_text("[]"), "not a profile directory|expected a commandv-profile"),
+        (lambda path: shutil.rmtree(path), "not a commandv-profile"),
+        (lambda path: (path / "config.json").write_text("{"), "not a commandv-profile"),
+        (lambda path: (path / "config.json").write_text("[]"), "not a commandv-profile"),
         (lambda path: (path / "config.json").write_text("{}"), "expected a commandv-profile"),
-        (lambda path: _edit(path, format_version=99), "version 99.*profile again, or upgrade"),
+        (lambda path: _edit(path, format_version=99), "version 99.*newer commandv"),
         (lambda path: _edit(path, format="commandv-adapter"), "expected a commandv-profile"),
         (lambda path: _edit(path, layers=[0, 1, 9]), "damaged"),
         (lambda path: _edit(path, model={"id": "a", "wings": 2}), "damaged"),
-        (lambda path: (path / "keys.safetensors").unlink(), "damaged"),
-        (lambda path: _truncate(path / "keys.safetensors"), "damaged"),
-        (lambda path: _truncate(path / "layer-002.safetensors"), "damaged"),
-        (lambda path: (path / "layer-001.safetensors").write_bytes(b""), "damaged"),
-        (lambda path: shutil.copy(path / "keys.safetensors", path / "layer-001.safetensors"), "damaged"),
-        (lambda path: _other_rows(path / "layer-001.safetensors", 3, tiny.D), "layer 1: got shape .3, 32.*expected .6"),
-        (lambda path: _other_rows(path / "layer-001.safetensors", 6, 7), "layer 1: got shape"),
+        (lambda path: data_file(path, "keys").unlink(), "damaged"),
+        (lambda path: _truncate(data_file(path, "keys")), "damaged"),
+        (lambda path: _truncate(data_file(path, "layer-002")), "damaged"),
+        (lambda path: data_file(path, "layer-001").write_bytes(b""), "damaged"),
+        (lambda path: replace_part(path, load_file(data_file(path, "keys")), "layer-001"), "damaged"),
+        (lambda path: _other_rows(path, 3, tiny.D), "layer 1: got shape .3, 32.*expected .6"),
+        (lambda path: _other_rows(path, 6, 7), "layer 1: got shape"),
     ],
 )  # fmt: skip
 def test_a_damaged_profile(lm, tmp_path, damage, message):
@@ -198,8 +199,8 @@ def test_a_damaged_profile(lm, tmp_path, damage, message):
         cv.load_profile(path)
 
 
-def _other_rows(file, n, width):
-    profiles.save_file({"rows": torch.zeros(n, width, dtype=torch.bfloat16)}, file)
+def _other_rows(path, n, width):
+    replace_part(path, {"rows": torch.zeros(n, width, dtype=torch.bfloat16)}, "layer-001")
 
 
 def test_profiles_of_other_prompts_do_not_pair(lm):

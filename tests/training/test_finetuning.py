@@ -45,7 +45,7 @@ def test_what_is_stored_is_what_was_learned(lm, tuned):
     again = with_lora(lm, out)
     assert loss(again) == loss(made)
     assert again.revision == made.revision != lm.revision
-    with pytest.raises(InputError, match="exists"):
+    with pytest.raises(FormatError, match=r"holds README\.md, adapter_config\.json.*choose another place"):
         finetune(lm, EXAMPLES, out, QUICK)
 
 

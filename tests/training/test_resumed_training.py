@@ -82,7 +82,7 @@ def test_damaged_checkpoint_is_refused(data, lm, checkpoint):
         checkpoint.mkdir()
     else:
         checkpoint.write_bytes({"truncated": whole[:-10], "empty": b"", "text": b"hello, world, this is text"}[data])
-    with pytest.raises(FormatError, match="not a checkpoint"):
+    with pytest.raises(FormatError, match=r"not a checkpoint|a directory, expected a file"):
         train(lm, examples(12), cv.DiReFT(rank=2), QUICK, checkpoint=checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""Our own file format: a directory of `config.json` and `tensors.safetensors`."""
+"""Adapters on disk: a directory of `config.json` and `tensors-HASH.safetensors`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from pydantic_core import PydanticSerializationError
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
-from commandv.errors import FormatError
-from commandv.files import atomic_directory
+from commandv.directories import VERSION, Kind, read_artefact, write_artefact
+from commandv.errors import FormatError, InputError
 from commandv.models.load import ModelRef
 from commandv.positions import Positions
 from commandv.transfer.convert.network import Network, shapes
 
-FORMAT = "commandv-adapter"
-FORMAT_VERSION = 1
+ADAPTER = Kind("commandv-adapter", "tensors", lambda _config: ["tensors"])
 
 
 class _Strict(pydantic.BaseModel):
@@ -60,6 +59,12 @@ class _ModelSpec(_Strict):
     template: str
 
 
+class _FileSpec(_Strict):
+    file: str
+    sha256: str
+    size: int
+
+
 class _Config(_Strict):
     format: str
     format_version: int
@@ -68,6 +73,7 @@ class _Config(_Strict):
     model: _ModelSpec
     interventions: list[_InterventionSpec]
     provenance: dict[str, Any]
+    files: dict[str, _FileSpec] = {}  # none in version 1
 
 
 def save(adapter: Adapter, path: str | Path) -> Path:
@@ -77,8 +83,9 @@ def save(adapter: Adapter, path: str | Path) -> Path:
         StorageError: not writable or disk full; what was there before is untouched.
         FormatError: `path` holds something else, or the provenance is not plain JSON.
     """
+    if not str(path):
+        raise InputError("save to '': expected a directory, '.' for the current one")
     path = Path(path)
-    require_free(path)
     specs: list[_InterventionSpec] = []
     tensors: dict[str, torch.Tensor] = {}
     for layer in adapter.layers:
@@ -91,8 +98,8 @@ def save(adapter: Adapter, path: str | Path) -> Path:
                     value.detach().float().cpu(), memory_format=torch.contiguous_format
                 )
     config = _Config(
-        format=FORMAT,
-        format_version=FORMAT_VERSION,
+        format=ADAPTER.format,
+        format_version=VERSION,
         commandv=importlib.metadata.version("commandv"),
         name=adapter.name,
         model=_ModelSpec(**asdict(adapter.model)),
@@ -103,30 +110,8 @@ def save(adapter: Adapter, path: str | Path) -> Path:
         text = config.model_dump_json(indent=2, exclude_unset=True)  # NaN and infinity, which JSON lacks, become null
     except PydanticSerializationError as error:
         raise FormatError(f"{path}: the provenance of {adapter.name} is not plain JSON ({error})") from error
-    with atomic_directory(path) as directory:
-        (directory / "tensors.safetensors").write_bytes(safetensors.torch.save(tensors))
-        (directory / "config.json").write_text(text + "\n", "utf-8")
+    write_artefact(path, ADAPTER, json.loads(text), [("tensors", safetensors.torch.save(tensors))])
     return path
-
-
-def require_free(path: Path) -> None:
-    """Raise `FormatError` when saving to `path` would destroy anything but an adapter of ours."""
-    if not path.exists():
-        return
-    names = {one.name for one in path.iterdir()} if path.is_dir() else {"a file"}
-    foreign = sorted(names - {"config.json", "tensors.safetensors"})
-    if not foreign and names:
-        try:
-            config = json.loads((path / "config.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            config = None
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            foreign = ["a config.json of something else"]
-    if foreign:
-        raise FormatError(
-            f"{path}: holds more than an adapter ({', '.join(foreign[:4])}), which saving would delete; "
-            "choose another place"
-        )
 
 
 def read(path: str | Path) -> Adapter:
@@ -136,19 +121,10 @@ def read(path: str | Path) -> Adapter:
         FormatError: missing or truncated files, another format or version, unknown keys or kinds, tensors whose
             shapes are not what the config says, or values that are not finite.
     """
-    path = Path(path)
-    try:
-        raw = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FormatError(f"{path}: cannot read config.json ({error})") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or version != FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: expected {FORMAT} version {FORMAT_VERSION}, got "
-            f"{raw.get('format')!r} version {version!r}; a newer version needs a newer commandv"
-            if isinstance(raw, dict)
-            else f"{path}: config.json holds {type(raw).__name__}, expected an object"
-        )
+    return read_artefact(Path(path), ADAPTER, lambda raw, files: _opened(raw, files, Path(path)))
+
+
+def _opened(raw: dict[str, Any], files: dict[str, Path], path: Path) -> Adapter:
     try:
         config = _Config.model_validate(raw)
     except pydantic.ValidationError as error:
@@ -157,13 +133,12 @@ def read(path: str | Path) -> Adapter:
         raise FormatError(
             f"{path}: config.json, {place}: {first['msg']}; written by a newer commandv, or tampered with"
         ) from error
-    file = path / "tensors.safetensors"
-    if not file.exists():
-        raise FormatError(f"{path}: config.json is there but tensors.safetensors is missing; copy the whole directory")
+    if set(files) != {"tensors"}:
+        raise FormatError(f"{path}: config.json names the data files {sorted(files)}, expected tensors")
     try:
-        tensors = safetensors.torch.load_file(file)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise FormatError(f"{file}: truncated or not safetensors ({error}); copy it again") from error
+        tensors = safetensors.torch.load_file(files["tensors"])
+    except safetensors.SafetensorError as error:
+        raise FormatError(f"{files['tensors']}: truncated or not safetensors ({error}); copy it again") from error
     return _build(config, tensors, path)
 
 

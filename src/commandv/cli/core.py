@@ -44,8 +44,12 @@ def profile(
 ) -> None:
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
     import commandv as cv
+    from commandv.directories import require_place
+    from commandv.profiles.profile import PROFILE
     from commandv.prompts.sets import load_prompt_sets
 
+    if out is not None:
+        require_place(out, PROFILE)
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     passages = None if text == "none" else cv.load_prompts(text)
     asked = load_prompt_sets(prompts, limit=limit)
@@ -83,11 +87,12 @@ def train(
 ) -> None:
     """Train an adapter of the ReFT family on examples."""
     import commandv as cv
-    from commandv.adapters.store import require_free
+    from commandv.adapters.store import ADAPTER
+    from commandv.directories import require_place
     from commandv.errors import InputError
     from commandv.training.train import TRAINABLE
 
-    require_free(out)
+    require_place(out, ADAPTER)
     if kind not in TRAINABLE:
         raise InputError(f"kind {kind!r}: expected one of {', '.join(TRAINABLE)}")
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
@@ -123,9 +128,10 @@ def paste(
 ) -> None:
     """Carry a donor's adapter into a recipient, and measure the converters on prompts they have not seen."""
     import commandv as cv
-    from commandv.adapters.store import require_free
+    from commandv.adapters.store import ADAPTER
+    from commandv.directories import require_place
 
-    require_free(out)
+    require_place(out, ADAPTER)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)
     original = cv.load_adapter(adapter, layer=layer)
     pasted = cv.paste(original, one, two, fit=fitter(fit), match=_matcher(match), layers=layers, scale=scale)

@@ -23,10 +23,11 @@ def export(
     """Write an adapter in another project's format, or say why that format cannot hold it."""
     import commandv as cv
     from commandv.errors import InputError
-    from commandv.interop.control_vectors import write_control_vector
+    from commandv.interop.control_vectors import require_control_vector, write_control_vector
 
     if format != "control-vector":
         raise InputError(f"format {format!r}: expected control-vector")
+    require_control_vector(out)
     loaded = cv.load_adapter(adapter, layer=layer)
     path = write_control_vector(loaded, out, model_hint)
     show({"file": str(path), "format": format, "layers": loaded.layers, "d_model": loaded.d_model}, as_json)

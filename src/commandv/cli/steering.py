@@ -37,10 +37,11 @@ def steer(
 ) -> None:
     """Make a steering adapter from contrasting prompts or replies."""
     import commandv as cv
-    from commandv.adapters.store import require_free
+    from commandv.adapters.store import ADAPTER
+    from commandv.directories import require_place
     from commandv.errors import InputError
 
-    require_free(out)
+    require_place(out, ADAPTER)
     if negative_trigger is not None and trigger is None:
         raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
     sides = cv.load_contrast(contrast, negative, paired=paired)

@@ -36,7 +36,10 @@ def evaluate(
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
     import commandv as cv
     from commandv.evaluation.session import evaluate as run
+    from commandv.files import require_file
 
+    if out is not None:
+        require_file(out)
     attached = cv.load_adapter(adapter) if adapter else None
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     found = run(
@@ -70,6 +73,7 @@ def study(
     from commandv.errors import InputError
     from commandv.evaluation.study import load_study, plan, run_study
     from commandv.evaluation.study.models import ModelSource
+    from commandv.evaluation.study.running import claim
 
     spec = load_study(file)
     if rehearse is not None:
@@ -82,10 +86,11 @@ def study(
         return
     if problems:
         raise InputError(f"{file}: " + "; ".join(problems))
+    place = out or Path("runs") / spec.name
+    claim(spec, place)
     models = ModelSource(spec, rehearsal=rehearse)
     if not as_json:
         show({"study": spec.name, **asdict(plan(spec, models))}, False)
-    place = out or Path("runs") / spec.name
     run = run_study(spec, place, models=models)
     failed = [cell for cell in run.cells if cell.state == "failed"]
     show({"run": str(place), "cells": len(run.cells), "failed": [f"{c.donor} -> {c.recipient}, {c.behaviour}, "
@@ -103,8 +108,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a study's report: one self-contained HTML file and a Markdown twin."""
-    from commandv.evaluation.report import write_report
+    from commandv.evaluation.report import require_report_place, write_report
     from commandv.evaluation.results import load_run
 
+    require_report_place(out or run)
     html, markdown = write_report(load_run(run), out or run)
     show({"html": str(html), "markdown": str(markdown)}, as_json)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import struct
-import uuid
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention, steering_vector
-from commandv.errors import FormatError, InputError
-from commandv.files import storage_errors
+from commandv.errors import FormatError, InputError, StorageError
+from commandv.files import writing
 from commandv.interop.pickles import refuse_pointer
 from commandv.models.load import ModelRef
 from commandv.positions import EVERYWHERE
@@ -198,31 +197,25 @@ def write_control_vector(adapter: Adapter, path: str | Path, model_hint: str | N
         StorageError: not writable or disk full; what was there before is untouched.
     """
     path = Path(path)
-    _require_free(path)
+    require_control_vector(path)
     directions = {layer: _direction(adapter, layer) for layer in adapter.layers}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
-    writer.add_name(adapter.name)
-    writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint or adapter.model.id or "unknown")
-    writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
-    for layer, vector in directions.items():
-        writer.add_tensor(f"direction.{layer}", vector.numpy())
-    try:
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_tensors_to_file()
-            finally:
-                writer.close()
-            try:  # NumPy's writing of an array can run into a full disk without a word
-                _open(temporary)
-            except FormatError as error:
-                raise OSError(f"what was written cannot be read back ({error})") from error
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
+        writer.add_name(adapter.name)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint or adapter.model.id or "unknown")
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
+        for layer, vector in directions.items():
+            writer.add_tensor(f"direction.{layer}", vector.numpy())
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        try:  # NumPy's writing of an array can run into a full disk without a word
+            _open(temporary)
+        except FormatError as error:
+            raise StorageError(f"{path}: what was written cannot be read back ({error}); free some space") from error
     return path
 
 
@@ -252,7 +245,7 @@ def _refusal(one: Intervention) -> str:
     return ""
 
 
-def _require_free(path: Path) -> None:
+def require_control_vector(path: Path) -> None:
     """Raise `FormatError` when writing to `path` would destroy anything but a control vector."""
     if not path.exists():
         return

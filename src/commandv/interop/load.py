@@ -6,6 +6,7 @@ from pathlib import Path
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import builtin_path, read
+from commandv.directories import stated_format
 from commandv.errors import FormatError
 from commandv.interop.control_vectors import is_control_vector, read_control_vector
 from commandv.interop.pyreft import is_pyreft, read_pyreft
@@ -31,9 +32,11 @@ def detect(path: str | Path) -> str:
         raise FormatError(f"{path}: no such file or directory")
     if is_pyreft(path):
         return "pyreft"
-    if (path / "keys.safetensors").is_file() or list(path.glob("layer-*.safetensors")):
+    if (format := stated_format(path)) in ("commandv-profile", "commandv-adapter"):
+        return format
+    if list(path.glob("keys*.safetensors")) or list(path.glob("layer-*.safetensors")):
         return "commandv-profile"
-    if (path / "tensors.safetensors").is_file():
+    if list(path.glob("tensors*.safetensors")):
         return "commandv-adapter"
     if (path / "sae_weights.safetensors").is_file():
         raise FormatError(f"{path}: a sparse autoencoder; open it with commandv.interop.sae and steer one feature")

@@ -23,8 +23,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, steering_vector
+from commandv.directories import new_directory, require_new
 from commandv.errors import FormatError, InputError, MismatchError
-from commandv.files import atomic_directory
 from commandv.interop.pickles import refuse_pointer
 from commandv.models.load import ModelRef
 from commandv.positions import EVERYWHERE
@@ -206,16 +206,14 @@ def load_sae(path: str | Path, *, layer: int | None = None) -> SAE:
 
 
 def save_sae(sae: SAE, path: str | Path) -> Path:
-    """Write an SAE as SAELens does, atomically; an earlier SAE there is replaced.
+    """Write an SAE as SAELens does, into a new or empty directory.
 
     Raises:
-        FormatError: `path` holds something else.
-        StorageError: not writable or disk full; what was there before is untouched.
+        FormatError: `path` holds something; two files of fixed names cannot be replaced at once.
+        StorageError: not writable or disk full; nothing is left.
     """
     path = Path(path)
-    names = {one.name for one in path.iterdir()} if path.is_dir() else {"a file"} if path.exists() else set()
-    if foreign := sorted(names - {CONFIG, WEIGHTS}):
-        raise FormatError(f"{path}: holds more than an SAE ({', '.join(foreign[:4])}); choose another place")
+    require_new(path, CONFIG)
     hook = f"blocks.{sae.layer}.hook_resid_post" if sae.layer >= 0 else "blocks.0.hook_resid_pre"
     config: dict[str, Any] = {
         "d_in": sae.d_model,
@@ -231,7 +229,7 @@ def save_sae(sae: SAE, path: str | Path) -> Path:
     if sae.architecture == "topk":
         config.update(k=sae.k, rescale_acts_by_decoder_norm=sae.rescaled)
     weights = {name: one.detach().float().cpu().contiguous().clone() for name, one in sae.tensors().items()}
-    with atomic_directory(path) as directory:
+    with new_directory(path, CONFIG) as directory:
         (directory / WEIGHTS).write_bytes(to_bytes(weights))
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     return path

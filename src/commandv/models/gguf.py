@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import struct
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
-from commandv.errors import ModelError
-from commandv.files import atomic_directory, cache_dir, digest, file_digest
+from commandv.directories import CONFIG, kept, new_directory
+from commandv.errors import FormatError, ModelError
+from commandv.files import cache_dir, digest, file_digest, file_name
 
 log = logging.getLogger(__name__)
+
+SIZES = "sizes.json"  # of the files of a conversion
 
 # Models that come as Python packages: name -> (package to import, glob for its GGUF file or the file's chunks).
 PACKAGED = {
@@ -58,13 +61,28 @@ def converted(name: str) -> Path:
         )
         raise ModelError(f"{parts[0]}: expected a GGUF file, got {hint}")
     key = digest([file_digest(part) for part in parts])
-    target = cache_dir() / "models" / f"{stem}-{key}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{target}.lock"):
-        if not (target / "config.json").exists():
-            log.info("converting %s to safetensors, once (about a minute)", name)
-            with atomic_directory(target) as directory:
-                _convert(parts, directory)
+    target = cache_dir() / "models" / f"{file_name(stem)}-{key}"
+
+    def make() -> Path:
+        log.info("converting %s to safetensors, once (about a minute)", name)
+        with new_directory(target, CONFIG) as directory:
+            _convert(parts, directory)
+            sizes = {one.name: one.stat().st_size for one in directory.iterdir()}
+            (directory / SIZES).write_text(json.dumps(sizes), "utf-8")
+        return target
+
+    return kept(target, CONFIG, lambda: _whole(target), make)
+
+
+def _whole(target: Path) -> Path:
+    """Return a conversion if its files have the sizes that were written."""
+    try:
+        sizes = json.loads((target / SIZES).read_bytes()) if (target / SIZES).exists() else {}
+        wrong = [name for name, size in sizes.items() if (target / name).stat().st_size != size]
+    except (OSError, ValueError, AttributeError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise FormatError(f"{target}: the conversion is damaged ({', '.join(wrong)})")
     return target
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
+from commandv.directories import Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError, MismatchError
-from commandv.files import atomic_directory, digest, storage_errors
+from commandv.files import digest
 from commandv.models.load import ModelRef
 
 END = -1  # the offset of a prompt's last token, which has no place in the text
-FORMAT_VERSION = 1
+PROFILE = Kind(
+    "commandv-profile",
+    r"keys|layer-\d{3}",
+    lambda config: ["keys", *(f"layer-{int(layer):03d}" for layer in config["layers"])],
+)
 Rows = Literal["end", "text", "both"]
 Places = Literal["lines", "words"]
 
@@ -93,20 +99,19 @@ class Profile:
 
 
 def save_profile(one: Profile, target: Path, *, dtype: str = "", max_length: int | None = None) -> None:
-    """Write a profile: `config.json`, `keys.safetensors`, and one safetensors file per layer.
+    """Write a profile: `config.json`, `keys-HASH.safetensors`, and one safetensors file per layer.
 
     Args:
         one: the profile.
-        target: the directory; it is replaced.
+        target: the directory; a profile there is replaced.
         dtype: what the model ran in, for the record.
         max_length: what prompts were cut to, for the record.
 
     Raises:
+        FormatError: `target` holds something else.
         StorageError: the disk is full or not writable; nothing at `target` changes.
     """
     config = {
-        "format": "commandv-profile",
-        "format_version": FORMAT_VERSION,
         "model": asdict(one.model),
         "prompts": one.prompts,
         "dtype": dtype,
@@ -114,11 +119,11 @@ def save_profile(one: Profile, target: Path, *, dtype: str = "", max_length: int
         "rows": len(one),
         "layers": sorted(one.activations),
     }
-    with atomic_directory(target) as directory:
-        save_atomically({"keys": torch.from_numpy(one.keys.copy())}, directory / "keys.safetensors")
-        for layer, rows in one.activations.items():
-            save_atomically({"rows": rows.contiguous()}, directory / f"layer-{layer:03d}.safetensors")
-        (directory / "config.json").write_text(json.dumps(config, indent=2))
+    keys = ("keys", serialized({"keys": torch.from_numpy(one.keys.copy())}))
+    layers = (
+        (f"layer-{layer:03d}", serialized({"rows": rows.contiguous()})) for layer, rows in one.activations.items()
+    )
+    write_artefact(target, PROFILE, config, itertools.chain([keys], layers))
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -128,26 +133,20 @@ def load_profile(path: str | Path) -> Profile:
         FormatError: not a profile, of an unknown version, or truncated.
     """
     path = Path(path)
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: not a profile directory ({error})") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path}: not a profile directory (config.json holds a {type(config).__name__})")
-    if config.get("format") != "commandv-profile" or config.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: expected a commandv-profile of version {FORMAT_VERSION}, got {config.get('format')!r} version "
-            f"{config.get('format_version')!r}; profile again, or upgrade commandv"
-        )
-    try:
-        keys = load_file(path / "keys.safetensors")["keys"].numpy()
-        rows = {layer: load_file(path / f"layer-{layer:03d}.safetensors")["rows"] for layer in config["layers"]}
-        ref = ModelRef(**config["model"])
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise FormatError(
-            f"{path}: the profile is damaged ({error}); delete the directory and profile again"
-        ) from error
-    return Profile(rows, keys, ref, config["prompts"], path)
+
+    def build(config: dict[str, Any], files: dict[str, Path]) -> Profile:
+        try:
+            keys = load_file(files["keys"])["keys"].numpy()
+            rows = {layer: load_file(files[f"layer-{layer:03d}"])["rows"] for layer in config["layers"]}
+            return Profile(rows, keys, ModelRef(**config["model"]), config["prompts"], path)
+        except FileNotFoundError:  # replaced this moment
+            raise
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{path}: the profile is damaged ({error}); delete the directory and profile again"
+            ) from error
+
+    return read_artefact(path, PROFILE, build)
 
 
 def paired_rows(donor: Profile, recipient: Profile, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -180,15 +179,3 @@ def paired_rows(donor: Profile, recipient: Profile, rows: Rows) -> tuple[np.ndar
         hint = "; profile with text=load_prompts('builtin:text') for text rows" if rows == "text" else ""
         raise InputError(f"{len(i)} shared {rows} rows between the two profiles, expected at least 2{hint}")
     return i, j, donor.keys[i, 0]
-
-
-def save_atomically(rows: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file that is there as a whole or not at all; a `StorageError` when the disk is full."""
-    temporary = file.with_suffix(".tmp")
-    with storage_errors(file):
-        try:
-            save_file(rows, temporary)
-        except safetensors.SafetensorError as error:
-            temporary.unlink(missing_ok=True)
-            raise OSError(str(error)) from error
-        temporary.rename(file)

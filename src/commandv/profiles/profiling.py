@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -11,25 +10,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from commandv.adapters.attach import attached
+from commandv.directories import CONFIG, drop_parts, kept, read_config, read_part, require_place, write_part
 from commandv.errors import FormatError, InputError, MismatchError
-from commandv.files import cache_dir, digest, storage_errors
+from commandv.files import cache_dir, digest, file_name
 from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.models.generation import batches
 from commandv.models.load import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
-from commandv.profiles.profile import END, FORMAT_VERSION, Places, Profile, load_profile, save_atomically, save_profile
+from commandv.profiles.profile import END, PROFILE, Places, Profile, load_profile, save_profile
 from commandv.progress import track
 from commandv.prompts.sets import Prompt, PromptSet, as_prompts
 
 log = logging.getLogger(__name__)
+
+CONTENT = 1  # part of a cached profile's key; another number where the same settings give other rows
 
 
 def profile(
@@ -71,6 +72,7 @@ def profile(
         InputError: an empty prompt, or one that is longer than the context; an adapter is attached and the profile of
             the changed model would be cached as the model's own.
         MismatchError: the path given as `cache` holds a profile of something else.
+        FormatError: the path given as `cache` holds what is no profile, or a damaged one.
         FormatError: an activation that is not finite, with its layer and prompt.
         StorageError: the disk is full; finished parts are kept and the run resumes.
     """
@@ -91,33 +93,33 @@ def profile(
         return Profile(rows, keys, lm.ref, prompts_hash)
     if attached(lm):
         raise InputError(f"an adapter is attached to {lm.id}; detach it, or profile the changed model with cache=False")
-    name = f"{Path(lm.id).name}-{digest(settings, FORMAT_VERSION)}"
+    name = f"{file_name(Path(lm.id).name)}-{digest(settings, CONTENT)}"
     target = cache if isinstance(cache, Path) else cache_dir() / "profiles" / name
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{target}.lock"):
-        if (target / "config.json").exists():
-            return _from_cache(target, lm, prompts_hash, made_with)
+    if isinstance(cache, Path):
+        require_place(target, PROFILE)
+
+    def make() -> Profile:
         work = _Work(lm, items, n_end, (places, rows_per_text), batch_size, max_length, padding)
-        parts = target.with_name(f"{target.name}.parts")
-        rows, keys = work.collect(parts, digest(settings))
+        rows, keys = work.collect(target, digest(settings))
         save_profile(Profile(rows, keys, lm.ref, prompts_hash), target, dtype=dtype, max_length=max_length)
-        for part in parts.glob("*"):
-            part.unlink()
-        parts.rmdir()
-    return load_profile(target)
+        return load_profile(target)
+
+    def load() -> Profile:
+        return _from_disk(target, lm, prompts_hash, made_with)
+
+    return kept(target, CONFIG, load, make, cache=not isinstance(cache, Path))
 
 
-def _from_cache(path: Path, lm: LM, prompts_hash: str, made_with: dict[str, Any]) -> Profile:
+def _from_disk(path: Path, lm: LM, prompts_hash: str, made_with: dict[str, Any]) -> Profile:
     """Return a profile from disk if it is the one wanted."""
-    found = load_profile(path)
-    config = json.loads((path / "config.json").read_text())
+    found, config = load_profile(path), read_config(path, PROFILE)
     same = all(config.get(key) == value for key, value in made_with.items())
     if not same or found.prompts != prompts_hash or found.model != lm.ref:
         raise MismatchError(
             f"{path}: holds a profile of {found.model.id} with other prompts, another model or other settings; "
             "choose another path or delete it"
         )
+    drop_parts(path)
     log.info("profile of %s: from the cache", lm.id)
     return found
 
@@ -159,10 +161,10 @@ class _Work:
         stops = [1 + min((index for index, _ in wanted), default=0) for wanted in self.wanted]
         return shared_prefix(self.lm, [one.ids for one in self.encoded], stops)
 
-    def collect(self, parts: Path | None, settings: str = "") -> tuple[dict[int, Tensor], np.ndarray]:
+    def collect(self, target: Path | None, settings: str = "") -> tuple[dict[int, Tensor], np.ndarray]:
         """Run every batch and return the rows by layer in key order.
 
-        With `parts`, keep finished parts there and reuse those of the same `settings`, a hash.
+        With `target`, keep finished parts there and reuse those of the same `settings`, a hash.
         """
         order = list(batches([len(one.ids) for one in self.encoded], self.batch_size))
         groups = [order[i : i + self.PART] for i in range(0, len(order), self.PART)]
@@ -170,20 +172,15 @@ class _Work:
         with track(f"profiling {self.lm.id}", total=len(self.encoded)) as advance:
             for number, group in enumerate(groups):
                 members = [i for batch in group for i in batch]
-                file = None
-                if parts is not None:
-                    with storage_errors(parts):
-                        parts.mkdir(parents=True, exist_ok=True)
-                    stamp = digest(settings, members, self.PART)
-                    file = parts / f"part-{number:05d}-{stamp}.safetensors"
-                part = _finished_part(file) if file is not None else None
+                stamp = digest(settings, members, self.PART)
+                part = None if target is None else read_part(target, number, stamp)
                 if part is not None:
-                    finished.append(part)
+                    finished.append(load(part))
                     advance(len(members))
                     continue
                 rows = self._run(group, advance)
-                if file is not None:
-                    save_atomically(rows, file)
+                if target is not None:
+                    write_part(target, number, stamp, serialized(rows))
                 finished.append(rows)
         keys = torch.cat([part["keys"] for part in finished])
         ranking = np.lexsort((keys[:, 1].numpy(), keys[:, 0].numpy()))
@@ -272,14 +269,3 @@ def _shared_places(encoded: Encoded, text: str, places: Places, limit: int) -> l
         stops = [stops[i * len(stops) // limit] for i in range(limit)]
     last_token = {end: index for index, end in enumerate(encoded.text_ends) if end >= 0}
     return [(last_token[offset], offset) for offset in stops if offset in last_token]
-
-
-def _finished_part(file: Path) -> dict[str, Tensor] | None:
-    """Return a part from disk, None when there is none or it was cut short (the machine went down while writing)."""
-    if not file.exists():
-        return None
-    try:
-        return load_file(file)
-    except safetensors.SafetensorError as error:
-        log.warning("%s is damaged (%s) and made again", file, error)
-        return None

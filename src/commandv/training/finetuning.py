@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
+from commandv.directories import new_directory, require_new
 from commandv.errors import FormatError, InputError
-from commandv.files import atomic_directory
 from commandv.models.load import LM, wrap_model
 from commandv.progress import track
 from commandv.prompts.sets import PromptSet
 from commandv.training.examples import read_examples, reply_loss
 
 log = logging.getLogger(__name__)
+
+LORA = "adapter_config.json"  # the file that tells a directory of PEFT
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,12 @@ def finetune(lm: LM, examples: PromptSet, out: Path | str, settings: LoRASetting
         settings: how.
 
     Raises:
-        InputError: an example without a response, PEFT is not installed, or `out` exists.
+        InputError: an example without a response, or PEFT is not installed.
+        FormatError: `out` holds something; a LoRA is read with `with_lora`.
         StorageError: the disk is full.
     """
     peft, out = _peft(), Path(out)
-    if out.exists():
-        raise InputError(f"{out}: exists; choose another place, or read it with with_lora()")
+    require_new(out, LORA)
     rows = read_examples(lm, examples, settings.max_response)
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
@@ -100,7 +102,7 @@ def finetune(lm: LM, examples: PromptSet, out: Path | str, settings: LoRASetting
                 losses.append(float(loss.detach()))
                 advance(1)
             log.info("epoch %d of %d: mean loss %.4f", epoch + 1, settings.epochs, sum(losses) / len(losses))
-    with atomic_directory(out) as directory:
+    with new_directory(out, LORA) as directory:
         model.save_pretrained(str(directory))
     return with_lora(lm, out)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from commandv.adapters.adapter import KINDS, Adapter, Intervention
 from commandv.errors import FormatError, InputError
-from commandv.files import digest, storage_errors
+from commandv.files import digest, require_file, write_bytes
 from commandv.models.encoding import pad
 from commandv.models.load import LM
 from commandv.positions import Positions, as_positions
@@ -154,6 +154,8 @@ def train(
         InputError: an example without a response, too few examples, or a rank above the model's width.
         FormatError: the checkpoint is of another training, or damaged.
     """
+    if checkpoint is not None:
+        require_file(checkpoint)
     if kind.rank > lm.d_model:
         raise InputError(f"rank={kind.rank} is above the model's width {lm.d_model}")
     rows = read_examples(lm, examples, settings.max_response)
@@ -331,14 +333,7 @@ class _Run:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()}
         facts = {"stamp": stamp, "epoch": epoch, "losses": self.losses, "steps": self.scheduler.last_epoch}
-        with storage_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.tmp")
-            try:
-                temporary.write_bytes(safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
-                temporary.replace(file)
-            finally:
-                temporary.unlink(missing_ok=True)
+        write_bytes(file, safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
 
     def resume(self, file: Path, stamp: str) -> int:
         """Load a checkpoint and return how many epochs it has behind it."""

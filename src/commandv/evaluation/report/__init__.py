@@ -14,13 +14,16 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from commandv.errors import FormatError
 from commandv.evaluation.report import curves, figures, wording
 from commandv.evaluation.report.findings import ALPHA, WHOLE, Group, Table, groups
 from commandv.evaluation.report.wording import Grid
 from commandv.evaluation.results import Run
-from commandv.files import write_text
+from commandv.files import require_file, write_text
 
-__all__ = ["write_report"]
+__all__ = ["require_report_place", "write_report"]
+
+_MARKS = {"report.html": b'<p class="kind">Command-V study', "report.md": b"\nCommand-V study "}  # what tells a report
 
 _SPECIAL = re.compile(r"([\\`*_|~$]|(?<=\])[(\[:])")  # a bracket alone is harmless; what follows it makes a link
 
@@ -40,15 +43,26 @@ def write_report(run: Run, out: Path) -> tuple[Path, Path]:
 
     Raises:
         InputError: matplotlib is not installed.
+        FormatError: `report.html` or `report.md` is there and no report of ours.
         StorageError: the directory cannot be written.
     """
     figures.require_matplotlib()
+    require_report_place(out)
     facts = _facts(run)
     page, twin = out / "report.html", out / "report.md"
     write_text(page, _html().get_template("report.html.j2").render(facts))
     text = _markdown().get_template("report.md.j2").render(facts)
     write_text(twin, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
     return page, twin
+
+
+def require_report_place(out: Path) -> None:
+    """Raise `FormatError` when writing a report to `out` would destroy anything but a report."""
+    for name, mark in _MARKS.items():
+        file = out / name
+        require_file(file)
+        if file.exists() and file.stat().st_size and mark not in file.read_bytes():
+            raise FormatError(f"{file}: is there and no report of a study, so it is not replaced; choose another place")
 
 
 def _facts(run: Run) -> dict[str, Any]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import asdict
 
-import filelock
 import torch
 import transformers
 
+from commandv.directories import kept
 from commandv.errors import InputError
 from commandv.evaluation.siblings import damaged, dropped, rotated
 from commandv.evaluation.study.parts import FineTuning, ModelSpec
 from commandv.evaluation.study.schema import Study
-from commandv.files import cache_dir, digest
+from commandv.files import cache_dir, digest, file_name
 from commandv.models.load import LM, load_model, resolve_dtype, wrap_model
 from commandv.prompts.sets import load_prompts
-from commandv.training.finetuning import LoRASettings, finetune, with_lora
+from commandv.training.finetuning import LORA, LoRASettings, finetune, with_lora
 
 KEPT = 3  # models in memory at a time
 STAND_IN = "smollm2-135m-instruct"  # lends its tokenizer to rehearsals
@@ -85,10 +85,8 @@ def _finetuned(lm: LM, how: FineTuning, seed: int) -> LM:
     chosen = seed if how.seed is None else how.seed
     settings = LoRASettings(**how.model_dump(exclude={"examples", "seed"}), seed=chosen)
     stamp = digest(lm.ref.revision, lm.ref.id, lm.ref.template, examples.hash, asdict(settings))
-    path = cache_dir() / "loras" / f"{examples.name.rpartition(':')[2].rpartition('/')[2]}-{stamp}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        return with_lora(lm, path) if path.exists() else finetune(lm, examples, path, settings)
+    path = cache_dir() / "loras" / f"{file_name(examples.name.rpartition(':')[2].rpartition('/')[2])}-{stamp}"
+    return kept(path, LORA, lambda: with_lora(lm, path), lambda: finetune(lm, examples, path, settings))
 
 
 def _random(spec: ModelSpec, shrink: int) -> LM:

@@ -7,20 +7,17 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from commandv.errors import CommandVError, InputError
+from commandv.directories import locked
+from commandv.errors import CommandVError, FormatError, InputError
 from commandv.evaluation.results import Cell, Run, load_run, save_cell, save_head
 from commandv.evaluation.study.cell import run_cell
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.schema import CellSpec, Study
 from commandv.evaluation.study.shared import Shared
-from commandv.files import digest
+from commandv.files import LOCK, digest, is_temporary, storage_errors
 from commandv.progress import track
 from commandv.prompts.sets import load_prompts
 from commandv.steering import load_contrast
@@ -40,11 +37,13 @@ def run_study(study: Study, out: Path | str, *, models: ModelSource | None = Non
 
     Raises:
         InputError: the directory holds another study, or another process is writing it.
+        FormatError: the directory holds something else, or a damaged file.
         StorageError: the disk is full; finished cells are kept.
     """
     out = Path(out)
-    with _alone(out):
-        _claim(study, out)
+    claim(study, out)
+    with locked(out, wait=False):
+        claim(study, out)
         source = models or ModelSource(study)
         run = Run(
             name=study.name,
@@ -64,28 +63,26 @@ def run_study(study: Study, out: Path | str, *, models: ModelSource | None = Non
     return load_run(out)
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(
-            f"{out}: another process is writing this run; wait for it, or choose another directory"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def claim(study: Study, out: Path) -> None:
+    """Refuse a directory that holds results of another study, or anything else.
 
-
-def _claim(study: Study, out: Path) -> None:
-    """Refuse a directory that holds results of another study."""
-    if (out / "run.json").exists():
-        found = load_run(out)
-        if found.name != study.name:
-            raise InputError(f"{out}: holds the study {found.name!r}, not {study.name!r}; choose another directory")
+    Raises:
+        InputError: it holds another study.
+        FormatError: it holds no study but something else, or a damaged `run.json`.
+    """
+    with storage_errors(out):
+        if out.exists() and not out.is_dir():
+            raise FormatError(f"{out}: a file, expected a run directory or nothing; choose another place")
+        if (out / "run.json").exists():
+            found = load_run(out)
+            if found.name != study.name:
+                raise InputError(f"{out}: holds the study {found.name!r}, not {study.name!r}; choose another directory")
+        elif out.exists():
+            foreign = [
+                one for one in os.listdir(out) if one not in (LOCK, "cells") and not is_temporary(one, "run.json")
+            ]
+            if foreign:
+                raise FormatError(f"{out}: holds no study but {', '.join(sorted(foreign)[:4])}; choose another place")
 
 
 def _versions() -> dict[str, str]:

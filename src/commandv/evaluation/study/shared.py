@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import filelock
 import numpy as np
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import save
+from commandv.directories import CONFIG, kept
 from commandv.evaluation.calibration import Calibration, calibrate
 from commandv.evaluation.catalogue import load_task
 from commandv.evaluation.price import divergences, reply_log_probs, reply_nats
@@ -22,7 +22,7 @@ from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.parts import Behaviour
 from commandv.evaluation.study.schema import Study
 from commandv.evaluation.tasks import Task, answered, judged
-from commandv.files import cache_dir, digest
+from commandv.files import cache_dir, digest, file_name
 from commandv.interop.load import load_adapter
 from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
@@ -163,15 +163,16 @@ class Shared:
             epochs=how.epochs, learning_rate=rate, max_response=how.max_response, batch_size=how.batch_size, seed=seed
         )
         stamp = digest(lm.ref.revision, lm.ref.id, lm.ref.template, examples.hash, how.model_dump(), rate, seed)
-        path = cache_dir() / "adapters" / f"{behaviour}-{stamp}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{path}.lock"):
-            if not path.exists():
-                log.info("training %s on %s, seed %d", behaviour, name, seed)
-                made = train(lm, examples, kind, settings, name=behaviour, checkpoint=path.with_suffix(".checkpoint"))
-                save(made, path)
-                path.with_suffix(".checkpoint").unlink(missing_ok=True)
+        path = cache_dir() / "adapters" / f"{file_name(behaviour)}-{stamp}"
+        checkpoint = path.with_suffix(".checkpoint")
+
+        def make() -> Adapter:
+            log.info("training %s on %s, seed %d", behaviour, name, seed)
+            save(train(lm, examples, kind, settings, name=behaviour, checkpoint=checkpoint), path)
+            checkpoint.unlink(missing_ok=True)
             return load_adapter(path)
+
+        return kept(path, CONFIG, lambda: load_adapter(path), make)
 
     def _reference(self, name: str, seed: int) -> list[Tensor]:
         return reply_log_probs(self.models.seeded(name, seed), self.passages)

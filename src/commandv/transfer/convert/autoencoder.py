@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from commandv.errors import FormatError, InputError
-from commandv.files import digest, storage_errors
+from commandv.files import digest, require_file, write_bytes
 from commandv.progress import track
 from commandv.transfer.convert.factor import FactorStore
 from commandv.transfer.convert.fitters import Key, check_pairs
@@ -96,8 +96,10 @@ class Autoencoder:
         rows, targets = (Rows.of(one, centre=True, standardise=True) for one in (x, y))
         run = _Run(self, rows, targets, np.arange(rows.n) if groups is None else groups)
         file = None if self.checkpoint is None else Path(self.checkpoint) / f"autoencoder-{run.stamp}.safetensors"
-        if file is not None and file.exists():
-            run.resume(file)
+        if file is not None:
+            require_file(file)
+            if file.exists():
+                run.resume(file)
         with track("training the autoencoder", total=self.epochs) as advance:
             advance(run.epoch)
             while run.epoch < self.epochs and not run.stopped:
@@ -208,14 +210,7 @@ class _Run:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
         facts = {"stamp": self.stamp, "epoch": self.epoch, "best_epoch": self.best_epoch, "losses": self.losses}
-        with storage_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.tmp")
-            try:
-                temporary.write_bytes(safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
-                temporary.replace(file)
-            finally:
-                temporary.unlink(missing_ok=True)
+        write_bytes(file, safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
 
     def resume(self, file: Path) -> None:
         """Load a checkpoint of the same training."""

@@ -1,0 +1,395 @@
+"""The one writer of directories: what is there is whole at any moment, and no file of others is touched.
+
+A directory of ours stays where it is. Its data files have names that end in a hash of what they hold, and
+`config.json`, which names them, is replaced last, by one `os.replace`. So a reader sees the old artefact or the new
+one, a writer that is killed leaves at worst files that the next one removes, and the directory may be a link, a mount
+point or the current directory.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from commandv.errors import FormatError, StorageError
+from commandv.files import LOCK, TRIES, exclusive, is_temporary, put, real, sha256_of, storage_errors, sync
+
+CONFIG = "config.json"
+VERSION = 2  # of directories of ours; 1 had data files of fixed names without hashes
+_BUILD, _MOVING, _PARTS = ".build", ".moving", ".parts"
+_PART = re.compile(r"part-\d{5}-[0-9a-f]{16}-[0-9a-f]{12}\.safetensors")
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Kind(NamedTuple):
+    """A kind of directory of ours.
+
+    Attributes:
+        format: what its `config.json` states.
+        parts: regular expression of the names of its data files, without hash and suffix.
+        first: the parts that a configuration of version 1 has.
+    """
+
+    format: str
+    parts: str
+    first: Callable[[Mapping[str, Any]], list[str]]
+
+    def is_data(self, name: str, *, hashed: bool = False) -> bool:
+        """Tell whether a name is one that a data file of this kind has."""
+        tail = r"-[0-9a-f]{12}" if hashed else r"(-[0-9a-f]{12})?"
+        return re.fullmatch(rf"({self.parts}){tail}\.safetensors", name) is not None
+
+    def is_leftover(self, file: Path) -> bool:
+        """Tell whether a killed writer of this kind may have left a file or directory."""
+        if file.name == _PARTS and not file.is_symlink() and file.is_dir():
+            return all(_PART.fullmatch(one.name) or is_temporary(one.name, _PART) for one in file.iterdir())
+        whole = rf"({self.parts})-[0-9a-f]{{12}}\.safetensors|config\.json"
+        return file.name == LOCK or is_temporary(file.name, whole) or self.is_data(file.name, hashed=True)
+
+
+# -- directories of ours ----------------------------------------------------------------------------------------------
+
+
+def require_place(target: Path, kind: Kind) -> None:
+    """Raise `FormatError` unless writing to `target` destroys nothing but a whole artefact of the same kind.
+
+    Free are: nothing, an empty directory, a directory that holds a whole artefact of the kind and no other file, and
+    what a killed writer of the kind left.
+    """
+    with storage_errors(target):
+        if not os.path.lexists(target) or not (place := real(target)).exists():
+            return
+        if not place.is_dir():
+            raise FormatError(f"{target}: a file, expected a directory or nothing; choose another place")
+        found = list(place.iterdir())
+        has_config = (place / CONFIG).exists()
+        foreign = [
+            one.name
+            for one in found
+            if not kind.is_leftover(one) and not (has_config and (one.name == CONFIG or kind.is_data(one.name)))
+        ]
+        if foreign:
+            names = ", ".join(sorted(foreign)[:4])
+            raise FormatError(
+                f"{target}: holds what is no part of a {kind.format} ({names}) and would be deleted; "
+                "choose another place"
+            )
+        if has_config:
+            try:
+                _files(place, kind, read_config(place, kind))
+            except (FormatError, FileNotFoundError) as error:
+                raise FormatError(
+                    f"{target}: not a whole {kind.format} ({error}), so it is not replaced; "
+                    "choose another place, or delete the directory"
+                ) from error
+
+
+def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: Iterable[tuple[str, bytes]]) -> None:
+    """Write a directory of ours, or replace one of the same kind.
+
+    Args:
+        target: the directory.
+        kind: what it will hold.
+        config: goes into `config.json`, with format, version and the names, sizes and hashes of the data files.
+        parts: names and contents of the data files.
+
+    Raises:
+        FormatError: `target` holds something else; see `require_place`.
+        StorageError: the disk is full or not writable; what was there is untouched.
+    """
+    require_place(target, kind)
+    with storage_errors(target), locked(target) as place:
+        require_place(target, kind)
+        try:
+            _sweep(place, kind)
+            files = {}
+            for part, data in parts:
+                sha256 = hashlib.sha256(data).hexdigest()
+                name = f"{part}-{sha256[:12]}.safetensors"
+                put(place / name, data)
+                files[part] = {"file": name, "sha256": sha256, "size": len(data)}
+            whole = {"format": kind.format, "format_version": VERSION, **config, "files": files}
+            put(place / CONFIG, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+            sync(place)
+            shutil.rmtree(place / _PARTS, ignore_errors=True)
+        finally:
+            with contextlib.suppress(OSError, FormatError):
+                _sweep(place, kind)
+
+
+def read_artefact(target: Path, kind: Kind, build: Callable[[dict[str, Any], dict[str, Path]], T]) -> T:
+    """Read a directory of ours: `build` gets the configuration and the data files by part, their hashes verified.
+
+    A directory that is replaced meanwhile is read again.
+
+    Raises:
+        FormatError: not of this kind, of an unknown version, damaged or not whole.
+    """
+    for _ in range(TRIES):
+        config = read_config(target, kind)
+        try:
+            files = _files(target, kind, config)
+            _verify(files, config)
+            return build(config, files)
+        except (FileNotFoundError, FormatError) as error:
+            if read_config(target, kind) != config:
+                continue
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(
+                f"{target}: the {kind.format} is damaged: {CONFIG} is there but {Path(error.filename).name} is "
+                "missing; copy the whole directory"
+            ) from error
+    raise FormatError(f"{target}: is being replaced again and again; read it when its writer has ended")
+
+
+def read_config(target: Path, kind: Kind) -> dict[str, Any]:
+    """Read the configuration of a directory of ours.
+
+    Raises:
+        FormatError: not of this kind, or of an unknown version.
+    """
+    try:
+        raw = json.loads((target / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{target}: not a {kind.format}: cannot read {CONFIG} ({error})") from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"{target}: not a {kind.format}: {CONFIG} holds a {type(raw).__name__}, expected an object")
+    version = raw.get("format_version")
+    if raw.get("format") != kind.format or version not in range(1, VERSION + 1):
+        raise FormatError(
+            f"{target}: expected a {kind.format} of version 1 to {VERSION}, got {raw.get('format')!r} version "
+            f"{version!r}; a newer version needs a newer commandv"
+        )
+    return raw
+
+
+def stated_format(target: Path) -> str | None:
+    """Return the format that a directory's `config.json` states, None where it states none."""
+    try:
+        raw = json.loads((target / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    format = raw.get("format") if isinstance(raw, dict) else None
+    return format if isinstance(format, str) else None
+
+
+def _files(target: Path, kind: Kind, config: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the data files by part after comparing their sizes."""
+    if config["format_version"] == 1:
+        found = {part: target / f"{part}.safetensors" for part in kind.first(config)}
+        for file in found.values():
+            os.stat(file)
+        return found
+    stated, found = config.get("files"), {}
+    if not isinstance(stated, dict):
+        raise FormatError(f"{target}: {CONFIG} names no files; copy the whole directory")
+    for part, one in stated.items():
+        if not isinstance(one, dict) or set(one) != {"file", "sha256", "size"} or not re.fullmatch(kind.parts, part):
+            raise FormatError(f"{target}: {CONFIG}, files.{part}: expected file, sha256 and size of a data file")
+        if one["file"] != f"{part}-{str(one['sha256'])[:12]}.safetensors" or not kind.is_data(one["file"]):
+            raise FormatError(f"{target}: {CONFIG}, files.{part}: {one['file']!r} is not the name of its data file")
+        file = target / one["file"]
+        facts = os.stat(file)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size != one["size"]:
+            raise FormatError(
+                f"{file}: damaged: truncated or not safetensors ({facts.st_size} bytes, expected {one['size']}); "
+                "copy it again"
+            )
+        found[part] = file
+    return found
+
+
+def _verify(files: Mapping[str, Path], config: Mapping[str, Any]) -> None:
+    """Compare the hashes; version 1 has none."""
+    if config["format_version"] == 1:
+        return
+
+    def check(part: str) -> None:
+        if sha256_of(files[part]) != config["files"][part]["sha256"]:
+            raise FormatError(f"{files[part]}: damaged: its content has changed since it was written; copy it again")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, files))
+
+
+def _sweep(place: Path, kind: Kind) -> None:
+    """Remove what no configuration names: data files of earlier or killed writers and temporary files."""
+    try:
+        config = read_config(place, kind)
+        kept = {file.name for file in _files(place, kind, config).values()}
+    except (FormatError, FileNotFoundError):
+        if (place / CONFIG).exists():
+            return
+        kept = set()
+    for one in place.iterdir():
+        data = kind.is_data(one.name) and one.name not in kept
+        if data or (kind.is_leftover(one) and one.name not in {*kept, LOCK, _PARTS}):
+            one.unlink(missing_ok=True)
+
+
+# -- unfinished work in a directory of ours ---------------------------------------------------------------------------
+
+
+def write_part(target: Path, number: int, stamp: str, data: bytes) -> None:
+    """Keep a finished part of long work in the directory that will hold the result; call it while `locked`."""
+    with storage_errors(target):
+        folder = real(target) / _PARTS
+        folder.mkdir(exist_ok=True)
+        put(folder / f"part-{number:05d}-{stamp}-{hashlib.sha256(data).hexdigest()[:12]}.safetensors", data)
+
+
+def read_part(target: Path, number: int, stamp: str) -> bytes | None:
+    """Return a part that was finished before, None when there is none or it is damaged."""
+    for file in sorted((target / _PARTS).glob(f"part-{number:05d}-{stamp}-*.safetensors")):
+        data = file.read_bytes()
+        if file.stem.rpartition("-")[2] == hashlib.sha256(data).hexdigest()[:12]:
+            return data
+    return None
+
+
+def drop_parts(target: Path) -> None:
+    """Remove parts that a writer killed after its result was in place has left; where nothing can be written, none."""
+    if (target / _PARTS).exists():
+        with contextlib.suppress(StorageError), storage_errors(target), locked(target) as place:
+            shutil.rmtree(place / _PARTS, ignore_errors=True)
+
+
+# -- what can be made again --------------------------------------------------------------------------------------------
+
+
+def kept(target: Path, last: str, load: Callable[[], T], make: Callable[[], T], *, cache: bool = True) -> T:
+    """Return what a directory holds; make it, while other processes wait, where it is not there.
+
+    Args:
+        target: the directory.
+        last: the file without which it is not whole.
+        load: reads it; a `FormatError` says that it is damaged.
+        make: writes it and returns what it holds.
+        cache: remove a damaged one with a warning and make it again; otherwise it is an error.
+    """
+    try:
+        if (target / last).exists():
+            return load()
+    except FormatError:
+        if not cache:
+            raise
+    with locked(target) as place:
+        if (place / last).exists():  # another process may just have made it
+            try:
+                return load()
+            except FormatError as error:
+                if not cache:
+                    raise
+                log.warning("%s. It is made again", error)
+                for one in place.iterdir():
+                    if one.name != LOCK:
+                        shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+        return make()
+
+
+# -- directories of other projects' formats ---------------------------------------------------------------------------
+
+
+def require_new(target: Path, last: str) -> None:
+    """Raise `FormatError` unless `target` is absent, empty, or what a killed `new_directory` left."""
+    with storage_errors(target):
+        if not os.path.lexists(target) or not (place := real(target)).exists():
+            return
+        names = set(os.listdir(place)) - {LOCK, _BUILD, _MOVING, *_moved(place, last)} if place.is_dir() else {"a file"}
+        if names:
+            raise FormatError(
+                f"{target}: holds {', '.join(sorted(names)[:4])}; expected an empty directory or nothing; "
+                "choose another place"
+            )
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, last: str) -> Iterator[Path]:
+    """Yield a directory to fill, whose files go to `target` when the block ends without an error.
+
+    For files that another library writes under names of its own: they cannot be replaced all at once, so an earlier
+    directory never is.
+
+    Args:
+        target: absent or empty.
+        last: the file without which nobody takes the directory for whole; it is put in place after the others.
+
+    Raises:
+        FormatError: `target` holds something.
+        StorageError: the disk is full or not writable.
+    """
+    require_new(target, last)
+    with storage_errors(target), locked(target) as place:
+        require_new(target, last)
+        _undo(place, last)
+        build = place / _BUILD
+        build.mkdir()
+        try:
+            yield build
+            for file in build.rglob("*"):
+                sync(file)
+            names = sorted(os.listdir(build), key=lambda name: (name == last, name))
+            put(place / _MOVING, json.dumps(names).encode())
+            for name in names:
+                os.replace(build / name, place / name)
+            sync(place)
+        finally:
+            _undo(place, last)
+
+
+def _moved(place: Path, last: str) -> list[str]:
+    """Return the names that a killed `new_directory` was putting in place."""
+    if (place / last).exists() or not (place / _MOVING).is_file():
+        return []
+    try:
+        names = json.loads((place / _MOVING).read_bytes())
+    except ValueError:
+        return []
+    return [name for name in names if isinstance(name, str) and os.path.basename(name) == name and name.strip(".")]
+
+
+def _undo(place: Path, last: str) -> None:
+    for name in (*_moved(place, last), _BUILD):
+        one = place / name
+        if one.is_dir() and not one.is_symlink():
+            shutil.rmtree(one)
+        else:
+            one.unlink(missing_ok=True)
+    (place / _MOVING).unlink(missing_ok=True)
+
+
+# -- the lock ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(target: Path, *, wait: bool = True) -> Iterator[Path]:
+    """Make a directory, keep other writers out of it, and yield its real path; it is removed if it stays empty.
+
+    The same thread may lock it again.
+
+    Raises:
+        InputError: not to `wait`, and another process is writing there.
+        StorageError: the directory cannot be made or written.
+    """
+    place = real(target)
+    was_there = place.is_dir()
+    try:
+        with exclusive(place / LOCK, wait=wait):
+            yield place
+    finally:
+        if not was_there:
+            with contextlib.suppress(OSError):  # only an empty directory can be removed
+                place.rmdir()
