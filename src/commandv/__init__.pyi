@@ -6,32 +6,32 @@ from .adapters.adapter import (
 from .adapters.adapter import (
     Intervention as Intervention,
 )
-from .adapters.adapter import (
-    ablation as ablation,
-)
-from .adapters.adapter import (
-    consreft as consreft,
-)
-from .adapters.adapter import (
-    direft as direft,
-)
-from .adapters.adapter import (
-    lobireft as lobireft,
-)
-from .adapters.adapter import (
-    loreft as loreft,
-)
-from .adapters.adapter import (
-    nodireft as nodireft,
-)
-from .adapters.adapter import (
-    noreft as noreft,
-)
-from .adapters.adapter import (
-    steering_vector as steering_vector,
-)
 from .adapters.attach import attach as attach
 from .adapters.carried import Carried as Carried
+from .adapters.kinds import (
+    ablation as ablation,
+)
+from .adapters.kinds import (
+    consreft as consreft,
+)
+from .adapters.kinds import (
+    direft as direft,
+)
+from .adapters.kinds import (
+    lobireft as lobireft,
+)
+from .adapters.kinds import (
+    loreft as loreft,
+)
+from .adapters.kinds import (
+    nodireft as nodireft,
+)
+from .adapters.kinds import (
+    noreft as noreft,
+)
+from .adapters.kinds import (
+    steering_vector as steering_vector,
+)
 from .adapters.store import save as save
 from .errors import CommandVError as CommandVError
 from .evaluation import Score as Score

@@ -7,19 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from commandv.adapters.adapter import (
-    ACTIVATIONS,
-    Adapter,
-    Intervention,
-    ablation,
-    consreft,
-    direft,
-    lobireft,
-    loreft,
-    nodireft,
-    noreft,
-    steering_vector,
-)
+from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
+from commandv.adapters.kinds import ablation, consreft, direft, lobireft, loreft, nodireft, noreft, steering_vector
 from commandv.errors import InputError, MismatchError
 from commandv.models.load import ModelRef
 from commandv.positions import EVERYWHERE, LAST, Positions

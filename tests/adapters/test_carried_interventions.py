@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import commandv as cv
-from commandv.adapters.adapter import Adapter, Intervention, steering_vector
+from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
+from commandv.adapters.kinds import steering_vector
 from commandv.cli.inspection import describe
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.interop.control_vectors import write_control_vector

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import commandv as cv
 from commandv.adapters import store
-from commandv.adapters.adapter import ACTIVATIONS, KINDS, Adapter, Intervention
+from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
+from commandv.adapters.kinds import KINDS, ablation, steering_vector
 from commandv.errors import FormatError, StorageError
 from commandv.models.load import ModelRef
 from commandv.positions import Positions
@@ -25,6 +26,11 @@ from stored import data_file, replace_part
 GOLDEN = DATA / "v1" / "golden"
 D, RANK = 12, 3
 REF = ModelRef("some/model", "abc", D, 5, "cafe")
+CONSTRUCTORS = {
+    **{name: kind.build for name, kind in KINDS.items()},
+    "steering_vector": steering_vector,
+    "ablation": ablation,
+}
 
 
 def constructed(kind: str, activation: str = "linear") -> tuple[Intervention, ...]:
@@ -40,8 +46,9 @@ def constructed(kind: str, activation: str = "linear") -> tuple[Intervention, ..
         "vector": (D,),
         "directions": (2, D),
     }
+    build = CONSTRUCTORS[kind]
     given = {}
-    for name in inspect.signature(KINDS[kind]).parameters:
+    for name in inspect.signature(build).parameters:
         if name == "rotation":
             given[name] = torch.linalg.qr(torch.randn(D, RANK, generator=g)).Q
         elif name == "activation":
@@ -50,7 +57,7 @@ def constructed(kind: str, activation: str = "linear") -> tuple[Intervention, ..
             given[name] = -1.5
         else:
             given[name] = torch.randn(shapes[name], generator=g)
-    return KINDS[kind](**given)
+    return build(**given)
 
 
 def adapter_of(*interventions: Intervention, ref: ModelRef = REF) -> Adapter:
@@ -84,7 +91,7 @@ def edit(path: Path, change) -> None:
 # -- round trips ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONSTRUCTORS)
 @pytest.mark.parametrize("activation", ["linear", "relu"])
 def test_every_kind_comes_back_bit_for_bit(kind, activation, tmp_path):
     adapter = adapter_of(*constructed(kind, activation))
@@ -352,7 +359,7 @@ def test_write_error_of_the_operating_system_leaves_the_earlier_adapter(saved):
     before = contents(saved)
     big = ModelRef(d_model=4096)
     with file_size_limit(8192), pytest.raises(StorageError, match="Free some space"):
-        cv.save(Adapter({0: KINDS["steering_vector"](torch.ones(4096))}, big), saved)
+        cv.save(Adapter({0: steering_vector(torch.ones(4096))}, big), saved)
     assert contents(saved.parent) == {f"adapter/{name}": data for name, data in before.items()}
 
 

@@ -15,7 +15,8 @@ import commandv as cv
 import tiny
 from command_line import Ran, fails
 from commandv import cli
-from commandv.adapters.adapter import KINDS, Adapter
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.kinds import steering_vector
 from commandv.cli import inspection
 from commandv.cli.options import show
 from commandv.models.load import ModelRef
@@ -343,7 +344,7 @@ def test_every_verb_takes_json():
 
 
 def test_adapter_without_a_stated_model_attaches_by_width(run, models, tmp_path):
-    vector = Adapter({2: KINDS["steering_vector"](torch.ones(32))}, ModelRef(d_model=32))
+    vector = Adapter({2: steering_vector(torch.ones(32))}, ModelRef(d_model=32))
     path = cv.save(vector, tmp_path / "v")
     arguments = ("generate", models["donor"], "hi", "--adapter", path, "--max-new-tokens", 2)
     assert run(*arguments, "--scale", 50).code == 0

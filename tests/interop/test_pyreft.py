@@ -126,7 +126,10 @@ BROKEN = {
     "empty weights": (lambda p: weights(p).write_bytes(b""), "empty"),
     "truncated weights": (lambda p: weights(p).write_bytes(weights(p).read_bytes()[:900]), "truncated"),
     "a list for weights": (lambda p: torch.save([torch.ones(3)], weights(p)), "dictionary of tensors"),
-    "tensors of another kind": (lambda p: torch.save({"weight": torch.ones(3, D)}, weights(p)), "needs learned_source"),
+    "tensors of another kind": (
+        lambda p: torch.save({"weight": torch.ones(3, D)}, weights(p)),
+        "needs rotate_layer, learned_source.weight",
+    ),
 }
 
 

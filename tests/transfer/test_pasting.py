@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, Intervention, steering_vector
+from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
+from commandv.adapters.kinds import steering_vector
 from commandv.errors import InputError, MismatchError
 from commandv.models.load import ModelRef
 from commandv.profiles.profile import END

@@ -1,8 +1,8 @@
-"""Adapters: interventions on the residual stream, all of one form, and the kinds that construct them.
+"""Adapters: interventions on the residual stream, all of one form.
 
 Every intervention is Delta(h) = act(h Rᵀ + b) W with read R [rank, d_model], bias b [rank], write W [rank, d_model].
-The ReFT kinds (Wu et al., arXiv 2404.03592, and pyreft), steering vectors and directional ablation are special cases;
-carrying one through affine converters gives the same form again (`commandv.transfer.paste`).
+What constructs them is in `commandv.adapters.kinds`; carrying one through affine converters gives the same form again
+(`commandv.transfer.paste`).
 """
 
 from __future__ import annotations
@@ -173,91 +173,3 @@ class Adapter:
         if not kept:
             raise InputError(f"{self.name}: acts on layers {self.layers}, none of them among {list(layers)}")
         return replace(self, interventions=kept)
-
-
-# -- the kinds: each returns interventions whose deltas add up --------------------------------------------------------
-
-
-def loreft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "linear") -> tuple[Intervention, ...]:
-    """LoReFT: h + (act(h Wᵀ + b) - h Q) Qᵀ.
-
-    Args:
-        weight: W, [rank, d_model].
-        bias: b, [rank].
-        rotation: Q, [d_model, rank], orthonormal columns.
-        activation: a name in `ACTIVATIONS`.
-    """
-    if activation == "linear":
-        return (Intervention(weight - rotation.T, bias, rotation.T),)
-    return (
-        Intervention(weight, bias, rotation.T, activation),
-        Intervention(rotation.T, torch.zeros_like(bias), -rotation.T),
-    )
-
-
-def noreft(
-    source_weight: Tensor, source_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, activation: str = "linear"
-) -> tuple[Intervention, ...]:
-    """NoReFT: h + (act(h Sᵀ + s) - (h Pᵀ + p)) P; all weights [rank, d_model], all biases [rank]."""
-    if activation == "linear":
-        return (Intervention(source_weight - proj_weight, source_bias - proj_bias, proj_weight),)
-    return (
-        Intervention(source_weight, source_bias, proj_weight, activation),
-        Intervention(proj_weight, proj_bias, -proj_weight),
-    )
-
-
-def consreft(bias: Tensor, rotation: Tensor) -> tuple[Intervention, ...]:
-    """ConsReFT: h + (b - h Q) Qᵀ with b [rank] and Q [d_model, rank]."""
-    return (Intervention(-rotation.T, bias, rotation.T),)
-
-
-def lobireft(bias: Tensor, rotation: Tensor) -> tuple[Intervention, ...]:
-    """LobiReFT: h + b Qᵀ with b [rank] and Q [d_model, rank]."""
-    return (Intervention(torch.zeros_like(rotation.T), bias, rotation.T),)
-
-
-def direft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "linear") -> tuple[Intervention, ...]:
-    """DiReFT: h + act(h Wᵀ + b) Qᵀ with W [rank, d_model], b [rank], Q [d_model, rank]."""
-    return (Intervention(weight, bias, rotation.T, activation),)
-
-
-def nodireft(
-    source_weight: Tensor, source_bias: Tensor, proj_weight: Tensor, activation: str = "linear"
-) -> tuple[Intervention, ...]:
-    """NodiReFT: h + act(h Sᵀ + s) P with weights [rank, d_model]; pyreft's projection bias is never used."""
-    return (Intervention(source_weight, source_bias, proj_weight, activation),)
-
-
-def steering_vector(vector: Tensor, strength: float = 1.0) -> tuple[Intervention, ...]:
-    """A steering vector: h + strength · v with v [d_model]."""
-    return (Intervention(torch.zeros(1, len(vector)), torch.ones(1), strength * vector[None].float()),)
-
-
-def ablation(directions: Tensor) -> tuple[Intervention, ...]:
-    """Directional ablation: h - (h Uᵀ) U, the projection off the span of `directions` [n, d_model] or [d_model].
-
-    Source: Arditi et al., arXiv 2406.11717, eq. 4 (one direction).
-
-    Raises:
-        InputError: directions that are all zero, or not finite.
-    """
-    rows = directions.float().reshape(-1, directions.shape[-1])
-    if not torch.isfinite(rows).all() or not rows.any():
-        raise InputError("ablation: the directions are all zero, or hold NaN or infinity; there is nothing to ablate")
-    rows = torch.nn.functional.normalize(rows)
-    _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
-    basis = basis[singular > max(rows.shape) * torch.finfo(rows.dtype).eps * singular[0]]
-    return (Intervention(basis, torch.zeros(len(basis)), -basis),)
-
-
-KINDS: dict[str, Callable[..., tuple[Intervention, ...]]] = {
-    "loreft": loreft,
-    "noreft": noreft,
-    "consreft": consreft,
-    "lobireft": lobireft,
-    "direft": direft,
-    "nodireft": nodireft,
-    "steering_vector": steering_vector,
-    "ablation": ablation,
-}

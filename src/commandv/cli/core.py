@@ -70,7 +70,7 @@ def train(
     model: Model,
     examples: Annotated[str, typer.Argument(help="{prompt, response} examples: a .jsonl / .csv file or builtin:NAME.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the adapter.")],
-    kind: Annotated[str, typer.Option(help="direft, nodireft, loreft, noreft, consreft, lobireft.")] = "direft",
+    kind: Annotated[str, typer.Option(help="Kind of the ReFT family, as direft, nodireft or loreft.")] = "direft",
     rank: Annotated[int, typer.Option(help="Directions read and written per layer.")] = 8,
     layers: Annotated[str, typer.Option(help="every_other, all_layers, last_third, ... or 4,8,12.")] = "every_other",
     positions: Annotated[str, typer.Option(help="l1 (last prompt token), f3+l5, all, ...")] = "l1",

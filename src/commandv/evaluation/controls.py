@@ -8,8 +8,9 @@ from operator import methodcaller
 
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, steering_vector
+from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
+from commandv.adapters.kinds import steering_vector
 from commandv.errors import InputError
 from commandv.evaluation.material import Material
 from commandv.models.generation import generate

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, Intervention, steering_vector
+from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.files import writing
 from commandv.interop.pickles import refuse_pointer

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import KINDS, Adapter, Intervention
+from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.kinds import KINDS, Kind, Part, steering_vector
 from commandv.errors import FormatError
 from commandv.interop.pickles import load_tensors
 from commandv.models.load import ModelRef
 from commandv.positions import LAST, Positions, as_positions
 
 KEY = re.compile(r"layer_(\d+)_comp_block_output_unit_pos_nunit_1#(\d+)")
-CLASSES = {f"{name}intervention": name for name in ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")}
+CLASSES = {f"{name}intervention": kind for name, kind in KINDS.items()}
 
 
 def is_pyreft(path: Path) -> bool:
@@ -60,7 +61,7 @@ def read_pyreft(path: Path) -> Adapter:
             raise FormatError(f"{path}: the config names {file.name}, which is missing; copy the whole directory")
         tensors = load_tensors(file)
         kind = _kind(str(classes[key]), tensors, file)
-        kinds.add(kind)
+        kinds.add(kind.name if kind else "bias")
         made = _construct(kind, tensors, file)
         own = positions
         if positions.first and positions.last and sum(k.startswith(f"layer_{match[1]}_") for k in keys) == 2:
@@ -99,50 +100,52 @@ def _metadata(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _kind(name: str, tensors: Any, file: Path) -> str:
+def _kind(name: str, tensors: Any, file: Path) -> Kind | None:
+    """Return the kind of a class, None for bias-only interventions, whose class is the user's own."""
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise FormatError(f"{file}: expected a dictionary of tensors")
     if set(tensors) - {"embed_dim", "interchange_dim"} == {"bias"}:
-        return "bias"
+        return None
     cls = name.removesuffix("'>").rpartition(".")[2].lower()
     if cls not in CLASSES:
         raise FormatError(f"{file}: intervention class {name}; known are {', '.join(CLASSES)} and bias-only ones")
     return CLASSES[cls]
 
 
-def _construct(kind: str, tensors: dict[str, Tensor], file: Path) -> tuple[Intervention, ...]:
-    def get(key: str) -> Tensor:
-        if key not in tensors:
-            raise FormatError(f"{file}: a {kind} needs {key}; the file has {', '.join(tensors)}")
-        return tensors[key].float()
-
+def _construct(kind: Kind | None, tensors: dict[str, Tensor], file: Path) -> tuple[Intervention, ...]:
+    name = kind.name if kind else "bias-only intervention"
     try:
-        if kind == "bias":
-            vector = get("bias")
-            return KINDS["steering_vector"](vector)
-        if kind == "loreft":
-            return KINDS[kind](get("weight"), get("bias"), get("rotate_layer"))
-        if kind in ("consreft", "lobireft"):
-            return KINDS[kind](get("learned_source"), _rotation(get))
-        if kind == "direft":
-            return KINDS[kind](get("learned_source.weight"), get("learned_source.bias"), _rotation(get))
-        sources = (get("learned_source.weight"), get("learned_source.bias"), get("proj_layer.weight"))
-        if kind == "nodireft":
-            return KINDS[kind](*sources)
-        # pyreft's add_bias=False leaves the projection's bias out.
-        unbiased = "proj_layer.bias" not in tensors
-        return KINDS[kind](*sources, torch.zeros_like(sources[1]) if unbiased else get("proj_layer.bias"))
+        if kind is None:
+            return steering_vector(tensors["bias"].float())
+        found = {part: _read(tensors, row) for part, row in kind.parts.items()}
+        missing = [kind.parts[part].pyreft for part, value in found.items() if value is None]
+        if missing:
+            raise FormatError(f"{file}: a {name} needs {', '.join(missing)}; the file has {', '.join(tensors)}")
+        return kind.construct({part: value for part, value in found.items() if value is not None})
     except (ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"{file}: the weights of this {kind} do not fit together: {error}") from error
+        raise FormatError(f"{file}: the weights of this {name} do not fit together: {error}") from error
 
 
-def _rotation(get: Any) -> Tensor:
+def _read(tensors: dict[str, Tensor], part: Part) -> Tensor | None:
+    """Return one part of a kind in float32, or None where the file lacks it."""
+    if f"{part.pyreft}.parametrizations.weight.original" in tensors:
+        return _rotation(tensors, part.pyreft)
+    if part.pyreft in tensors:
+        return tensors[part.pyreft].float()
+    if part.optional:
+        return torch.zeros_like(tensors["learned_source.bias"]).float() if "learned_source.bias" in tensors else None
+    return None
+
+
+def _rotation(tensors: dict[str, Tensor], name: str) -> Tensor:
     """Rebuild R [d, r] from torch's orthogonal parametrisation (Householder vectors below the diagonal, and a base)."""
-    original = get("rotate_layer.parametrizations.weight.original")
-    base = get("rotate_layer.parametrizations.weight.0.base")
+    head = f"{name}.parametrizations.weight"
+    original, base = tensors[f"{head}.original"].float(), tensors.get(f"{head}.0.base")
+    if base is None:
+        raise ValueError(f"{head}.0.base is missing")
     reflectors = original.tril(diagonal=-1)
     tau = 2.0 / (1.0 + reflectors.square().sum(-2))
     product = torch.linalg.householder_product(reflectors, tau) * original.diagonal().int()
-    return base @ product
+    return base.float() @ product

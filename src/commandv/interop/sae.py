@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, steering_vector
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.kinds import steering_vector
 from commandv.directories import new_directory, require_new
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.interop.pickles import refuse_pointer

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, steering_vector
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError
 from commandv.interop.pickles import load_tensors, refuse_pointer
 from commandv.models.load import ModelRef

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, Intervention, ablation, steering_vector
+from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.kinds import ablation, steering_vector
 from commandv.errors import InputError
 from commandv.models.load import LM, ModelRef
 from commandv.positions import EVERYWHERE, Positions, as_positions

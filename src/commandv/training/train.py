@@ -23,7 +23,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from commandv.adapters.adapter import KINDS, Adapter, Intervention
+from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.kinds import KINDS, Kind
 from commandv.errors import FormatError, InputError
 from commandv.files import digest, require_file, write_bytes
 from commandv.models.encoding import pad
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReFT:
-    """What to train: one kind of the ReFT family, where, and how large.
+    """What to train: one kind of the ReFT family (a row of `commandv.adapters.kinds.KINDS`), where, and how large.
 
     Attributes:
         rank: directions read and written per layer.
@@ -60,43 +61,15 @@ class ReFT:
             raise InputError(f"rank={self.rank}: expected 1 or more")
 
 
-class LoReFT(ReFT):
-    """h + (act(h Wᵀ + b) - h Q) Qᵀ."""
-
-    kind = "loreft"
-
-
-class NoReFT(ReFT):
-    """h + (act(h Sᵀ + s) - (h Pᵀ + p)) P."""
-
-    kind = "noreft"
+def _spec(kind: Kind) -> type[ReFT]:
+    """Return the class of specifications of one kind."""
+    body = {"__doc__": f"{kind.title}: {kind.formula}. Its arguments are those of `ReFT`.", "__module__": __name__}
+    return type(kind.title, (ReFT,), {**body, "kind": kind.name})
 
 
-class ConsReFT(ReFT):
-    """h + (b - h Q) Qᵀ."""
-
-    kind = "consreft"
-
-
-class LobiReFT(ReFT):
-    """h + b Qᵀ."""
-
-    kind = "lobireft"
-
-
-class DiReFT(ReFT):
-    """h + act(h Wᵀ + b) Qᵀ: the paper's kind."""
-
-    kind = "direft"
-
-
-class NodiReFT(ReFT):
-    """h + act(h Sᵀ + s) P: the kind of the published adapters."""
-
-    kind = "nodireft"
-
-
-TRAINABLE: dict[str, type[ReFT]] = {cls.kind: cls for cls in (LoReFT, NoReFT, ConsReFT, LobiReFT, DiReFT, NodiReFT)}
+TRAINABLE: dict[str, type[ReFT]] = {name: _spec(kind) for name, kind in KINDS.items()}
+LoReFT, NoReFT, ConsReFT = TRAINABLE["loreft"], TRAINABLE["noreft"], TRAINABLE["consreft"]
+LobiReFT, DiReFT, NodiReFT = TRAINABLE["lobireft"], TRAINABLE["direft"], TRAINABLE["nodireft"]
 
 
 @dataclass(frozen=True)
@@ -222,51 +195,35 @@ def _detached(one: Intervention) -> Intervention:
 class _Module(nn.Module):
     """The trainable parameters of one layer, in units of the layer's norm."""
 
-    def __init__(self, kind: ReFT, d_model: int, norm: float, generator: torch.Generator) -> None:
+    def __init__(self, spec: ReFT, d_model: int, norm: float, generator: torch.Generator) -> None:
         super().__init__()
-        self.kind, self.norm, self.positions = kind, norm, as_positions(kind.positions)
-        rank = kind.rank
-
-        def linear() -> nn.Parameter:
-            bound = 1 / math.sqrt(d_model)
-            return nn.Parameter((torch.rand(rank, d_model, generator=generator) * 2 - 1) * bound)
-
-        def zeros() -> nn.Parameter:
-            return nn.Parameter(torch.zeros(rank))
-
-        name = kind.kind
-        if name in ("loreft", "consreft", "lobireft", "direft"):
-            start = torch.linalg.qr(torch.randn(d_model, rank, generator=generator)).Q
-            self.rotation = nn.Parameter(start.T.contiguous())
-            # Torch completes the basis from its global generator: seed that for a moment, and leave it as it was.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-                nn.utils.parametrizations.orthogonal(self, "rotation")
-        else:
-            self.proj_weight = linear()
-        if name == "loreft":
-            self.weight = nn.Parameter(start.T.clone())  # starts as the identity: h W^T = h Q
-        elif name == "noreft":
-            self.weight = nn.Parameter(self.proj_weight.detach().clone())
-        elif name in ("direft", "nodireft"):
+        self.norm, self.positions, self.activation = norm, as_positions(spec.positions), spec.activation
+        self.kind = KINDS[spec.kind]
+        starts: dict[str, Tensor] = {}
+        for name, part in self.kind.parts.items():
+            if part.shape == "rotation":
+                starts[name] = torch.linalg.qr(torch.randn(d_model, spec.rank, generator=generator)).Q.T.contiguous()
+            elif part.shape == "vector":
+                starts[name] = torch.zeros(spec.rank)
+            elif part.start in starts:
+                starts[name] = starts[part.start].clone()
             # Zeros start as the identity, but there relu has no slope and would never learn.
-            self.weight = linear() if kind.activation == "relu" else nn.Parameter(torch.zeros(rank, d_model))
-        self.bias = zeros()
-        if name == "noreft":
-            self.proj_bias = zeros()
+            elif part.start == "random" or spec.activation == "relu":
+                starts[name] = (torch.rand(spec.rank, d_model, generator=generator) * 2 - 1) / math.sqrt(d_model)
+            else:
+                starts[name] = torch.zeros(spec.rank, d_model)
+            self.register_parameter(name, nn.Parameter(starts[name]))
+            if part.shape == "rotation":
+                # Torch completes the basis from its global generator: seed that for a moment, and leave it as it was.
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+                    nn.utils.parametrizations.orthogonal(self, name)
 
     def forward(self) -> tuple[Intervention, ...]:
         """Return the interventions in the stream's own units: delta(h) = norm · f(h / norm)."""
-        name, act, build = self.kind.kind, self.kind.activation, KINDS[self.kind.kind]
-        if name in ("loreft", "direft"):
-            made = build(self.weight, self.bias, self.rotation.T, act)
-        elif name == "noreft":
-            made = build(self.weight, self.bias, self.proj_weight, self.proj_bias, act)
-        elif name == "nodireft":
-            made = build(self.weight, self.bias, self.proj_weight, act)
-        else:
-            made = build(self.bias, self.rotation.T)
-        return tuple(self._in_stream_units(one) for one in made)
+        parts = {name: getattr(self, name) for name in self.kind.parts}
+        parts = {name: part.T if self.kind.parts[name].shape == "rotation" else part for name, part in parts.items()}
+        return tuple(self._in_stream_units(one) for one in self.kind.construct(parts, self.activation))
 
     def _in_stream_units(self, one: Intervention) -> Intervention:
         if one.activation == "linear":  # norm · (h / norm Rᵀ + b) W = (h Rᵀ + norm · b) W
