@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SMALL := $(wildcard studies/small/*.yaml)
 STEERING := $(wildcard studies/steering/*.yaml)
 
-.PHONY: demo test check format adapters docs bench studies small-studies $(SMALL) $(STEERING) clean
+.PHONY: demo test check format adapters docs bench studies small-studies family $(SMALL) $(STEERING) clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed_reading.py
 	$(PIP) --editable '.[sae]' && $(BIN)/python benchmarks/sae.py
 	$(BIN)/python benchmarks/validation.py
+
+family: $(VENV)/.installed  ## fetch the real pair for the evidence: Qwen2.5-Coder-Instruct, 0.5B and 1.5B
+	$(BIN)/python experiments/family.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
