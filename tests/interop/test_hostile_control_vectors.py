@@ -136,3 +136,26 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
             except FormatError:
                 refused += 1
     assert refused > len(whole) // 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("controlvector.mode", "project"),
+        ("other.mode", "add"),
+        ("controlvector.scale", "2"),
+        ("x.hook_point", "resid_pre"),
+    ],
+)
+def test_a_key_that_may_change_the_meaning_is_refused(key, value, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "controlvector")
+    for name, text in {"controlvector.model_hint": "llama", "general.name": "fine", key: value}.items():
+        writer.add_string(name, text)
+    writer.add_uint32("controlvector.layer_count", 1)
+    writer.add_tensor("direction.1", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match=rf"says {key} = '{value}'"):
+        cv.load_adapter(tmp_path / "v.gguf")

@@ -171,3 +171,39 @@ def test_other_components_are_refused(tmp_path):
     edit(path, sorted_keys=[name], representations=[[0, "mlp_activation", "pos", 1]])
     with pytest.raises(FormatError, match="only block outputs"):
         cv.load_adapter(path)
+
+
+def test_an_activation_in_the_metadata_is_applied(tmp_path):
+    module = Reft("DiReFT")
+    h = 3 * torch.randn(5, D)
+    adapter = cv.load_adapter(write_pyreft(tmp_path / "a", {key(0): module}, act_fn="relu"))
+    with torch.no_grad():
+        expected = torch.relu(module.learned_source(h)) @ module.rotate_layer.weight.T
+    torch.testing.assert_close(delta(adapter, 0, h), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_would_change_the_meaning_is_refused(tmp_path):
+    def directory(name: str, **metadata) -> Path:
+        return write_pyreft(tmp_path / name, {key(0): Reft("DiReFT")}, **metadata)
+
+    def with_tensor(path: Path, **tensors) -> None:
+        file = path / f"intkey_{key(0)}.bin"
+        torch.save({**torch.load(file, weights_only=True), **tensors}, file)
+
+    part = directory("part")
+    edit(part, representations=[[0, "block_output", "pos", 1, RANK, [[0, 8]], *[None] * 8]])
+    serial = directory("serial")
+    edit(serial, mode="serial")
+    extra = directory("extra")
+    with_tensor(extra, gate=torch.ones(RANK))
+    whole = directory("whole")
+    with_tensor(whole, **{"learned_source.bias": torch.ones(RANK, dtype=torch.int64)})
+    for path, message in [
+        (part, "more than layer, component, unit and rank"),
+        (serial, "mode 'serial'"),
+        (extra, "gate: not a part of a direft"),
+        (whole, r"learned_source\.bias holds torch\.int64"),
+        (directory("act", act_fn="mish"), "act_fn 'mish'"),
+    ]:
+        with pytest.raises(FormatError, match=message):
+            cv.load_adapter(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from commandv.adapters.carried import Carried
@@ -108,7 +107,7 @@ def check() -> list[Check]:
     for name in PACKAGED:
         parts = packaged_files(name)
         size = sum(part.stat().st_size for part in parts) / 1e6
-        converted = any(Path(cache / "models").glob(f"{name}-*/config.json"))
+        converted = any((cache / "gguf").glob(f"{name}-*/config.json"))
         found = f"{size:.0f} MB, {'converted' if converted else 'converted at first use'}" if parts else "not installed"
         checks.append(Check(name, bool(parts), found, "" if parts else "pip install 'commandv[demo]'"))
     return checks

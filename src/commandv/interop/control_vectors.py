@@ -33,6 +33,12 @@ ARCHITECTURE = "controlvector"
 Convention = Literal["llama.cpp", "from-zero"]
 
 _NAME = re.compile(r"direction\.(0|[1-9]\d{0,3})")
+# The keys that are understood: llama.cpp's two, and how EasySteer says that a vector was made, which changes nothing in
+# what it does. Any other may: other programs write vectors to be projected out, with a strength, or for another place.
+_KEYS = re.compile(
+    r"general\..*|controlvector\.(model_hint|layer_count|method|normalize|token_pos|n_positive|n_negative|n_components|"
+    r"correct_direction|explained_variance\.\d+|num_vectors_averaged)"
+)
 # More keys, tensors or list items than any control vector has: what a hostile file may make the reader loop over.
 _MOST = 1024
 # What the package's reader raises on damaged bytes.
@@ -154,6 +160,13 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
         if not isinstance(fields.get(key), kind):
             found = repr(fields[key])[:60] if key in fields else "missing"
             raise FormatError(f"{path}: {key} is {found}, expected {kind.__name__}")
+    for key, value in fields.items():
+        if not _KEYS.fullmatch(key):
+            raise FormatError(
+                f"{path}: says {key[:60]} = {repr(value)[:60]}, not a key of llama.cpp's control vectors. It may "
+                "mean that the directions are not simply added (but projected out, scaled, for another place), so they "
+                "are not read as additions; use the program that wrote the file, or save its vectors as tensors"
+            )
     vectors: dict[int, Tensor] = {}
     for one in reader.tensors:
         match = _NAME.fullmatch(one.name)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind, Part, steering_vector
 from commandv.errors import FormatError
 from commandv.interop.pickles import load_tensors
@@ -23,6 +23,12 @@ from commandv.models.load import ModelRef
 from commandv.positions import LAST, Positions, as_positions
 
 KEY = re.compile(r"layer_(\d+)_comp_block_output_unit_pos_nunit_1#(\d+)")
+# What follows a representation's layer, component, unit, number of units and rank: parts of the stream, groups, links,
+# mixtures, other sources. Each changes what an intervention does.
+_PLAIN = 5
+_FACTS = "training_metadata.json"
+# In files beside a kind's own parts; a NodiReFT has the projection's bias, which pyreft never uses.
+_INERT = ("embed_dim", "interchange_dim", "proj_layer.bias")
 CLASSES = {f"{name}intervention": kind for name, kind in KINDS.items()}
 
 
@@ -44,12 +50,19 @@ def read_pyreft(path: Path) -> Adapter:
         config = json.loads((path / "config.json").read_text("utf-8"))
         keys = list(map(str, config["sorted_keys"]))
         classes = dict(zip(_configured_keys(config), config["intervention_types"], strict=True))
+        if any(value is not None for row in config["representations"] for value in row[_PLAIN:]):
+            raise ValueError("a representation with more than layer, component, unit and rank; it would be lost")
+        if config.get("mode", "parallel") != "parallel":
+            raise ValueError(f"mode {config['mode']!r}, expected 'parallel'")
         if not keys or set(keys) != set(classes):
             raise ValueError(f"sorted_keys {keys} are not those of the representations, {list(classes)}")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise FormatError(f"{path}: config.json is not pyreft's ({type(error).__name__}: {error})") from error
     facts = _metadata(path)
     positions = as_positions(facts["positions"]) if facts.get("positions") else LAST
+    activation = facts.get("act_fn") or "linear"  # pyreft's own default is none
+    if activation not in ACTIVATIONS:
+        raise FormatError(f"{path}: act_fn {activation!r} in {_FACTS}; known are {', '.join(ACTIVATIONS)}")
     interventions: dict[int, tuple[Intervention, ...]] = {}
     kinds = set()
     for key in keys:
@@ -62,7 +75,7 @@ def read_pyreft(path: Path) -> Adapter:
         tensors = load_tensors(file)
         kind = _kind(str(classes[key]), tensors, file)
         kinds.add(kind.name if kind else "bias")
-        made = _construct(kind, tensors, file)
+        made = _construct(kind, tensors, activation, file)
         own = positions
         if positions.first and positions.last and sum(k.startswith(f"layer_{match[1]}_") for k in keys) == 2:
             own = Positions(first=positions.first) if match[2] == "0" else Positions(last=positions.last)
@@ -90,7 +103,7 @@ def _configured_keys(config: dict[str, Any]) -> list[str]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    file = path / "training_metadata.json"
+    file = path / _FACTS
     if not file.is_file():
         return {}
     try:
@@ -112,8 +125,16 @@ def _kind(name: str, tensors: Any, file: Path) -> Kind | None:
     return CLASSES[cls]
 
 
-def _construct(kind: Kind | None, tensors: dict[str, Tensor], file: Path) -> tuple[Intervention, ...]:
+def _construct(kind: Kind | None, tensors: dict[str, Tensor], activation: str, file: Path) -> tuple[Intervention, ...]:
     name = kind.name if kind else "bias-only intervention"
+    if kind:
+        heads = [part.pyreft for part in kind.parts.values()]
+        rotations = [f"{head}.parametrizations.weight.{rest}" for head in heads for rest in ("original", "0.base")]
+        if odd := [str(key)[:60] for key in tensors if key not in (*heads, *rotations, *_INERT)]:
+            raise FormatError(f"{file}: {', '.join(odd[:4])}: not a part of a {name}, and would be lost")
+    for key, value in tensors.items():
+        if key not in _INERT and not value.is_floating_point():
+            raise FormatError(f"{file}: {str(key)[:60]} holds {value.dtype}, expected floating-point numbers")
     try:
         if kind is None:
             return steering_vector(tensors["bias"].float())
@@ -121,7 +142,7 @@ def _construct(kind: Kind | None, tensors: dict[str, Tensor], file: Path) -> tup
         missing = [kind.parts[part].pyreft for part, value in found.items() if value is None]
         if missing:
             raise FormatError(f"{file}: a {name} needs {', '.join(missing)}; the file has {', '.join(tensors)}")
-        return kind.construct({part: value for part, value in found.items() if value is not None})
+        return kind.construct({part: value for part, value in found.items() if value is not None}, activation)
     except (ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, FormatError):
             raise

@@ -182,12 +182,14 @@ def load_sae(path: str | Path, *, layer: int | None = None) -> SAE:
         raise FormatError(f"{path}: its inputs are normalised ({normalised}), so its features are not the stream's own")
     if config.get("reshape_activations", "none") != "none":
         raise FormatError(f"{path}: an SAE of attention heads ({config['reshape_activations']}), not of the stream")
+    metadata = config["metadata"]
+    if (head := metadata.get("hook_head_index")) is not None:
+        raise FormatError(f"{path}: an SAE of attention head {head!r}, not of the stream")
     tensors = _tensors(path)
     optional = {"threshold"} if architecture == "jumprelu" else set()
     expected = {"W_enc", "b_enc", "W_dec", "b_dec"} | optional
     if odd := sorted(set(tensors) ^ expected):
         raise FormatError(f"{path}: tensors {odd[:4]} are missing, or not those of a {architecture} SAE")
-    metadata = config["metadata"]
     try:
         sae = SAE(
             **{name.lower(): tensors[name] for name in expected},
