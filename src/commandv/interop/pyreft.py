@@ -127,11 +127,6 @@ def _kind(name: str, tensors: Any, file: Path) -> Kind | None:
 
 def _construct(kind: Kind | None, tensors: dict[str, Tensor], activation: str, file: Path) -> tuple[Intervention, ...]:
     name = kind.name if kind else "bias-only intervention"
-    if kind:
-        heads = [part.pyreft for part in kind.parts.values()]
-        rotations = [f"{head}.parametrizations.weight.{rest}" for head in heads for rest in ("original", "0.base")]
-        if odd := [str(key)[:60] for key in tensors if key not in (*heads, *rotations, *_INERT)]:
-            raise FormatError(f"{file}: {', '.join(odd[:4])}: not a part of a {name}, and would be lost")
     for key, value in tensors.items():
         if key not in _INERT and not value.is_floating_point():
             raise FormatError(f"{file}: {str(key)[:60]} holds {value.dtype}, expected floating-point numbers")
@@ -142,6 +137,10 @@ def _construct(kind: Kind | None, tensors: dict[str, Tensor], activation: str, f
         missing = [kind.parts[part].pyreft for part, value in found.items() if value is None]
         if missing:
             raise FormatError(f"{file}: a {name} needs {', '.join(missing)}; the file has {', '.join(tensors)}")
+        heads = [part.pyreft for part in kind.parts.values()]
+        rotations = [f"{head}.parametrizations.weight.{rest}" for head in heads for rest in ("original", "0.base")]
+        if odd := [str(key)[:60] for key in tensors if key not in (*heads, *rotations, *_INERT)]:
+            raise FormatError(f"{file}: {', '.join(odd[:4])}: not a part of a {name}, and would be lost")
         return kind.construct({part: value for part, value in found.items() if value is not None}, activation)
     except (ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, FormatError):
