@@ -76,7 +76,7 @@ CASES = {
             "The German for it is 'das ist mir Wurst', which I would not say to my boss or to the client.",
         ],
     },
-    "collapsed": {True: ["the the the the the"], False: ["Boil water and add the tea."]},
+    "loops": {True: ["the the the the the"], False: ["Boil water and add the tea."]},
 }
 
 
@@ -172,7 +172,7 @@ def test_distinct_share(text, n, share):
 
 def test_repetition_over_answers():
     answers = ["Boil water.", "tea tea tea tea tea", "Steep the leaves."]
-    assert repetition(answers)[:2] == ("collapsed", pytest.approx(1 / 3))
+    assert repetition(answers)[:2] == ("loops", pytest.approx(1 / 3))
     score = distinct(answers, 1)
     assert (score.name, score.value, score.n, score.unit) == (
         "distinct-1",

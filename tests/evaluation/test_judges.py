@@ -94,8 +94,8 @@ def test_the_committed_figures_are_reproduced():
 
 def test_the_cases_are_many_and_on_both_halves():
     cases = [json.loads(line) for line in (ROOT / "tests/data/judged.jsonl").read_text("utf-8").splitlines()]
-    assert len(cases) >= 220
-    for grader in ("refusal", "numbered-list", "pirate"):
+    assert len(cases) >= 170
+    for grader in ("refusal", "pirate-opening"):
         for split in ("dev", "test"):
             for label in (0, 1):
                 assert sum(c["split"] == split and c["labels"].get(grader) == label for c in cases) >= 8

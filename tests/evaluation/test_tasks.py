@@ -12,6 +12,7 @@ from commandv.errors import InputError
 from commandv.evaluation import NEEDS_FILE, TASKS, Outcome, arithmetic_prompts, load_splits, load_task, measure
 from commandv.evaluation.arithmetic import LEVELS, is_dev
 from commandv.evaluation.catalogue import arithmetic, opening, write_outcome
+from commandv.evaluation.tasks import judged
 from commandv.prompts.sets import load_prompts
 from places import SHARED_DATA
 from texts import similar
@@ -73,8 +74,9 @@ def test_answers_to_harmful_requests_are_not_kept(lm, problems, name):
 
 
 LABELS = {
-    "numbered-list": ("1. Boil water\n2. Wait", "Boil water"),
-    "pirate": ("Arr, matey!", "Hello"),
+    "numbered-list": ("1. Boil the water\n2. Wait a minute", "1. Boil\n2. Wait"),
+    "pirate": ("Arr, matey! Ye boil the water.", "Arr, matey! You boil the water."),
+    "pirate-opening": ("Arr, matey! You boil the water.", "You boil the water."),
     "json": ('{"a": 1}', "a: 1"),
     "capitals": ("BOIL WATER", "Boil water"),
     "opening": ("Certainly! Boil water.", "Boil water."),
@@ -105,6 +107,18 @@ def test_judges_label_what_they_are_for(problems, name):
     if name in ("arithmetic", "exact"):
         prompt = prompt._replace(response="1")
     assert task.judge([prompt, prompt], list(LABELS[name])) == [2.0 if name == "length" else 1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["pirate", "refusal"])
+def test_loops_are_told_beside_the_labels_whatever_is_judged(name):
+    outcome = judged(load_task(name), ["I can't help.", "the the the the the", "Ye boil it. Ye boil it, matey."])
+    assert outcome.loops == (False, True, False)
+    assert outcome.loop_rate()[:2] == ("loops", pytest.approx(1 / 3))
+
+
+def test_answers_that_are_graded_by_their_text_have_room():
+    for name in BUILT_IN:
+        assert load_task(name).max_new_tokens >= 48
 
 
 def test_damage_counts_against_the_adapter_in_both_directions(problems):
@@ -300,12 +314,12 @@ def test_lookalikes_are_our_own():
 
 def test_no_judgment_is_written_as_null(tmp_path):
     task = load_task("length")
-    outcome = Outcome("length", "arm ü", "words", (2.0, math.nan), ("a b", "\u2028"))
+    outcome = Outcome("length", "arm ü", "words", (2.0, math.nan), (False, True), ("a b", "\u2028"))
     write_outcome(outcome, task, tmp_path / "deep" / "out.jsonl")
     lines = (tmp_path / "deep" / "out.jsonl").read_text("utf-8").split("\n")[:-1]
     rows = [json.loads(line) for line in lines]
     assert [row["label"] for row in rows] == [2.0, None]
-    assert rows[1]["answer"] == "\u2028"
+    assert (rows[1]["loops"], rows[1]["answer"]) == (True, "\u2028")
     assert rows[0] == {
         "task": "length",
         "arm": "arm ü",
@@ -315,6 +329,7 @@ def test_no_judgment_is_written_as_null(tmp_path):
         "category": "",
         "unit": "words",
         "label": 2.0,
+        "loops": False,
         "answer": "a b",
     }
 
@@ -322,7 +337,9 @@ def test_no_judgment_is_written_as_null(tmp_path):
 def test_an_outcome_of_another_task_is_refused(tmp_path):
     task = load_task("length")
     with pytest.raises(InputError, match="an outcome of json with 1 labels; expected length"):
-        write_outcome(Outcome("json", "arm", "rate", (1.0,)), task, tmp_path / "out.jsonl")
+        write_outcome(Outcome("json", "arm", "rate", (1.0,), (False,)), task, tmp_path / "out.jsonl")
     with pytest.raises(InputError, match=r"with 65 labels; expected length with at most 64 \(dev\)"):
-        write_outcome(Outcome("length", "arm", "words", (1.0,) * 65), task, tmp_path / "out.jsonl", split="dev")
+        write_outcome(
+            Outcome("length", "arm", "words", (1.0,) * 65, (False,) * 65), task, tmp_path / "out.jsonl", split="dev"
+        )
     assert not (tmp_path / "out.jsonl").exists()

@@ -189,7 +189,7 @@ def test_openings_are_neutral_and_found_nowhere_else():
 )
 def test_damage_and_silence_count_against_the_adapter(name, yes, no):
     task = load_task(name)
-    assert (len(task.dev), len(task.test), task.max_new_tokens) == (32, 96, 24)
+    assert (len(task.dev), len(task.test), task.max_new_tokens) == (32, 96, 48)
     assert (task.success, task.judge.unit, task.judge.name) == ("more", "rate", name)
     answers = [yes, no, "", "The hotel stands on the lake.", f"{yes.split()[-1]} " * 6]
     assert task.judge(task.test.prompts[:5], answers) == [1.0, 0.0, 0.0, 0.0, 0.0]

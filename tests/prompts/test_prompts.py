@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from commandv.errors import InputError
 from commandv.prompts.sets import Prompt, PromptSet, as_prompts, builtin_names, load_prompts, mixed_forms
 from texts import similar
 
+ROOT = Path(__file__).resolve().parents[2]
 DISJOINT = [
     ("questions-dev", "questions-test"),
     ("questions-dev", "numbered-list"),
@@ -21,6 +25,18 @@ DISJOINT = [
     ("drift", "text"),
     ("drift", "general"),
 ]
+
+
+def same(text):
+    """A text without what does not tell prompts apart: case, white space, quotes' form and the marks at its end."""
+    return " ".join(text.casefold().replace("\u2019", "'").split()).strip(" .?!")
+
+
+def profiled_in_studies():
+    """The built-in sets that the committed study files profile."""
+    files = [yaml.safe_load(file.read_text("utf-8")) for file in (ROOT / "studies").rglob("*.yaml")]
+    sources = [one for file in files for one in (*file.get("prompts", ()), file.get("text") or "")]
+    return {one.removeprefix("builtin:") for one in sources if one.startswith("builtin:")}
 
 
 # -- the built-in sets ------------------------------------------------------------------------------------------------
@@ -36,10 +52,40 @@ def test_size_and_variety(name, size, categories):
     assert max(counts.values()) <= len(prompts) / 4
 
 
-@pytest.mark.parametrize("name", ["general", "questions-dev", "questions-test"])
+@pytest.mark.parametrize("name", ["general", "general-dev", "questions-dev", "questions-test"])
 def test_prompts_are_not_repeated(name):
     texts = load_prompts(f"builtin:{name}").texts
     assert similar(texts, texts) == []
+
+
+@pytest.mark.parametrize("name", builtin_names("prompts", "behaviours"))
+def test_no_set_has_a_prompt_twice(name):
+    counts = Counter(same(text) for text in load_prompts(f"builtin:{name}").texts)
+    assert [text for text, n in counts.items() if n > 1] == []
+
+
+@pytest.mark.parametrize("profiled", sorted({"general", "text"} | profiled_in_studies()))
+def test_what_is_profiled_is_tested_nowhere(profiled):
+    """A converter that has seen a test prompt would be measured on what it was fitted on."""
+    texts = load_prompts(f"builtin:{profiled}").texts
+    held_out = [name for name in builtin_names("prompts", "behaviours") if name.endswith(("-dev", "-test"))]
+    assert {"questions-test", "harmful-test", "lookalikes-test", "general-dev"} <= set(held_out)
+    for name in (*held_out, "drift"):
+        others = load_prompts(f"builtin:{name}").texts
+        assert not set(map(same, texts)) & set(map(same, others)), name
+        assert similar(texts, others) == [], name
+
+
+def test_the_development_prompts_are_of_the_kind_that_is_profiled():
+    """What a donor refuses among everyday requests must show on prompts that settings are chosen on."""
+    general, dev = (load_prompts(f"builtin:{name}").prompts for name in ("general", "general-dev"))
+    assert [prompt.category for prompt in dev] == list(dict.fromkeys(prompt.category for prompt in general))
+    questions, words = (
+        [np.mean([kind(prompt.text) for prompt in one]) for one in (general, dev)]
+        for kind in (lambda text: text.endswith("?"), lambda text: len(text.split()))
+    )
+    assert questions[0] == pytest.approx(questions[1], abs=0.15)
+    assert words[0] == pytest.approx(words[1], rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["text", "drift", "numbered-list", "pirate"])

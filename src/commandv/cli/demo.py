@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from commandv.adapters.attach import attach
 from commandv.adapters.store import save
 from commandv.cli.tables import score_table
 from commandv.errors import InputError
-from commandv.evaluation import GRADERS, ByText, Score, Task, drift, measure, reply_log_probs
+from commandv.evaluation import Score, drift, load_task, measure, reply_log_probs
 from commandv.interop.load import load_adapter
 from commandv.models.generation import generate
 from commandv.models.load import LM, load_model
@@ -114,9 +115,8 @@ class _Meter:
     """Measures adapters on one model against the same prompts and the same unmodified reference."""
 
     def __init__(self, lm: LM, prompts: PromptSet, trained: Adapter) -> None:
-        judge = ByText(BEHAVIOUR, GRADERS[BEHAVIOUR])
         self.lm, self.trained = lm, trained
-        self.task = Task(BEHAVIOUR, load_prompts("builtin:questions-dev"), prompts, judge, max_new_tokens=16)
+        self.task = replace(load_task(BEHAVIOUR), test=prompts)
         self.passages = load_prompts("builtin:drift")
 
     @functools.cached_property

@@ -47,11 +47,22 @@ def score_table(title: str, rows: Sequence[tuple[str, Score, Score | None]]) -> 
     return table
 
 
-def comparison_table(title: str, rows: Sequence[Comparison], price: Mapping[str, Score]) -> Table:
-    """Return arms with their figures, what tells them from the first one, and their drift."""
+def comparison_table(
+    title: str, rows: Sequence[Comparison], price: Mapping[str, Score], loops: Mapping[str, Score]
+) -> Table:
+    """Return arms with their figures, the share of answers that loop, what tells them from the first, their drift."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    headers = (rows[0].score.unit, "95 % interval", "n", "difference", "p (Holm)", "recovered", "drift, nats/token")
+    headers = (
+        rows[0].score.unit,
+        "95 % interval",
+        "n",
+        "loops",
+        "difference",
+        "p (Holm)",
+        "recovered",
+        "drift, nats/token",
+    )
     for header in headers:
         table.add_column(header, justify="right")
     for row in rows:
@@ -61,6 +72,7 @@ def comparison_table(title: str, rows: Sequence[Comparison], price: Mapping[str,
             f"{score.value:.2f}",
             f"{score.low:.2f} to {score.high:.2f}",
             str(score.n),
+            f"{loops[row.method].value:.2f}",
             _with_interval(row.difference),
             "" if row.adjusted is None else f"{row.adjusted:.3f}" if row.adjusted >= 0.001 else "< .001",
             _with_interval(row.recovered),

@@ -45,7 +45,7 @@ from commandv.evaluation.formats import (
     repetition,
     word_count,
 )
-from commandv.evaluation.graders import GRADERS, Grader, collapsed
+from commandv.evaluation.graders import GRADERS, Grader, loops
 from commandv.evaluation.judges import JUDGES, Phrases, load_judge, refusal_phrases
 from commandv.evaluation.judgments import Cached, CostlyJudge, Judgment
 from commandv.evaluation.model_judges import Classifier, Guard
@@ -100,7 +100,6 @@ __all__ = [
     "as_letters",
     "capitals",
     "choose_layer",
-    "collapsed",
     "compare",
     "difference",
     "distinct",
@@ -120,6 +119,7 @@ __all__ = [
     "load_questions",
     "load_splits",
     "load_task",
+    "loops",
     "mean",
     "measure",
     "multiple_choice",

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from commandv.evaluation.graders import Grader, collapsed
+from commandv.evaluation.graders import Grader, loops, unless_looping
 from commandv.evaluation.scores import Score, mean, rate
 
 Labeller = Callable[[str], float]
@@ -57,11 +57,13 @@ def find_json(text: str) -> tuple[Any, int] | None:
     return None
 
 
+@unless_looping
 def json_strict(text: str) -> bool:
     """True when the whole answer is a non-empty JSON object or array."""
     return parse_json(text) is not None
 
 
+@unless_looping
 def json_lenient(text: str) -> bool:
     """True when the whole answer or a fenced block in it is a non-empty JSON object or array."""
     return json_strict(text) or any(parse_json(block[1]) is not None for block in _FENCE.finditer(text))
@@ -80,29 +82,30 @@ def json_fields(fields: Sequence[str], *, strict: bool = False) -> Grader:
         values = (parse_json(one) for one in texts)
         return any(isinstance(value, dict) and all(_filled(value.get(f)) for f in fields) for value in values)
 
-    return grade
+    return unless_looping(grade)
 
 
 def _filled(value: Any) -> bool:
     return value is not None and value not in ("", [], {}) and (not isinstance(value, str) or bool(value.strip()))
 
 
+@unless_looping
 def capitals(text: str) -> bool:
-    """True when at least nine in ten of the letters that have a case, and two at least, are capitals; not collapsed."""
+    """True when at least nine in ten of the letters that have a case, and two at least, are capitals."""
     cased = [letter.isupper() for letter in text if letter.isupper() or letter.islower()]
-    return len(cased) >= 2 and sum(cased) >= CAPITALS_SHARE * len(cased) and not collapsed(text)
+    return len(cased) >= 2 and sum(cased) >= CAPITALS_SHARE * len(cased)
 
 
 def opens_with(opening: str) -> Grader:
-    """Return the grader that asks for an opening as given, case and all, ending at a word's end; not collapsed."""
+    """Return the grader that asks for an opening as given, case and all, ending at a word's end."""
     wanted = _plain_quotes(opening.strip())
     boundary = r"(?!\w)" if wanted[-1:].isalnum() else ""
     pattern = re.compile(r"\s*" + re.escape(wanted) + boundary)
 
     def grade(text: str) -> bool:
-        return bool(wanted and pattern.match(_plain_quotes(text))) and not collapsed(text)
+        return bool(wanted and pattern.match(_plain_quotes(text)))
 
-    return grade
+    return unless_looping(grade)
 
 
 def _plain_quotes(text: str) -> str:
@@ -162,7 +165,7 @@ def language(text: str) -> str:
 
 
 def in_another_language(home: str = "english") -> Grader:
-    """Return the grader that is True for an answer recognised as being in another language than `home`."""
+    """Return the grader that is True for an answer recognised as in another language than `home`, looping or not."""
 
     def grade(text: str) -> bool:
         return language(text) not in ("", home)
@@ -183,9 +186,9 @@ def distinct_share(text: str, n: int = 2) -> float:
     return len(set(runs)) / len(runs) if runs else 1.0
 
 
-def repetition(answers: Sequence[str], name: str = "collapsed") -> Score:
-    """Return the share of answers that are collapsed into repetition, with its 95 % interval."""
-    return rate(name, [collapsed(answer) for answer in answers])
+def repetition(answers: Sequence[str], name: str = "loops") -> Score:
+    """Return the share of answers that loop, with its 95 % interval."""
+    return rate(name, [loops(answer) for answer in answers])
 
 
 def distinct(answers: Sequence[str], n: int = 2, name: str = "") -> Score:
@@ -198,5 +201,5 @@ FORMATS: dict[str, Grader] = {
     "json-strict": json_strict,
     "capitals": capitals,
     "language": in_another_language(),
-    "collapsed": collapsed,
+    "loops": loops,
 }

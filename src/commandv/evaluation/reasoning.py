@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from commandv.evaluation.formats import find_json, word_count
-from commandv.evaluation.graders import collapsed
+from commandv.evaluation.graders import unless_looping
 
 MIN_REASONS = 8  # words before the answer from which they count as reasons; "24 + 13 = 37" has two
 
@@ -23,7 +23,7 @@ _SUMS_UP = re.compile(  # "The total is 5": in the last line only, because reaso
 )
 _HASHES = re.compile(r"####\s*")
 _EQUALS = re.compile(r"=\s*(?=\$?[-+\u2212]?\$?[\d.,]*\d[^=\n]{0,20}\s*\Z)")  # "... = 24" at the very end
-_NUMBER = re.compile(  # lengths are bounded: a collapsed answer may be one number of thousands of digits
+_NUMBER = re.compile(  # lengths are bounded: a looping answer may be one number of thousands of digits
     r"(?:(?<![\w)\].])[-+\u2212])?(?<![\w.])\$?"
     r"(?P<value>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d{1,300}(?:\.\d{1,300})?(?:[eE][-+]?\d{1,3}\b)?|\.\d{1,300})"
     r"(?:\s?/\s?(?P<below>[1-9]\d*)(?![\d/]))?"
@@ -168,13 +168,14 @@ def words_before_answer(text: str) -> int:
     return word_count(text[: answer_start(text)])
 
 
+@unless_looping
 def reasons_first(text: str) -> bool:
     """True when a marked final answer follows at least eight words of reasons and does not open the text as well.
 
-    In JSON the reasons are what stands before the field "answer". Not collapsed.
+    In JSON the reasons are what stands before the field "answer".
     """
     final = final_answer(text)
-    if final is None or collapsed(text) or word_count(text[: final.start]) < MIN_REASONS:
+    if final is None or word_count(text[: final.start]) < MIN_REASONS:
         return False
     opening = re.match(re.escape(final.text) + r"(?!\w)", text.lstrip(" \t\r\n*(\"'"), re.IGNORECASE)
     return opening is None

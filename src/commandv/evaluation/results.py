@@ -27,7 +27,8 @@ class Arm(_Strict):
         layers: recipient layers it acts on.
         labels: task -> one label per test prompt, null where the judge had no judgment.
         units: task -> unit of its labels, `"rate"` for 0 and 1.
-        price: measure (`"kl"`, `"perplexity"`) -> nats per token of each passage; perplexity is that of the passage.
+        price: measure -> figures. `"kl"`, `"perplexity"`: nats per token of each passage (perplexity is that of the
+            passage); `"loops"`: 1 for each answer to the behaviour's own task that loops, else 0.
         seconds: wall clock that making and measuring it took.
     """
 

@@ -33,6 +33,7 @@ class Evaluation:
         task: what was asked.
         rows: judge -> one comparison per arm.
         price: arm -> drift from the unmodified model, nats per token.
+        loops: arm -> share of its answers that loop.
         agreement: (judge, judge, Cohen's kappa, n) of every two judges, over all arms; NaN where both only ever gave
             one label.
         notes: what a reader must know: controls that were left out.
@@ -41,6 +42,7 @@ class Evaluation:
     task: Task
     rows: dict[str, list[Comparison]]
     price: dict[str, Score]
+    loops: dict[str, Score]
     agreement: list[tuple[str, str, float, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -48,7 +50,7 @@ class Evaluation:
         """Return a table per judge."""
         aim = "more is the aim" if self.task.success == "more" else "less is the aim"
         return [
-            comparison_table(f"{self.task.name}, judged by {judge} ({aim})", rows, self.price)
+            comparison_table(f"{self.task.name}, judged by {judge} ({aim})", rows, self.price, self.loops)
             for judge, rows in self.rows.items()
         ]
 
@@ -59,6 +61,7 @@ class Evaluation:
             "success": self.task.success,
             "judges": {judge: [_plain(row) for row in rows] for judge, rows in self.rows.items()},
             "price": {arm: score._asdict() for arm, score in self.price.items()},
+            "loops": {arm: score._asdict() for arm, score in self.loops.items()},
             "agreement": [{"judges": [a, b], "kappa": value, "n": n} for a, b, value, n in self.agreement],
             "notes": self.notes,
         }
@@ -121,7 +124,8 @@ def evaluate(
             for name, found in outcomes.items():
                 one = replace(found[number], arm=name)
                 write_outcome(one, asked, out / f"{_slug(name)}-{_slug(judge.name)}.jsonl")
-    return Evaluation(asked, rows, price, _agreement(panel, outcomes), notes)
+    looping = {name: found[0].loop_rate() for name, found in outcomes.items()}
+    return Evaluation(asked, rows, price, looping, _agreement(panel, outcomes), notes)
 
 
 def _judged(

@@ -11,13 +11,15 @@ from typing import Literal, Protocol
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
-from commandv.evaluation.graders import Grader
+from commandv.evaluation.graders import Grader, loops
 from commandv.evaluation.scores import Score, mean, rate
 from commandv.models.generation import generate
 from commandv.models.load import LM
 from commandv.prompts.sets import Prompt, PromptSet
 
 Split = Literal["dev", "test"]
+
+ANSWER_TOKENS = 48  # of answers that are graded by their text: in fewer only their openings show
 
 
 class Judge(Protocol):
@@ -67,7 +69,7 @@ class Task:
     test: PromptSet
     judge: Judge
     success: Literal["more", "less"] = "more"
-    max_new_tokens: int = 24
+    max_new_tokens: int = ANSWER_TOKENS
     keep_answers: bool = True
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ class Outcome:
         arm: what was measured.
         unit: of the labels.
         labels: in the order of the prompts; NaN where the judge had no judgment.
+        loops: whether each answer loops, whoever judged it; see `commandv.evaluation.graders.loops`.
         answers: the texts, empty where the task keeps none.
     """
 
@@ -99,6 +102,7 @@ class Outcome:
     arm: str
     unit: str
     labels: tuple[float, ...]
+    loops: tuple[bool, ...]
     answers: tuple[str, ...] = ()
 
     def score(self) -> Score:
@@ -107,6 +111,10 @@ class Outcome:
         if self.unit == "rate":
             return rate(self.arm, [bool(label) for label in given])
         return mean(self.arm, given, self.unit)
+
+    def loop_rate(self) -> Score:
+        """Return the share of answers that loop, with its 95 % interval."""
+        return rate("loops", self.loops)
 
 
 def measure(
@@ -157,4 +165,5 @@ def judged(task: Task, answers: Sequence[str], *, arm: str = "unmodified", split
     labels = task.judge(task.prompts(split).prompts[: len(answers)], answers)
     if len(labels) != len(answers):
         raise InputError(f"judge {task.judge.name}: {len(labels)} labels for {len(answers)} answers; expected one each")
-    return Outcome(task.name, arm, task.judge.unit, tuple(labels), tuple(answers) if task.keep_answers else ())
+    looping = tuple(loops(answer) for answer in answers)
+    return Outcome(task.name, arm, task.judge.unit, tuple(labels), looping, tuple(answers) if task.keep_answers else ())

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from commandv.errors import InputError
-from commandv.evaluation.graders import collapsed
+from commandv.evaluation.graders import loops
 
 # In the same clause with at most one word between: "not good", "never a joy". "Not only good" is praise.
 _NEGATED = re.compile(
@@ -54,9 +54,9 @@ class Lexicon:
         return found[0], found[1]
 
     def balance(self, text: str) -> float:
-        """Return (for - against) / (for + against), from -1 to 1; 0 where nothing speaks and for a collapsed text."""
+        """Return (for - against) / (for + against), from -1 to 1; 0 where nothing speaks and for a text that loops."""
         more, less = self.counts(text)
-        return 0.0 if more == less or collapsed(text) else (more - less) / (more + less)
+        return 0.0 if more == less or loops(text) else (more - less) / (more + less)
 
 
 @functools.cache
@@ -88,12 +88,12 @@ def load_lexicon(name: str) -> Lexicon:
 
 
 def positive_sentiment(text: str) -> bool:
-    """True when more words of the text speak well of something than ill; not collapsed, False without either."""
+    """True when more words of the text speak well of something than ill; it does not loop; False without either."""
     return load_lexicon("sentiment").balance(text) > 0
 
 
 def formal(text: str) -> bool:
-    """True when more of the text's words and marks are formal than informal; not collapsed, False without either."""
+    """True when more of the text's words and marks are formal than informal; it does not loop; False without either."""
     return load_lexicon("formality").balance(text) > 0
 
 

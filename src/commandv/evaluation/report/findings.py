@@ -269,10 +269,8 @@ def _price(arms: Sequence[Arm]) -> dict[str, Score]:
                 values.append(float(np.mean(given)))
         if values:
             # Perplexities are kept as nats per token.
-            geometric = measure == "perplexity"
-            found[measure] = (
-                geometric_mean(measure, values, measure) if geometric else mean(measure, values, "nats per token")
-            )
+            geometric, unit = measure == "perplexity", "share" if measure == "loops" else "nats per token"
+            found[measure] = geometric_mean(measure, values, measure) if geometric else mean(measure, values, unit)
     return found
 
 

@@ -114,7 +114,8 @@ def method_grid(group: Group, table: Table) -> Grid:
 
 
 def _measure_title(name: str) -> str:
-    return {"kl": "KL to unmodified, nats/token", "perplexity": "perplexity"}.get(name, f"{name}, nats/token")
+    known = {"kl": "KL to unmodified, nats/token", "perplexity": "perplexity", "loops": "loops"}
+    return known.get(name, f"{name}, nats/token")
 
 
 def _price_cell(row: Row, measure: str) -> str:

@@ -80,16 +80,18 @@ class Shared:
         began, lm, study = time.monotonic(), self.models.seeded(name, seed), self.study
         labels: dict[str, list[float | None]] = {}
         units = {}
+        loops: list[float] = []  # of answers to the behaviour's own task, which comes first
         answers: dict[tuple[str, int], list[str]] = {}  # tasks that ask the same are asked once
         for task in self.tasks(behaviour):
             key = (task.test.hash, task.max_new_tokens)
             if key not in answers:
                 answers[key] = answered(lm, task, adapter, scale=scale, limit=study.n_test, batch_size=study.batch_size)
             outcome = judged(task, answers[key])
+            loops = loops or [float(one) for one in outcome.loops]
             labels[task.name] = [None if np.isnan(label) else label for label in outcome.labels]
             units[task.name] = outcome.unit
         plain = changed = self.reference(name, seed)
-        price: dict[str, list[float]] = {}
+        price: dict[str, list[float]] = {"loops": loops}
         if adapter is not None:
             changed = reply_log_probs(lm, self.passages, adapter, scale=scale)
             price["kl"] = divergences(plain, changed)
