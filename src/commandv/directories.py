@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from commandv.errors import FormatError, StorageError
+from commandv.errors import FormatError, InputError, StorageError
 from commandv.files import LOCK, TRIES, exclusive, is_temporary, put, real, sha256_of, storage_errors, sync
 
 CONFIG = "config.json"
 VERSION = 2  # of directories of ours; 1 had data files of fixed names without hashes
-_BUILD, _MOVING, _PARTS = ".build", ".moving", ".parts"
+PARTS = ".parts"  # of long work, in the directory that will hold its result
+_BUILD, _MOVING = ".build", ".moving"
 _PART = re.compile(r"part-\d{5}-[0-9a-f]{16}-[0-9a-f]{12}\.safetensors")
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class Kind(NamedTuple):
 
     def is_leftover(self, file: Path) -> bool:
         """Tell whether a killed writer of this kind may have left a file or directory."""
-        if file.name == _PARTS and not file.is_symlink() and file.is_dir():
+        if file.name == PARTS and not file.is_symlink() and file.is_dir():
             return all(_PART.fullmatch(one.name) or is_temporary(one.name, _PART) for one in file.iterdir())
         whole = rf"({self.parts})-[0-9a-f]{{12}}\.safetensors|config\.json"
         return file.name == LOCK or is_temporary(file.name, whole) or self.is_data(file.name, hashed=True)
@@ -123,7 +124,7 @@ def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: I
             whole = {"format": kind.format, "format_version": VERSION, **config, "files": files}
             put(place / CONFIG, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
             sync(place)
-            shutil.rmtree(place / _PARTS, ignore_errors=True)
+            shutil.rmtree(place / PARTS, ignore_errors=True)
         finally:
             with contextlib.suppress(OSError, FormatError):
                 _sweep(place, kind)
@@ -236,41 +237,22 @@ def _sweep(place: Path, kind: Kind) -> None:
         kept = set()
     for one in place.iterdir():
         data = kind.is_data(one.name) and one.name not in kept
-        if data or (kind.is_leftover(one) and one.name not in {*kept, LOCK, _PARTS}):
+        if data or (kind.is_leftover(one) and one.name not in {*kept, LOCK, PARTS}):
             one.unlink(missing_ok=True)
-
-
-# -- unfinished work in a directory of ours ---------------------------------------------------------------------------
-
-
-def write_part(target: Path, number: int, stamp: str, data: bytes) -> None:
-    """Keep a finished part of long work in the directory that will hold the result; call it while `locked`."""
-    with storage_errors(target):
-        folder = real(target) / _PARTS
-        folder.mkdir(exist_ok=True)
-        put(folder / f"part-{number:05d}-{stamp}-{hashlib.sha256(data).hexdigest()[:12]}.safetensors", data)
-
-
-def read_part(target: Path, number: int, stamp: str) -> bytes | None:
-    """Return a part that was finished before, None when there is none or it is damaged."""
-    for file in sorted((target / _PARTS).glob(f"part-{number:05d}-{stamp}-*.safetensors")):
-        data = file.read_bytes()
-        if file.stem.rpartition("-")[2] == hashlib.sha256(data).hexdigest()[:12]:
-            return data
-    return None
-
-
-def drop_parts(target: Path) -> None:
-    """Remove parts that a writer killed after its result was in place has left; where nothing can be written, none."""
-    if (target / _PARTS).exists():
-        with contextlib.suppress(StorageError), storage_errors(target), locked(target) as place:
-            shutil.rmtree(place / _PARTS, ignore_errors=True)
 
 
 # -- what can be made again --------------------------------------------------------------------------------------------
 
 
-def kept(target: Path, last: str, load: Callable[[], T], make: Callable[[], T], *, cache: bool = True) -> T:
+def kept(
+    target: Path,
+    last: str,
+    load: Callable[[], T],
+    make: Callable[[], T],
+    *,
+    kind: Kind | None = None,
+    cache: bool = True,
+) -> T:
     """Return what a directory holds; make it, while other processes wait, where it is not there.
 
     Args:
@@ -278,11 +260,14 @@ def kept(target: Path, last: str, load: Callable[[], T], make: Callable[[], T], 
         last: the file without which it is not whole.
         load: reads it; a `FormatError` says that it is damaged.
         make: writes it and returns what it holds.
+        kind: of a directory of ours.
         cache: remove a damaged one with a warning and make it again; otherwise it is an error.
     """
     try:
         if (target / last).exists():
-            return load()
+            found = load()
+            _tidy(target, last, kind)
+            return found
     except FormatError:
         if not cache:
             raise
@@ -298,6 +283,16 @@ def kept(target: Path, last: str, load: Callable[[], T], make: Callable[[], T], 
                     if one.name != LOCK:
                         shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
         return make()
+
+
+def _tidy(target: Path, last: str, kind: Kind | None) -> None:
+    """Remove what a writer has left that was killed after its result was in place, unless nothing can be written."""
+    if any((target / name).exists() for name in (LOCK, PARTS, _BUILD, _MOVING)):
+        with contextlib.suppress(InputError, StorageError), locked(target, wait=False) as place:
+            _undo(place, last)
+            shutil.rmtree(place / PARTS, ignore_errors=True)
+            if kind is not None:
+                _sweep(place, kind)
 
 
 # -- directories of other projects' formats ---------------------------------------------------------------------------

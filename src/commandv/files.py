@@ -75,13 +75,7 @@ def writing(target: Path) -> Iterator[Path]:
     require_file(target)
     with storage_errors(target):
         place = real(target)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # The system's limit is 255 bytes for a name, and these are longer than the target's.
-        stem = place.name if len(place.name.encode()) < 200 else digest(place.name)
-        with exclusive(place.with_name(f".{stem}{LOCK}")):
-            for left in place.parent.glob(f".{glob.escape(stem)}.*.tmp"):
-                if is_temporary(left.name, re.escape(stem)):
-                    left.unlink(missing_ok=True)
+        with _alone(place) as stem:
             temporary = _temporary(place.with_name(stem))
             try:
                 yield temporary
@@ -90,6 +84,39 @@ def writing(target: Path) -> Iterator[Path]:
                 sync(place.parent)
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def tidy(target: Path) -> None:
+    """Remove what a killed writer of a file has left; raises as `writing` does."""
+    with storage_errors(target):
+        place = real(target)
+        if any(place.parent.glob(f".{glob.escape(_stem(place))}.*")):
+            with _alone(place):
+                pass
+
+
+def remove(target: Path) -> None:
+    """Remove a file and what a killed writer of it has left; raises as `writing` does."""
+    with storage_errors(target):
+        place = real(target)
+        with _alone(place):
+            place.unlink(missing_ok=True)
+
+
+def _stem(place: Path) -> str:
+    """Return what the names of the files beside one begin with: the system's limit for a name is 255 bytes."""
+    return place.name if len(place.name.encode()) < 200 else digest(place.name)
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[str]:
+    """Keep other writers of a file out and remove what killed ones have left."""
+    stem = _stem(place)
+    with exclusive(place.with_name(f".{stem}{LOCK}")):
+        for left in place.parent.glob(f".{glob.escape(stem)}.*.tmp"):
+            if is_temporary(left.name, re.escape(stem)):
+                left.unlink(missing_ok=True)
+        yield stem
 
 
 def write_bytes(target: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import runs
-from commandv.errors import InputError
+from commandv.errors import FormatError, InputError
 from commandv.evaluation import rate
 from commandv.evaluation.comparison import compare
 from commandv.evaluation.report import curves, findings, wording, write_report
@@ -356,11 +356,41 @@ def test_run_again(reports):
 def test_from_a_folder(tmp_path):
     run = runs.study(cells=[runs.cell(*runs.PAIRS[0], "json", 0)], planned=1)
     save_head(run, tmp_path)
-    for i, cell in enumerate(run.cells):
-        save_cell(cell, tmp_path / "cells" / f"{i}.json")
+    (cell,) = run.cells
+    save_cell(cell, tmp_path / "cells" / f"{cell.donor}-{cell.recipient}-{cell.behaviour}-{cell.seed}.json")
     again = write_report(load_run(tmp_path), tmp_path / "a")
     first = write_report(run, tmp_path / "b")
     assert [file.read_bytes() for file in again] == [file.read_bytes() for file in first]  # the same for ever
+
+
+def test_files_among_the_cells_that_are_none_of_the_study_are_told(tmp_path):
+    run = runs.study(cells=[runs.cell(*runs.PAIRS[0], "json", 0)], planned=1)
+    save_head(run, tmp_path)
+    (cell,) = run.cells
+    name = f"{cell.donor}-{cell.recipient}-{cell.behaviour}-{cell.seed}.json"
+    for place in (name, "backup copy.json"):
+        save_cell(cell, tmp_path / "cells" / place)
+    save_cell(
+        cell.model_copy(update={"seed": 5, "settings": {**cell.settings, "n": 1}}), tmp_path / "cells" / "old.json"
+    )
+    read = load_run(tmp_path)
+    assert read.cells == [cell]
+    text = write_report(read, tmp_path / "a")[1].read_text()
+    warning = next(line for line in text.splitlines() if "Files not counted" in line)
+    assert "backup copy.json" in warning
+    assert "old.json" in warning
+
+
+def test_a_file_that_is_no_report_is_not_replaced(tmp_path):
+    run = runs.study(cells=[runs.cell(*runs.PAIRS[0], "json", 0)], planned=1)
+    write_report(run, tmp_path)
+    write_report(run, tmp_path)
+    (tmp_path / "report.md").write_text("# my notes")
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(FormatError, match=r"report\.md.*choose another place"):
+        write_report(run, tmp_path)
+    assert (tmp_path / "report.md").read_text() == "# my notes"
+    assert (tmp_path / "report.html").read_bytes() == before
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

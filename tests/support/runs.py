@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from commandv.evaluation.results import Arm, Cell, Point, Run, Sample
+from commandv.files import digest
 
 PAIRS = (("gemma-3-270m", "smollm2-135m-instruct"), ("smollm2-135m-instruct", "gemma-3-270m"))
 N_TEST, N_PASSAGES = 60, 20
@@ -89,10 +90,12 @@ def cell(donor: str, recipient: str, behaviour: str, seed: int, **changes: Any) 
             )
             for i in range(2)
         ],
-        "settings": {"success": {behaviour: "more"}, "content": "0123456789abcdef"},
+        "settings": {"success": {behaviour: "more"}},
         "seconds": 321.0,
     }  # fmt: skip
-    return Cell(**(content | changes))
+    cell = Cell(**(content | changes))
+    settings = {key: value for key, value in cell.settings.items() if key not in ("success", "content")}
+    return cell.model_copy(update={"settings": {**cell.settings, "content": digest(settings)}})
 
 
 def study(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pydantic
 
 from commandv.errors import FormatError
-from commandv.files import write_text
+from commandv.files import digest, write_text
 
-VERSION = 1
+VERSION = 2  # 1 named the files of cells by their models, behaviour and seed
+log = logging.getLogger(__name__)
 M = TypeVar("M", bound=pydantic.BaseModel)
 
 
@@ -95,6 +97,8 @@ class Run(_Strict):
         versions: of Python and libraries; `cpu` and `cores` of the machine.
         hashes: of prompt sets and models.
         left_out: controls that were left out by the user's explicit wish.
+        plan: file name without suffix -> donor, recipient, behaviour and seed of every cell; empty in version 1.
+        ignored: file name -> why a file among the cells is not counted.
         cells: those finished or failed so far.
     """
 
@@ -106,24 +110,79 @@ class Run(_Strict):
     versions: dict[str, str] = {}
     hashes: dict[str, str] = {}
     left_out: list[str] = []
+    plan: dict[str, tuple[str, str, str, int]] = {}
+    ignored: dict[str, str] = {}
     cells: list[Cell] = []
 
 
-def load_run(folder: Path | str) -> Run:
-    """Read a run directory: `run.json` and `cells/*.json`.
+def load_head(folder: Path | str) -> Run:
+    """Read a run directory's `run.json`, without the cells.
 
     Raises:
         FormatError: not a run directory, another version, or a damaged file.
     """
-    folder = Path(folder)
-    head = folder / "run.json"
+    head = Path(folder) / "run.json"
     if not head.is_file():
         raise FormatError(f"{folder}: no run.json. Expected a directory that `commandv study` wrote")
     run = _read(head, Run)
-    if run.version != VERSION:
-        raise FormatError(f"{head}: version {run.version}, expected {VERSION}; use the commandv that wrote it")
-    cells = [_read(file, Cell) for file in sorted((folder / "cells").glob("*.json"))]
-    return run.model_copy(update={"cells": cells})
+    if not 1 <= run.version <= VERSION:
+        raise FormatError(f"{head}: version {run.version}, expected 1 to {VERSION}; use the commandv that wrote it")
+    return run
+
+
+def load_run(folder: Path | str) -> Run:
+    """Read a run directory: `run.json` and the cells that it names, in their order.
+
+    Other files among the cells (copies, cells of other settings) are not counted; the run says which and why.
+
+    Raises:
+        FormatError: not a run directory, another version, or a damaged file.
+    """
+    run = load_head(folder)
+    found: dict[str, Cell] = {}
+    ignored: dict[str, str] = {}
+    for file in sorted((Path(folder) / "cells").glob("*.json")):
+        if run.plan and file.stem not in run.plan:
+            ignored[file.name] = "a cell of other settings, or no cell of this study"
+            continue
+        cell = _read(file, Cell)
+        if reason := _foreign(cell, file.stem, run):
+            ignored[file.name] = reason
+        else:
+            found[file.stem] = cell
+    for name, reason in ignored.items():
+        log.warning("%s: not counted: %s", Path(folder) / "cells" / name, reason)
+    cells = [found[name] for name in run.plan if name in found] if run.plan else list(found.values())
+    return run.model_copy(update={"cells": cells, "ignored": ignored})
+
+
+def load_cell(file: Path) -> Cell:
+    """Read one cell.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    return _read(file, Cell)
+
+
+def cell_key(donor: str, recipient: str, behaviour: str, seed: int, content: dict[str, Any]) -> str:
+    """Return the hash of all that makes a cell what it is; it is the name of its file."""
+    return digest([donor, recipient, behaviour, seed], content)
+
+
+def _foreign(cell: Cell, name: str, run: Run) -> str:
+    """Return why a cell does not belong to a run under this name; empty when it does."""
+    where = (cell.donor, cell.recipient, cell.behaviour, cell.seed)
+    stated = cell.settings.get("content")
+    content = {key: value for key, value in cell.settings.items() if key not in ("content", "success")}
+    if run.plan:
+        key = cell_key(*where, content)
+        return "" if run.plan[name] == where and key == name == stated else "its content is not what its name says"
+    if name != "-".join(map(str, where)):
+        return f"its name is not that of the cell of {', '.join(map(str, where))}"
+    if stated is not None and stated != digest(content):
+        return "its settings have been changed since it was written"
+    return ""
 
 
 def _read(file: Path, kind: type[M]) -> M:
@@ -140,7 +199,7 @@ def _read(file: Path, kind: type[M]) -> M:
 
 def save_head(run: Run, folder: Path) -> None:
     """Write `run.json` without the cells."""
-    write_text(folder / "run.json", run.model_dump_json(exclude={"cells"}, indent=1))
+    write_text(folder / "run.json", run.model_dump_json(exclude={"cells", "ignored"}, indent=1))
 
 
 def save_cell(cell: Cell, file: Path) -> None:

@@ -17,13 +17,14 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from commandv.adapters.attach import attached
-from commandv.directories import CONFIG, drop_parts, kept, read_config, read_part, require_place, write_part
+from commandv.directories import CONFIG, kept, read_config, require_place
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.files import cache_dir, digest, file_name
 from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.models.generation import batches
 from commandv.models.load import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
+from commandv.profiles.parts import read_part, write_part
 from commandv.profiles.profile import END, PROFILE, Places, Profile, load_profile, save_profile
 from commandv.progress import track
 from commandv.prompts.sets import Prompt, PromptSet, as_prompts
@@ -107,7 +108,7 @@ def profile(
     def load() -> Profile:
         return _from_disk(target, lm, prompts_hash, made_with)
 
-    return kept(target, CONFIG, load, make, cache=not isinstance(cache, Path))
+    return kept(target, CONFIG, load, make, kind=PROFILE, cache=not isinstance(cache, Path))
 
 
 def _from_disk(path: Path, lm: LM, prompts_hash: str, made_with: dict[str, Any]) -> Profile:
@@ -119,7 +120,6 @@ def _from_disk(path: Path, lm: LM, prompts_hash: str, made_with: dict[str, Any])
             f"{path}: holds a profile of {found.model.id} with other prompts, another model or other settings; "
             "choose another path or delete it"
         )
-    drop_parts(path)
     log.info("profile of %s: from the cache", lm.id)
     return found
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind
 from commandv.errors import FormatError, InputError
-from commandv.files import digest, require_file, write_bytes
+from commandv.files import digest, require_file, tidy, write_bytes
 from commandv.models.encoding import pad
 from commandv.models.load import LM
 from commandv.positions import Positions, as_positions
@@ -129,6 +129,7 @@ def train(
     """
     if checkpoint is not None:
         require_file(checkpoint)
+        tidy(checkpoint)
     if kind.rank > lm.d_model:
         raise InputError(f"rank={kind.rank} is above the model's width {lm.d_model}")
     rows = read_examples(lm, examples, settings.max_response)

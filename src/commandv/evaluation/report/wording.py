@@ -298,6 +298,10 @@ def warnings(run: Run, groups: Sequence[Group]) -> list[tuple[str, str]]:
         missing = max(run.planned - len(run.cells), 0)
         counts = [f"{done} of {run.planned} cells are finished", f"{failed} failed", f"{missing} have not run"]
         found.append(("Partial run", ", ".join(counts) + ". Figures cover the finished cells only."))
+    if run.ignored:
+        told = "; ".join(f"{name} ({reason})" for name, reason in list(run.ignored.items())[:5])
+        more = f" and {len(run.ignored) - 5} more" if len(run.ignored) > 5 else ""
+        found.append(("Files not counted", f"Among the cells lie files that are none of this study's: {told}{more}."))
     if run.left_out:
         names = ", ".join(f"{name} ({MEANINGS.get(name, 'a control')})" for name in run.left_out)
         found.append(("Controls left out", f"By explicit wish this study did not measure: {names}. "

@@ -12,6 +12,21 @@ from commandv.training.train import TRAINABLE
 from commandv.transfer.convert import FITTERS
 from commandv.transfer.match import MATCHERS, choose_layers
 
+
+def plain_name(name: str) -> str:
+    """Return a name that may go into file names and tables.
+
+    Raises:
+        ValueError: it is empty, longer than 80 characters, begins with a dot, or holds a slash or control character.
+    """
+    if not 1 <= len(name) <= 80 or name.startswith(".") or name != name.strip():
+        raise ValueError(f"{name[:90]!r}: expected a name of 1 to 80 characters that begins with no dot or space")
+    if bad := sorted({one for one in name if one in "/\\" or not one.isprintable()}):
+        raise ValueError(f"{name!r}: a name cannot hold {', '.join(map(repr, bad))}")
+    return name
+
+
+Name = Annotated[str, pydantic.AfterValidator(plain_name)]
 ANY_DEPTH = 100  # layers against which a layer choice by name is checked before models are loaded
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from commandv.directories import locked
 from commandv.errors import CommandVError, FormatError, InputError
-from commandv.evaluation.results import Cell, Run, load_run, save_cell, save_head
+from commandv.evaluation.results import Cell, Run, cell_key, load_cell, load_head, load_run, save_cell, save_head
 from commandv.evaluation.study.cell import run_cell
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.schema import CellSpec, Study
 from commandv.evaluation.study.shared import Shared
-from commandv.files import LOCK, digest, is_temporary, storage_errors
+from commandv.files import LOCK, is_temporary, storage_errors, tidy
 from commandv.progress import track
 from commandv.prompts.sets import load_prompts
 from commandv.steering import load_contrast
@@ -32,7 +32,8 @@ def run_study(study: Study, out: Path | str, *, models: ModelSource | None = Non
 
     Args:
         study: what to run.
-        out: run directory: `run.json` and `cells/`. Finished cells of the same content are kept and not run again.
+        out: run directory: `run.json` and `cells/`, whose files are named by a hash of all that decides a cell.
+            Finished cells of the same content are kept and not run again.
         models: where models come from; by default the study's own.
 
     Raises:
@@ -44,21 +45,25 @@ def run_study(study: Study, out: Path | str, *, models: ModelSource | None = Non
     claim(study, out)
     with locked(out, wait=False):
         claim(study, out)
-        source = models or ModelSource(study)
+        shared = Shared(study, models or ModelSource(study))
+        cells = {}
+        for spec in study.cells():
+            content = _content(shared, spec)
+            cells[cell_key(*spec, content)] = (spec, content)
         run = Run(
             name=study.name,
             question=study.question,
             study=study.model_dump(mode="json"),
-            planned=len(study.cells()),
+            planned=len(cells),
             versions=_versions(),
             hashes=_hashes(study),
             left_out=list(study.leave_out),
+            plan={key: (spec.donor, spec.recipient, spec.behaviour, spec.seed) for key, (spec, _) in cells.items()},
         )
         save_head(run, out)
-        shared = Shared(study, source)
         with track(f"study {study.name}", total=run.planned) as advance:
-            for spec in study.cells():
-                _finish(shared, spec, out / "cells" / f"{spec}.json")
+            for key, (spec, content) in cells.items():
+                _finish(shared, spec, {"content": key, **content}, out / "cells" / f"{key}.json")
                 advance(1)
     return load_run(out)
 
@@ -74,7 +79,7 @@ def claim(study: Study, out: Path) -> None:
         if out.exists() and not out.is_dir():
             raise FormatError(f"{out}: a file, expected a run directory or nothing; choose another place")
         if (out / "run.json").exists():
-            found = load_run(out)
+            found = load_head(out)
             if found.name != study.name:
                 raise InputError(f"{out}: holds the study {found.name!r}, not {study.name!r}; choose another directory")
         elif out.exists():
@@ -98,17 +103,19 @@ def _hashes(study: Study) -> dict[str, str]:
     return found | {f"contrast {one.contrast}": load_contrast(one.contrast, one.negative).hash for one in vectors}
 
 
-def _finish(shared: Shared, spec: CellSpec, file: Path) -> None:
+def _finish(shared: Shared, spec: CellSpec, settings: dict[str, Any], file: Path) -> None:
     """Run a cell unless it is finished; an error becomes part of its result."""
-    content = digest(_content(shared, spec))
     if file.exists():
-        found = Cell.model_validate_json(file.read_bytes())
-        if found.state == "done" and found.settings.get("content") == content:
-            log.info("%s: finished before", spec)
-            return
+        try:
+            if load_cell(file).state == "done":
+                log.info("%s: finished before", spec)
+                tidy(file)
+                return
+        except FormatError as error:
+            log.warning("%s", error)
     log.info("%s: running", spec)
     began = time.monotonic()
-    identity: dict[str, Any] = {**spec._asdict(), "settings": {"content": content, **_content(shared, spec)}}
+    identity: dict[str, Any] = {**spec._asdict(), "settings": settings}
     try:
         cell = run_cell(shared, spec, identity)
     except (CommandVError, RuntimeError, MemoryError, OSError) as error:

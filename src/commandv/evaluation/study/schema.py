@@ -13,7 +13,7 @@ import yaml
 from commandv.errors import InputError
 from commandv.evaluation.catalogue import load_task
 from commandv.evaluation.controls import ARMS, CONTROLS
-from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Strict, Training, layer_choice, one_of
+from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, layer_choice, one_of
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
 from commandv.steering import load_contrast
 
@@ -56,16 +56,16 @@ class Study(Strict):
         batch_size: prompts per batch.
     """
 
-    name: Annotated[str, pydantic.Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[Name, pydantic.Field(pattern=r"^[\w.-]+$")]
     question: str = ""
     prompts: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = ("builtin:general",)
     limit: Annotated[int, pydantic.Field(ge=16)] | None = None
     text: str | None = "builtin:text"
     places: Literal["lines", "words"] = "lines"
-    models: dict[str, ModelSpec]
+    models: dict[Name, ModelSpec]
     pairs: tuple[tuple[str, str], ...]
-    behaviours: dict[str, Behaviour]
-    methods: dict[str, Method] = pydantic.Field(default={})
+    behaviours: dict[Name, Behaviour]
+    methods: dict[Name, Method] = pydantic.Field(default={})
     seeds: tuple[int, ...] = (0,)
     scales: tuple[Annotated[float, pydantic.Field(gt=0)], ...] = (0.6, 1.0)
     layers: tuple[str, ...] = ("last_third", "all_layers")

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.store import save
+from commandv.adapters.store import ADAPTER, save
 from commandv.directories import CONFIG, kept
 from commandv.evaluation.calibration import Calibration, calibrate
 from commandv.evaluation.catalogue import load_task
@@ -22,7 +22,7 @@ from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.parts import Behaviour
 from commandv.evaluation.study.schema import Study
 from commandv.evaluation.tasks import Task, answered, judged
-from commandv.files import cache_dir, digest, file_name
+from commandv.files import cache_dir, digest, file_name, remove
 from commandv.interop.load import load_adapter
 from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
@@ -171,10 +171,10 @@ class Shared:
         def make() -> Adapter:
             log.info("training %s on %s, seed %d", behaviour, name, seed)
             save(train(lm, examples, kind, settings, name=behaviour, checkpoint=checkpoint), path)
-            checkpoint.unlink(missing_ok=True)
+            remove(checkpoint)
             return load_adapter(path)
 
-        return kept(path, CONFIG, lambda: load_adapter(path), make)
+        return kept(path, CONFIG, lambda: load_adapter(path), make, kind=ADAPTER)
 
     def _reference(self, name: str, seed: int) -> list[Tensor]:
         return reply_log_probs(self.models.seeded(name, seed), self.passages)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from commandv.errors import FormatError, InputError
-from commandv.files import digest, require_file, write_bytes
+from commandv.files import digest, require_file, tidy, write_bytes
 from commandv.progress import track
 from commandv.transfer.convert.factor import FactorStore
 from commandv.transfer.convert.fitters import Key, check_pairs
@@ -98,6 +98,7 @@ class Autoencoder:
         file = None if self.checkpoint is None else Path(self.checkpoint) / f"autoencoder-{run.stamp}.safetensors"
         if file is not None:
             require_file(file)
+            tidy(file)
             if file.exists():
                 run.resume(file)
         with track("training the autoencoder", total=self.epochs) as advance:
