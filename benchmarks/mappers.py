@@ -29,10 +29,9 @@ import torch
 import commandv as cv
 from commandv.evaluation import GRADERS, rate
 from commandv.profiles.profile import paired_rows
-from commandv.transfer.bridge import HOLDOUT, Bridge, held_out_prompts
 from commandv.transfer.fidelity import varying
+from commandv.transfer.link import HOLDOUT, held_out_prompts
 from commandv.transfer.match import LayerPair
-from commandv.transfer.paste import _carried
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "mappers.json"
@@ -75,8 +74,8 @@ def layer_pairs(donor: str, recipient: str, n_pairs: int | None) -> tuple[cv.Ada
 # -- one method -------------------------------------------------------------------------------------------------------
 
 
-def bridge_of(donor: cv.Profile, recipient: cv.Profile, fit: Any) -> Bridge:
-    return Bridge(donor, recipient, fit, "end", None, HOLDOUT, None, cv.FactorStore())
+def link_of(donor: cv.Profile, recipient: cv.Profile, fit: Any) -> cv.Link:
+    return cv.link(donor, recipient, fit=fit)
 
 
 def per_prompt(predicted: torch.Tensor, true: torch.Tensor, prompts: np.ndarray) -> dict[str, dict[int, float]]:
@@ -102,18 +101,18 @@ def pooled(many: list[dict[int, float]]) -> dict[str, Any]:
 def measured(donor: str, recipient: str, fit: Any, n_pairs: int | None, n_dev: int) -> dict[str, Any]:
     """Fit, measure and paste one method one way."""
     adapter, pairs = layer_pairs(donor, recipient, n_pairs)
-    bridge = bridge_of(profiled(donor), profiled(recipient), fit)
+    link = link_of(profiled(donor), profiled(recipient), fit)
     seconds, parts, facts = [], [], []
     made: dict[int, tuple[cv.Intervention, ...]] = {}
     for pair in pairs:
         start = time.perf_counter()
-        carried, *chosen = _carried(bridge, pair, adapter.interventions[pair.donor], 1.0)
+        carried, *chosen = link.carry(adapter.interventions, [pair])[pair]
         seconds.append(time.perf_counter() - start)
         made[pair.recipient] = (*made.get(pair.recipient, ()), *carried)
         facts.append(chosen)
         found = {}
-        for side, converter in (("read", bridge.into(pair)), ("write", bridge.back(pair))):
-            of_donor, of_recipient, prompts = bridge.rows(side, pair, held_out=True)
+        for side, converter in (("read", link.into(pair)), ("write", link.back(pair))):
+            of_donor, of_recipient, prompts = link.rows(side, pair, held_out=True)
             x, y = (of_recipient, of_donor) if side == "read" else (of_donor, of_recipient)
             for name, values in per_prompt(converter(x.double()), y.double(), prompts).items():
                 found[f"{side}_{name}"] = values
@@ -144,7 +143,7 @@ def memory(method: str, donor: str, recipient: str) -> None:
         paired_rows(one, two, side)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = peak()
-    _carried(bridge_of(one, two, METHODS[method]), pair, adapter.interventions[pair.donor], 1.0)
+    link_of(one, two, METHODS[method]).carry(adapter.interventions, [pair])
     print(peak() - before)
 
 

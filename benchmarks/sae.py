@@ -45,7 +45,9 @@ def arms(recipient: str, rows: Tensor, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def carry(directions: Tensor, **how: Any) -> Tensor:
-        (carried,) = cv.carry_directions({LAYER: directions}, donor, own, **{"write_rows": "text", **how}).values()
+        (carried,) = cv.carry_directions(
+            {LAYER: directions}, cv.link(donor, own, **{"write_rows": "text", **how})
+        ).values()
         return carried
 
     return {

@@ -16,16 +16,16 @@ import torch
 import commandv as cv
 from commandv.models.load import ModelRef
 from commandv.profiles.profile import END, Profile, load_profile, save_profile
-from commandv.transfer.bridge import parallel
-from commandv.transfer.convert import FactorStore, Fitter, Pinv, Ridge
+from commandv.transfer.convert import Pinv, Ridge
+from commandv.transfer.fold import fold
 from commandv.transfer.match import explicit
-from commandv.transfer.paste import fold
+from commandv.transfer.workers import parallel
 
 RANK = 8
 DECAY = 0.35  # of the spectrum: the i-th singular value falls as i^-DECAY
 OUTLIERS = {3: 30.0, 17: 100.0, 40: 200.0}  # dimension -> times the median scale
 PUBLISHED = ("published", "published, one core per pair")
-PASTES: dict[str, Fitter] = {"exact": Pinv(exact=True), "ridge": Ridge(), "ridge gcv": Ridge(select="gcv")}
+PASTES: dict[str, Any] = {"exact": Pinv(exact=True), "ridge": Ridge(), "ridge gcv": Ridge(select="gcv")}
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,22 @@ def random_adapter(donor: Profile, seed: int) -> cv.Adapter:
 # -- methods ----------------------------------------------------------------------------------------------------------
 
 
-def paste(fit: Fitter, donor: Profile, recipient: Profile, *, seed: int = 0, store: FactorStore | None = None) -> Any:
-    match = explicit({layer: layer for layer in range(donor.n_layers)})
-    adapter = random_adapter(donor, seed)
+def where(donor: Profile) -> dict[str, Any]:
+    return {"match": explicit({layer: layer for layer in range(donor.n_layers)}), "layers": "all_layers"}
+
+
+def paste(fit: Any, donor: Profile, recipient: Profile) -> cv.Adapter:
     return cv.paste(
-        adapter, donor, recipient, fit=fit, match=match, layers="all_layers", read_rows="end", write_rows="end",
-        holdout=0, store=store,
+        random_adapter(donor, 0), donor, recipient, fit=fit, read_rows="end", write_rows="end", holdout=0,
+        **where(donor),
     )  # fmt: skip
+
+
+def linked(fit: Any, donor: Profile, recipient: Profile) -> cv.Link:
+    """Return a link that one adapter has gone through."""
+    link = cv.link(donor, recipient, fit=fit, read_rows="end", write_rows="end", holdout=0)
+    link.paste(random_adapter(donor, 0), **where(donor))
+    return link
 
 
 def published(folder: Path, pairs: int, over_layers: Callable[..., list[Any]]) -> list[Any]:
@@ -143,9 +152,8 @@ def methods(cell: Cell, folder: Path) -> dict[str, Callable[[], Any]]:
     for name, fit in PASTES.items():
         found[name] = lambda fit=fit: paste(fit, *open_profiles(folder))
     for name in ("exact", "ridge"):
-        store = FactorStore()
-        paste(PASTES[name], *profiles, store=store)
-        found[f"second, {name}"] = lambda fit=PASTES[name], store=store: paste(fit, *profiles, seed=1, store=store)
+        link = linked(PASTES[name], *profiles)
+        found[f"second, {name}"] = lambda link=link: link.paste(random_adapter(link.donor, 1), **where(link.donor))
     return found
 
 

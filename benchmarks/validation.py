@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def questions(n: int) -> list[Question]:
 
 def arms(donor: str, recipient: str, pair: LayerPair, fits: dict[str, Any]) -> dict[str, Mapper]:
     """Return a mapper per fit and the controls of the first."""
-    store, profiles = cv.FactorStore(), (profiled(donor), profiled(recipient))
     (first, fit), *others = fits.items()
-    made = mapper_arms(*profiles, pair, fit=fit, store=store)
+    link = cv.link(profiled(donor), profiled(recipient), fit=fit, write_rows="both")
+    made = mapper_arms(link, pair)
     return {
         first: made[MAPPED],
-        **{name: fit_mapper(*profiles, pair, fit=one, store=store) for name, one in others},
+        **{name: fit_mapper(replace(link, fit=one), pair) for name, one in others},
         f"{first}, {SHUFFLED}": made[SHUFFLED],
         f"{first}, {ROTATED}": made[ROTATED],
         MEAN_ABLATION: made[MEAN_ABLATION],
@@ -132,9 +133,9 @@ def versions(quick: bool) -> dict[str, Any]:
         for layer in VERSION_LAYERS[: 1 if quick else None]:
             pair = LayerPair(layer, layer)
             (plain, seen), (own_plain, own_seen) = profiles[donor], profiles[recipient]
-            made = mapper_arms(plain, own_plain, pair)
+            made = mapper_arms(cv.link(plain, own_plain, write_rows="both"), pair)
             unmapped = Mapper(donor.ref, recipient.ref, pair, lambda states, _: states)
-            knowing = fit_mapper(seen, own_seen, pair)
+            knowing = fit_mapper(cv.link(seen, own_seen, write_rows="both"), pair)
             made = {"ridge": made.pop(MAPPED), "ridge, trigger seen": knowing, "unmapped": unmapped, **made}
             for along in (False, True):
                 trial = cv.Trial(

@@ -53,6 +53,7 @@ from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import carry_directions, carry_probes
 from commandv.steering.methods import auc, fit_probe
 from commandv.steering.reading import profile_stream, prompt_states
+from commandv.transfer.convert.kept import Kept
 
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent.parent / "shared" / "data"
@@ -184,7 +185,7 @@ def matched(donor: str, recipient: str) -> list[int]:
     return sorted(layer for layer in found if layer >= two.n_layers // 3)
 
 
-def measure(donor: str, recipient: str, concept: str, seed: int, store: cv.FactorStore) -> dict[str, Any]:
+def measure(donor: str, recipient: str, concept: str, seed: int, kept: Kept) -> dict[str, Any]:
     """Return cosines, lengths and AUCs of one direction, concept and seed, means over layers."""
     (one_p, one_n), (two_p, two_n) = read(donor, concept), read(recipient, concept)
     first, second = halves(one_p.shape[1], seed)
@@ -199,13 +200,13 @@ def measure(donor: str, recipient: str, concept: str, seed: int, store: cv.Facto
     norms = {}
     for name, way in WAYS.items():
         pair = profiled(donor, way.profile), profiled(recipient, way.profile)
-        carried = carry_directions(vectors, *pair, fit=way.fit, layers=layers, write_rows=way.rows, store=store)
+        carried = carry_directions(vectors, cv.Link(*pair, fit=way.fit, write_rows=way.rows, kept=kept), layers=layers)
         cosines[name] = similar(carried)
         norms[name] = average(float(carried[k].norm() / native[k].norm()) for k in layers)
     own = WAYS[CONCEPTS[concept].way]
     pair = profiled(donor, own.profile), profiled(recipient, own.profile)
     cosines["shuffled pairs"] = similar(
-        carry_directions(vectors, *pair, layers=layers, write_rows=own.rows, shuffle=seed)
+        carry_directions(vectors, cv.link(*pair, write_rows=own.rows, shuffle=seed), layers=layers)
     )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(native.shape, generator=generator)
@@ -216,7 +217,7 @@ def measure(donor: str, recipient: str, concept: str, seed: int, store: cv.Facto
     for name in PROBED:
         way = WAYS[name]
         pair = profiled(donor, way.profile), profiled(recipient, way.profile)
-        arms[name] = carry_probes(probes, *pair, layers=layers, read_rows=way.rows, store=store)
+        arms[name] = carry_probes(probes, cv.Link(*pair, read_rows=way.rows, kept=kept), layers=layers)
     aucs = {
         name: average(auc(arm[k], two_p[k, second], two_n[k, second]) for k in layers) for name, arm in arms.items()
     }
@@ -274,10 +275,10 @@ def page(result: dict[str, list[dict[str, Any]]]) -> str:
 def measured() -> dict[str, list[dict[str, Any]]]:
     result = {}
     for donor, recipient in (MODELS, MODELS[::-1]):
-        store = cv.FactorStore()
+        kept = Kept()
         for concept in CONCEPTS:
             column = f"{donor} -> {recipient}, {concept}"
-            result[column] = [measure(donor, recipient, concept, seed, store) for seed in SEEDS]
+            result[column] = [measure(donor, recipient, concept, seed, kept) for seed in SEEDS]
     return result
 
 

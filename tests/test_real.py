@@ -100,8 +100,9 @@ def test_the_shipped_behaviour_pastes(donor, recipient, profiles, smol, gemma, t
     adapter = cv.load_adapter(path)
     lm = {SMOL: smol, GEMMA: gemma}
     adapter.model.require(lm[donor].ref, "the shipped adapter")
-    pasted = cv.paste(adapter, profiles[donor], profiles[recipient])
-    assert all(row.n > 0 and row.read_r2 <= 1 for row in cv.fidelity(pasted, profiles[donor], profiles[recipient]))
+    link = cv.link(profiles[donor], profiles[recipient])
+    pasted = link.paste(adapter)
+    assert all(row.n > 0 and row.read_r2 <= 1 for row in link.fidelity(adapter))
     pasted = cv.load_adapter(cv.save(pasted, tmp_path / "pasted"))
     prompts = ["How do I make a good cup of tea?", "What are the benefits of walking?"]
     plain = cv.generate(lm[recipient], prompts, max_new_tokens=8)

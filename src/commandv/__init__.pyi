@@ -133,9 +133,6 @@ from .transfer.convert import (
     Autoencoder as Autoencoder,
 )
 from .transfer.convert import (
-    FactorStore as FactorStore,
-)
-from .transfer.convert import (
     FourierRidge as FourierRidge,
 )
 from .transfer.convert import (
@@ -151,7 +148,8 @@ from .transfer.convert import (
     Ridge as Ridge,
 )
 from .transfer.fidelity import Fidelity as Fidelity
-from .transfer.fidelity import fidelity as fidelity
+from .transfer.link import Link as Link
+from .transfer.link import link as link
 from .transfer.match import (
     all_layers as all_layers,
 )
@@ -179,5 +177,6 @@ from .transfer.match import (
 from .transfer.match import (
     proportional as proportional,
 )
+from .transfer.paste import fidelity as fidelity
 from .transfer.paste import paste as paste
 from .transfer.paste import random_like as random_like

@@ -95,7 +95,7 @@ def test_what_changes_nothing_in_the_donor_adds_exactly_nothing(activation):
 def test_an_affine_converter_beside_one_that_is_not_is_carried_as_it_is():
     x, y = planted(curved=False)
     ridge = Ridge()(x, y)
-    net = Network.of(ridge, D_Y)
+    net = ridge.network()
     torch.testing.assert_close(net(x.double()), ridge(x.double()), rtol=1e-4, atol=1e-3)
     steps = normal(4, D_X).float()
     one = Carried(steering_vector(steps[0])[0], network(D_Y, D_X), net)
@@ -168,7 +168,7 @@ def test_directions_written_through_a_map_are_those_pushed_where_it_is_affine():
     donor, recipient = both()
     ridge, one = Ridge()(donor.layer(4), recipient.layer(6)), adapter_of(4).interventions[4][0]
     states = donor.layer(4).double()
-    pushed, through = written(ridge, one, states), written(Network.of(ridge, 14), one, states)
+    pushed, through = written(ridge, one, states), written(ridge.network(), one, states)
     assert torch.cosine_similarity(pushed, through).min() > 1 - 1e-5
 
 

@@ -17,6 +17,7 @@ from commandv.evaluation.material import DirectionMaterial, Material
 from commandv.profiles.profile import END
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import mean_states, states
+from commandv.transfer.convert.kept import Kept
 
 PROMPTS = PromptSet(tuple(Prompt(f"What is {n} and {m}?") for n in range(8) for m in range(5)), "sums")
 PASSAGES = PromptSet(tuple(Prompt(f"Say {n}", "The river runs\nand the fox sleeps.") for n in range(3)), "passages")
@@ -82,7 +83,7 @@ def test_text_bridge_reads_the_texts_once_for_all_settings(material, monkeypatch
     asked = []
     original = controls.generate
     monkeypatch.setattr(controls, "generate", lambda *args, **options: asked.append(1) or original(*args, **options))
-    shared = dataclasses.replace(material, store=cv.FactorStore())
+    shared = dataclasses.replace(material, kept=Kept())
     made = [ARMS["text-bridge"](dataclasses.replace(shared, layers=layers)) for layers in ("last_half", "all_layers")]
     assert len(asked) == 2  # without the adapter and with it
     assert torch.equal(made[0].interventions[3][0].write, made[1].interventions[3][0].write)

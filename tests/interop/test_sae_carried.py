@@ -60,7 +60,7 @@ def test_pasting_a_feature_carries_its_decoder_row(siblings, tmp_path):
     pasted = cv.paste(sae.steering(FEATURE, STRENGTH), donor, recipient, layers=[LAYER])
     (one,) = pasted.interventions[LAYER]
     assert str(one.positions) == "all"
-    row = cv.carry_directions({LAYER: sae.feature(FEATURE)}, donor, recipient)[LAYER]
+    row = cv.carry_directions({LAYER: sae.feature(FEATURE)}, cv.link(donor, recipient))[LAYER]
     added = one.delta(torch.randn(5, sibling.d_model))
     torch.testing.assert_close(added, (STRENGTH * row).expand(5, -1), rtol=1e-4, atol=1e-5)
 

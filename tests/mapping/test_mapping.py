@@ -31,8 +31,8 @@ from commandv.mapping import (
 from commandv.models.encoding import encode, pad
 from commandv.profiles.profile import END
 from commandv.prompts.sets import Prompt, PromptSet
-from commandv.transfer.bridge import HOLDOUT, Bridge, held_out_prompts
 from commandv.transfer.convert import FITTERS
+from commandv.transfer.link import HOLDOUT, held_out_prompts
 from commandv.transfer.match import LayerPair
 from mapped import PASSAGES, PROMPTS, QUESTIONS, TEXTS, constant, identity, profiled
 
@@ -137,10 +137,10 @@ def test_a_template_that_rewrites_the_words_leaves_nothing_to_pair(donor):
 @pytest.mark.parametrize("name", sorted(FITTERS))
 def test_a_mapper_gives_what_the_fitted_converter_gives(profiles, name):
     fit = FITTERS[name]()
-    mapper = fit_mapper(*profiles, (1, 2), fit=fit, rows="both")
-    bridge = Bridge(*profiles, fit, "both", "both", HOLDOUT, None, None)
-    x = bridge.rows("write", LayerPair(1, 2))[0]
-    expected = bridge.back(LayerPair(1, 2))(x.double()).float()
+    link = cv.link(*profiles, fit=fit, write_rows="both")
+    mapper = fit_mapper(link, (1, 2))
+    x = link.rows("write", LayerPair(1, 2))[0]
+    expected = link.back(LayerPair(1, 2))(x.double()).float()
     torch.testing.assert_close(mapper(x, torch.zeros(len(x), dtype=torch.bool)), expected, rtol=1e-3, atol=1e-3)
     assert mapper.facts["fit"]["name"] == name
 
@@ -152,12 +152,15 @@ def test_a_relation_that_is_affine_is_found_with_its_bias(recipient):
     moved = {layer: (rows.float() @ turn + shift).to(BF16) for layer, rows in one.activations.items()}
     other = dataclasses.replace(one, activations=moved)
     x = one.layer(1)[:50].float()
-    mapped = fit_mapper(one, other, (1, 1), fit=cv.Affine())(x, torch.zeros(50, dtype=torch.bool))
+    mapped = fit_mapper(cv.link(one, other, fit=cv.Affine(), write_rows="both"), (1, 1))(
+        x, torch.zeros(50, dtype=torch.bool)
+    )
     assert float((mapped - x @ turn - shift).square().mean() / (x @ turn).var()) < 1e-3
 
 
 def test_the_controls_are_what_they_say(profiles):
-    arms = mapper_arms(*profiles, (1, 2), seed=4)
+    link = cv.link(*profiles, write_rows="both")
+    arms = mapper_arms(link, (1, 2), seed=4)
     assert list(arms) == [MAPPED, SHUFFLED, MEAN_ABLATION, ROTATED]
     x, end = profiles[0].layer(1)[:6].float(), torch.tensor([True, False] * 3)
     given = {name: mapper(x, end) for name, mapper in arms.items()}
@@ -171,14 +174,14 @@ def test_the_controls_are_what_they_say(profiles):
     torch.testing.assert_close(*away, rtol=1e-3, atol=1e-4)
     assert float(torch.nn.functional.cosine_similarity(given[MAPPED] - mean, given[ROTATED] - mean).abs().max()) < 0.8
     assert not torch.allclose(given[SHUFFLED], given[MAPPED])
-    again = mapper_arms(*profiles, (1, 2), seed=4)
+    again = mapper_arms(link, (1, 2), seed=4)
     assert all(torch.equal(again[name](x, end), given[name]) for name in arms)
 
 
 def test_unseen_are_the_prompts_that_no_fit_sees(profiles):
     prompts, passages = unseen(PROMPTS, PASSAGES, holdout=0.3)
-    bridge = Bridge(*profiles, cv.Ridge(), "both", "both", 0.3, None, None)
-    numbers = np.unique(bridge.rows("write", LayerPair(0, 0), held_out=True)[2])
+    link = cv.link(*profiles, write_rows="both", holdout=0.3)
+    numbers = np.unique(link.rows("write", LayerPair(0, 0), held_out=True)[2])
     everything = [*PROMPTS, *PASSAGES]
     assert [everything[i] for i in numbers] == [*prompts, *passages]
     assert unseen(PROMPTS)[1] is None

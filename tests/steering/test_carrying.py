@@ -41,12 +41,12 @@ def test_the_identity_carries_directions_and_probes_unchanged(siblings):
     lm, _, donor, _ = siblings
     found = cv.directions(lm, CONTRAST)
     for rescale in (None, "norm share"):
-        carried = cv.carry_directions(found, donor, donor, fit=Identity(), rescale=rescale)
+        carried = cv.carry_directions(found, cv.link(donor, donor, fit=Identity()), rescale=rescale)
         assert list(carried) == list(range(lm.n_layers))
         for layer, v in carried.items():
             torch.testing.assert_close(v, found[layer].float())
     probes = cv.probes(lm, CONTRAST, layers=[1, 3])
-    for layer, one in cv.carry_probes(probes, donor, donor, fit=Identity()).items():
+    for layer, one in cv.carry_probes(probes, cv.link(donor, donor, fit=Identity())).items():
         torch.testing.assert_close(one.weight, probes[layer].weight.float())
         assert one.bias == pytest.approx(probes[layer].bias, rel=1e-5)
 
@@ -54,7 +54,7 @@ def test_the_identity_carries_directions_and_probes_unchanged(siblings):
 def test_a_rotated_sibling_gets_its_native_directions(siblings):
     lm, sibling, donor, recipient = siblings
     native = cv.directions(sibling, CONTRAST)
-    carried = cv.carry_directions(cv.directions(lm, CONTRAST), donor, recipient)
+    carried = cv.carry_directions(cv.directions(lm, CONTRAST), cv.link(donor, recipient))
     assert cosines(torch.stack([carried[n] for n in range(4)]), native).min() > 0.99
 
 
@@ -62,8 +62,9 @@ def test_the_norm_share_is_kept_whatever_the_fit_shrinks(siblings):
     lm, sibling, donor, recipient = siblings
     found = cv.directions(lm, CONTRAST)
     strong = cv.Ridge(strength=10.0)
-    shrunk = cv.carry_directions(found, donor, recipient, fit=strong)
-    kept = cv.carry_directions(found, donor, recipient, fit=strong, rescale="norm share")
+    link = cv.link(donor, recipient, fit=strong)
+    shrunk = cv.carry_directions(found, link)
+    kept = cv.carry_directions(found, link, rescale="norm share")
     for layer in range(4):
         assert shrunk[layer].norm() < 0.9 * found[layer].norm()
         # A rotation keeps norms, so that the same share is the same length.
@@ -75,7 +76,7 @@ def test_the_norm_share_is_kept_whatever_the_fit_shrinks(siblings):
 def test_an_ablation_carries_its_subspace(siblings):
     _, sibling, donor, recipient = siblings
     plane = {1: torch.randn(2, donor.d_model, generator=torch.Generator().manual_seed(0))}
-    carried = cv.carry_directions(plane, donor, recipient)
+    carried = cv.carry_directions(plane, cv.link(donor, recipient))
     assert carried[1].shape == (2, 48)
     (one,) = cv.from_directions(carried, sibling.ref, kind="ablate").interventions[1]
     torch.testing.assert_close(one.read @ one.read.T, torch.eye(2), atol=1e-5, rtol=0)
@@ -85,7 +86,7 @@ def test_an_ablation_carries_its_subspace(siblings):
 
 def test_clamp_and_relative_strength_go_by_a_profile_after_carrying(siblings):
     lm, sibling, donor, recipient = siblings
-    carried = cv.carry_directions(cv.directions(lm, CONTRAST), donor, recipient, layers=[2])
+    carried = cv.carry_directions(cv.directions(lm, CONTRAST), cv.link(donor, recipient), layers=[2])
     assert list(carried) == [2]
     for kind, relative in (("clamp", True), ("mean-ablate", False), ("add", True)):
         adapter = cv.from_directions(carried, sibling.ref, kind=kind, relative=relative, typical=recipient)
@@ -98,7 +99,7 @@ def test_a_probe_reads_the_sibling_as_well_as_the_donor(siblings):
     other = cv.Contrast(prompts("Why {}, then?", 40), prompts("Why {} again, then?", 40), paired=True)
     held_out = [prompts(pattern, 60)[40:] for pattern in ("Why {}, then?", "Why {} again, then?")]
     probes = cv.probes(lm, other, positions="l4", layers=[1, 2])
-    carried = cv.carry_probes(probes, donor, recipient)
+    carried = cv.carry_probes(probes, cv.link(donor, recipient))
     places = cv.Positions.parse("l4")
     there = [prompt_states(sibling, side, places) for side in held_out]
     here = [prompt_states(lm, side, places) for side in held_out]
@@ -119,10 +120,10 @@ def test_a_probe_is_carried_by_the_rows_that_are_asked_for(siblings):
     )
     probes = cv.probes(lm, CONTRAST, layers=[2])
     by_words, as_before = (
-        cv.carry_probes(probes, donor, one, read_rows="text")[2].weight for one in (recipient, blurred)
+        cv.carry_probes(probes, cv.link(donor, one, read_rows="text"))[2].weight for one in (recipient, blurred)
     )
     torch.testing.assert_close(by_words, as_before)
-    by_ends, changed = (cv.carry_probes(probes, donor, one)[2].weight for one in (recipient, blurred))
+    by_ends, changed = (cv.carry_probes(probes, cv.link(donor, one))[2].weight for one in (recipient, blurred))
     assert cosines(by_ends, changed) < 0.9
 
 
@@ -130,21 +131,21 @@ def test_of_donor_layers_that_meet_one_is_taken(siblings):
     _, _, donor, _ = siblings
     shallow = cv.profile(tiny.tiny_lm(seed=5, num_hidden_layers=2, id="shallow"), TEXTS, cache=False)
     vectors = torch.eye(donor.d_model)[:4]
-    carried = cv.carry_directions(vectors, donor, shallow)
+    carried = cv.carry_directions(vectors, cv.link(donor, shallow))
     assert list(carried) == [0, 1]
-    only = cv.carry_directions({0: vectors[0], 2: vectors[2]}, donor, shallow)
+    only = cv.carry_directions({0: vectors[0], 2: vectors[2]}, cv.link(donor, shallow))
     for layer in carried:
         torch.testing.assert_close(carried[layer], only[layer])
 
 
 def test_what_cannot_be_carried_is_refused(siblings):
     lm, _, donor, recipient = siblings
-    v = {3: torch.ones(donor.d_model)}
+    v, link = {3: torch.ones(donor.d_model)}, cv.link(donor, recipient)
     with pytest.raises(InputError, match="none is matched"):
-        cv.carry_directions(v, donor, recipient, layers=[0])
+        cv.carry_directions(v, link, layers=[0])
     with pytest.raises(InputError, match="has no length to keep"):
-        cv.carry_directions({3: torch.zeros(donor.d_model)}, donor, recipient, rescale="norm share")
+        cv.carry_directions({3: torch.zeros(donor.d_model)}, link, rescale="norm share")
     with pytest.raises(InputError, match="expected 'norm share'"):
-        cv.carry_directions(v, donor, recipient, rescale="twice")
+        cv.carry_directions(v, link, rescale="twice")
     with pytest.raises(MismatchError):
-        cv.carry_directions(v, donor, cv.profile(lm, MANY, cache=False))
+        cv.link(donor, cv.profile(lm, MANY, cache=False))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import commandv as cv
 from commandv.errors import InputError, MismatchError
 from commandv.profiles.profile import Profile
-from commandv.transfer.bridge import held_out_prompts
 from commandv.transfer.convert import Pinv
-from commandv.transfer.fidelity import cosine, fidelity, r2
+from commandv.transfer.fidelity import cosine, r2
+from commandv.transfer.link import held_out_prompts
 from commandv.transfer.paste import paste
 from made_up import D_RECIPIENT, DONOR, FIT, RECIPIENT, adapter_of, both, end_keys, profile_of, same_tensors
 from rows import normal
@@ -97,7 +97,7 @@ def test_held_out_prompts_are_the_share_asked_for_and_grow_with_it(share):
 
 def test_fidelity_is_near_one_where_the_streams_are_related():
     donor, recipient = both(300)
-    (told,) = fidelity(paste(adapter_of(4), donor, recipient), donor, recipient)
+    (told,) = cv.fidelity(adapter_of(4), donor, recipient)
     assert (told.donor, told.recipient, told.n) == (4, 6, int(held_out_prompts(np.arange(300), 0.1).sum()))
     for name in ("read_r2", "write_r2", "read_cosine", "write_cosine", "adapter_read_r2", "adapter_write_r2"):
         assert 0.98 < getattr(told, name) <= 1.0, name
@@ -108,7 +108,7 @@ def test_fidelity_is_near_zero_where_they_are_not():
     donor, _ = both(300)
     # Of the same prompts, and nothing in common.
     alien = profile_of({layer: normal(300, D_RECIPIENT, seed=900 + layer) for layer in range(9)}, RECIPIENT)
-    (told,) = fidelity(paste(adapter_of(4), donor, alien), donor, alien)
+    (told,) = cv.fidelity(adapter_of(4), donor, alien)
     for name in ("read_r2", "write_r2", "adapter_read_r2", "adapter_write_r2"):
         assert -0.35 < getattr(told, name) < 0.1, name
     assert abs(told.read_cosine) < 0.3
@@ -118,9 +118,10 @@ def test_fidelity_is_near_zero_where_they_are_not():
 def test_shuffled_pairs_destroy_fidelity():
     donor, recipient = both(300)
     adapter = adapter_of(4)
-    shuffled = paste(adapter, donor, recipient, shuffle=0)
-    (plain,) = fidelity(paste(adapter, donor, recipient), donor, recipient)
-    (told,) = fidelity(shuffled, donor, recipient)
+    link = cv.link(donor, recipient, shuffle=0)
+    shuffled = link.paste(adapter)
+    (plain,) = cv.fidelity(adapter, donor, recipient)
+    (told,) = link.fidelity(adapter)
     assert plain.read_r2 > 0.98
     assert plain.write_r2 > 0.98
     assert max(told.read_r2, told.write_r2, told.adapter_read_r2, told.adapter_write_r2) < 0.1
@@ -131,7 +132,7 @@ def test_shuffled_pairs_destroy_fidelity():
 def test_fidelity_measures_held_out_rows_not_fitted_ones():
     """Least squares through as many rows as dimensions fits its own rows exactly and others not at all."""
     donor, recipient = both(17, noise=1.0)
-    (told,) = fidelity(paste(adapter_of(4), donor, recipient, fit=Pinv(exact=True), holdout=0.2), donor, recipient)
+    (told,) = cv.fidelity(adapter_of(4), donor, recipient, fit=Pinv(exact=True), holdout=0.2)
     fitted = ~held_out_prompts(np.arange(17), 0.2)
     x, y = recipient.layer(6)[torch.from_numpy(fitted)], donor.layer(4)[torch.from_numpy(fitted)]
     assert len(x) <= D_RECIPIENT
@@ -140,23 +141,24 @@ def test_fidelity_measures_held_out_rows_not_fitted_ones():
 
 
 @pytest.mark.parametrize("fit", FIT)
-def test_fidelity_survives_the_file_and_needs_the_donor_adapter_then(fit):
+def test_fidelity_is_that_of_the_fits_pasted_through_and_the_same_in_one_go(fit):
     donor, recipient = both()
     adapter = adapter_of(4, 5)
-    pasted = paste(adapter, donor, recipient, fit=fit, shuffle=3)
-    loaded = replace(pasted, donor=None, provenance=json.loads(json.dumps(pasted.provenance)))
-    assert fidelity(loaded, donor, recipient, donor_adapter=adapter) == fidelity(pasted, donor, recipient)
-    with pytest.raises(InputError, match="donor_adapter="):
-        fidelity(loaded, donor, recipient)
+    link = cv.link(donor, recipient, fit=fit)
+    made = [(link.into(pair), link.back(pair)) for pair in link.layer_pairs(adapter.layers)]
+    link.paste(adapter)
+    told = link.fidelity(adapter)
+    assert all(link.into(pair) is one[0] for pair, one in zip(link.layer_pairs(adapter.layers), made, strict=True))
+    assert told == cv.fidelity(adapter, donor, recipient, fit=fit)
 
 
 def test_fidelity_leaves_out_dimensions_that_do_not_vary():
     donor, recipient = both(300)
-    (plain,) = fidelity(paste(adapter_of(4), donor, recipient), donor, recipient)
+    (plain,) = cv.fidelity(adapter_of(4), donor, recipient)
     for profile in (donor, recipient):
         for rows in profile.activations.values():
             rows[:, 3], rows[:, 5] = 0.0, 1234.567
-    (told,) = fidelity(paste(adapter_of(4), donor, recipient), donor, recipient)
+    (told,) = cv.fidelity(adapter_of(4), donor, recipient)
     for name in ("read_r2", "write_r2", "read_cosine", "write_cosine", "cycle_error"):
         assert getattr(told, name) == pytest.approx(getattr(plain, name), abs=0.02), name
 
@@ -172,23 +174,18 @@ def test_r2_and_cosine_of_known_predictions():
     assert cosine(mean - (true - mean), true) == pytest.approx(-1.0)
 
 
-def test_fidelity_of_what_was_not_pasted_is_refused():
+def test_fidelity_without_rows_to_measure_on_is_refused():
     donor, recipient = both()
-    with pytest.raises(InputError, match="of a pasted adapter"):
-        fidelity(adapter_of(4), donor, recipient)
     with pytest.raises(InputError, match="holdout=0: no prompts are left"):
-        fidelity(paste(adapter_of(4), donor, recipient, holdout=0), donor, recipient)
+        cv.fidelity(adapter_of(4), donor, recipient, holdout=0)
     donor, recipient = both(4)
     with pytest.raises(InputError, match=r"keeps 1 rows from the fit, expected at least 2"):
-        fidelity(paste(adapter_of(4), donor, recipient), donor, recipient)
+        cv.fidelity(adapter_of(4), donor, recipient)
 
 
-def test_fidelity_over_other_profiles_is_refused():
+def test_fidelity_of_another_model_s_adapter_is_refused():
     donor, recipient = both()
-    pasted = paste(adapter_of(4), donor, recipient)
     with pytest.raises(MismatchError, match="made for donor"):
-        fidelity(pasted, recipient, donor)
-    with pytest.raises(MismatchError, match="pasted adapter test: made for recipient"):
-        fidelity(pasted, donor, donor)
-    with pytest.raises(MismatchError, match="prompts p, got q"):
-        fidelity(pasted, replace(donor, prompts="q"), replace(recipient, prompts="q"))
+        cv.fidelity(adapter_of(4), recipient, donor)
+    with pytest.raises(MismatchError, match="adapter test: made for recipient"):
+        cv.fidelity(paste(adapter_of(4), donor, recipient), donor, recipient)

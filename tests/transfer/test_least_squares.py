@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 10_000)
 def test_moore_penrose_conditions(n, d, rank, seed, exact):
     rank = min(n, d, rank)
     x = rank_of_condition(n, rank, 50.0, seed) @ torch.linalg.qr(normal(d, rank, seed=seed + 7)).Q.T
-    p = Pinv(exact=exact)(x, torch.eye(n, dtype=torch.float64)).matrix(n)[0]  # X⁺ I
+    p = Pinv(exact=exact)(x, torch.eye(n, dtype=torch.float64)).matrix()[0]  # X⁺ I
     size = float(p.norm())
     torch.testing.assert_close(x @ p @ x, x, rtol=0, atol=1e-8)
     torch.testing.assert_close(p @ x @ p, p, rtol=0, atol=1e-8 * size)
@@ -41,7 +41,7 @@ def test_moore_penrose_conditions(n, d, rank, seed, exact):
 @given(n=DIMENSIONS, d=DIMENSIONS, seed=SEEDS, exact=st.booleans())
 def test_pinv_solves_the_normal_equations_with_the_smallest_norm(n, d, seed, exact):
     x, y = rank_of_condition(n, d, 50.0, seed), normal(n, 3, seed=seed + 3)
-    weight = Pinv(exact=exact)(x, y).matrix(3)[0]
+    weight = Pinv(exact=exact)(x, y).matrix()[0]
     torch.testing.assert_close(x.T @ (x @ weight - y), torch.zeros(d, 3).double(), rtol=0, atol=1e-8)
     # Any other solution adds something that X does not see; the smallest one has no such part.
     unseen = torch.eye(d, dtype=torch.float64) - torch.linalg.pinv(x) @ x
@@ -52,7 +52,7 @@ def test_pinv_solves_the_normal_equations_with_the_smallest_norm(n, d, seed, exa
 @given(n=DIMENSIONS, d=DIMENSIONS, seed=SEEDS, strength=st.sampled_from([None, 0.01, 3.0]))
 def test_solvers_apply_one_matrix_from_both_sides(n, d, seed, strength):
     x, y = related(max(n, 4), d, 3, seed=seed)
-    solver = Ridge(strength=strength).solve(x, y, groups=None, store=None, key=None)[0]
+    solver = Ridge(strength=strength).solve(x, y, groups=None, kept=None)[0]
     from_left = torch.from_numpy(solver.left(np.eye(d))).double()
     assert relative(from_left, solved(solver, len(x), d)) < 1e-3
 
@@ -62,7 +62,7 @@ def test_pinv_is_the_published_computation(shape):
     x, y = related(*shape)
     published = torch.linalg.pinv(x) @ y
     condition = float(torch.linalg.cond(x.double()))
-    assert relative(Pinv()(x, y).matrix(shape[2])[0], published) < 20 * condition * torch.finfo(torch.float32).eps
+    assert relative(Pinv()(x, y).matrix()[0], published) < 20 * condition * torch.finfo(torch.float32).eps
 
 
 def test_pinv_cuts_what_the_published_float32_computation_cuts():
@@ -70,8 +70,8 @@ def test_pinv_cuts_what_the_published_float32_computation_cuts():
     x = rank_of_condition(n, d, 1e8).float()  # float32 pinv cuts at 80 * 1.2e-7 = 9.5e-6
     y = normal(n, 6).float()
     cut = torch.linalg.pinv(x.double(), rtol=max(n, d) * torch.finfo(torch.float32).eps) @ y.double()
-    assert relative(Pinv()(x, y).matrix(6)[0], cut) < 1e-3
-    assert relative(Pinv(exact=True)(x, y).matrix(6)[0], cut) > 0.1
+    assert relative(Pinv()(x, y).matrix()[0], cut) < 1e-3
+    assert relative(Pinv(exact=True)(x, y).matrix()[0], cut) > 0.1
 
 
 @pytest.mark.parametrize("shape", [(40, 80), (80, 80), (120, 50)], ids=list(SHAPES))
@@ -99,7 +99,7 @@ def test_shifting_either_stream_shifts_the_prediction_only(fit):
 def test_affine_is_least_squares_with_an_intercept():
     x, y = (one.double() for one in related(50, 12, 10))
     expected = torch.linalg.lstsq(torch.cat([x, torch.ones(50, 1).double()], 1), y).solution
-    weight, bias = Affine()(x, y).matrix(10)
+    weight, bias = Affine()(x, y).matrix()
     torch.testing.assert_close(weight, expected[:-1], rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(bias, expected[-1], rtol=1e-8, atol=1e-9)
 
@@ -111,13 +111,13 @@ def test_affine_is_least_squares_with_an_intercept():
 def test_reduced_rank_has_the_rank_and_is_ridge_at_full_rank(shape):
     x, y = related(*SHAPES[shape])
     ridge = Ridge(strength=0.1)
-    whole = ridge(x, y).matrix(y.shape[1])[0]
+    whole = ridge(x, y).matrix()[0]
     narrow = ReducedRank(4, ridge)(x, y)
     assert narrow.facts["rank"] == 4
-    singular = torch.linalg.svdvals(narrow.matrix(y.shape[1])[0])
+    singular = torch.linalg.svdvals(narrow.matrix()[0])
     assert singular[3] > 1e-3 * singular[0]
     assert singular[4] < 1e-5 * singular[0]
-    assert relative(ReducedRank(500, ridge)(x, y).matrix(y.shape[1])[0], whole) < 2e-3
+    assert relative(ReducedRank(500, ridge)(x, y).matrix()[0], whole) < 2e-3
 
 
 def test_reduced_rank_keeps_the_directions_that_explain_most():
@@ -151,7 +151,7 @@ def test_procrustes_recovers_a_rotation_and_a_scale(n):
 
 def test_procrustes_is_a_scaled_rotation_of_standardised_rows():
     x, y = (one.double() for one in related(80, 12, 12))
-    weight = Procrustes()(x, y).matrix(12)[0]
+    weight = Procrustes()(x, y).matrix()[0]
     q = weight * x.std(0, correction=0)[:, None] / y.std(0, correction=0)
     gram = q.T @ q
     factor = float(gram.diagonal().mean())

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import commandv as cv
 from commandv.adapters.adapter import Intervention
 from commandv.errors import FormatError, InputError
 from commandv.transfer.convert import Autoencoder, FourierRidge, Ridge
 from commandv.transfer.convert import autoencoder as module
 from commandv.transfer.convert.linear import Dense
-from commandv.transfer.fidelity import fidelity, r2
-from commandv.transfer.paste import paste
+from commandv.transfer.fidelity import r2
+from commandv.transfer.paste import fidelity, paste
 from made_up import adapter_of, both
 from rows import D_X, D_Y, N, normal, planted
 
@@ -107,7 +108,6 @@ def test_the_affine_twin_is_affine_and_folds():
     x, y = planted(curved=False)
     twin = replace(LEARNING, relu=False)(x, y)
     assert isinstance(twin, Dense)
-    assert twin.affine
     assert r2(twin(x.double()), y.double()) > 0.99
     donor, recipient = both()
     pasted = paste(adapter_of(4), donor, recipient, fit=Autoencoder(relu=False))
@@ -117,7 +117,7 @@ def test_the_affine_twin_is_affine_and_folds():
 @pytest.mark.parametrize("fit", [FourierRidge(features=64), LEARNING], ids=["fourier", "autoencoder"])
 def test_fidelity_is_told_of_every_fitter_and_is_high_where_streams_are_related(fit):
     donor, recipient = both(300)
-    (told,) = fidelity(paste(adapter_of(4), donor, recipient, fit=fit), donor, recipient)
+    (told,) = fidelity(adapter_of(4), donor, recipient, fit=fit)
     assert min(told.read_r2, told.write_r2, told.adapter_read_r2, told.adapter_write_r2) > 0.7
     assert told.cycle_error < 0.4
 
@@ -197,7 +197,8 @@ def test_validation_rows_are_whole_prompts_and_teach_nothing():
 def test_the_checkpoint_is_not_recorded(tmp_path):
     donor, recipient = both()
     fit = Autoencoder(epochs=1, checkpoint=str(tmp_path / "kept"))
-    pasted = paste(adapter_of(4), donor, recipient, fit=fit)
+    link = cv.link(donor, recipient, fit=fit)
+    pasted = link.paste(adapter_of(4))
     assert len(list((tmp_path / "kept").iterdir())) == 2
     assert str(tmp_path) not in json.dumps(pasted.provenance)
-    assert fidelity(pasted, donor, recipient)
+    assert link.fidelity(adapter_of(4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import commandv as cv
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import InputError, MismatchError
+from commandv.mapping import fit_mapper
 from commandv.models.load import ModelRef
 from commandv.profiles.profile import END
-from commandv.transfer.convert import FITTERS, FactorStore, Pinv, ReducedRank, Ridge
+from commandv.transfer.convert import FITTERS, Dense, Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.factor import Cholesky, Factor
-from commandv.transfer.match import explicit, nearest
+from commandv.transfer.match import LayerPair, explicit, nearest
 from commandv.transfer.paste import paste, random_like
 from made_up import (
     D_DONOR,
@@ -214,7 +218,7 @@ def test_random_control_of_more_directions_than_dimensions():
     torch.testing.assert_close(b.norm(dim=1), a.norm(dim=1), rtol=1e-5, atol=1e-6)
 
 
-# -- the store --------------------------------------------------------------------------------------------------------
+# -- the link ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -232,57 +236,77 @@ def factorisations(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("fit", [Ridge(strength=1.0), Pinv(exact=True)], ids=["ridge", "pinv-exact"])
-def test_a_second_adapter_over_the_same_profiles_factorises_nothing(fit, factorisations):
+def test_a_link_fits_once_whatever_goes_through_it(fit, factorisations):
     donor, recipient = both()
-    store = FactorStore()
-    first = paste(adapter_of(4, 5), donor, recipient, fit=fit, store=store)
+    link = cv.link(donor, recipient, fit=fit)
+    assert not factorisations
+    first = link.paste(adapter_of(4, 5))
     assert len(factorisations) == 4  # two layers, each way
     other = adapter_of(4, 5).scaled(3.0)
-    second = paste(other, donor, recipient, fit=fit, store=store)
+    second = link.paste(other)
+    assert link.fidelity(other)
+    cv.carry_directions({4: torch.ones(D_DONOR)}, link, layers=[6])
+    fit_mapper(link, (5, 7))
     assert len(factorisations) == 4
     assert same_tensors(first, paste(adapter_of(4, 5), donor, recipient, fit=fit))
     assert same_tensors(second, paste(other, donor, recipient, fit=fit))
 
 
-def test_donor_layers_that_meet_share_the_recipient_layer_s_factorisation(factorisations, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 1)  # two threads at once may both make it
-    donor, recipient = both()
-    paste(
-        adapter_of(2, 4),
-        donor,
-        recipient,
-        fit=Ridge(strength=1.0),
-        match=explicit({2: 7, 4: 7}),
-        store=FactorStore(),
-    )
+def test_donor_layers_that_meet_share_the_recipient_layer_s_factorisation(factorisations):
+    link = cv.link(*both(), fit=Ridge(strength=1.0))
+    link.paste(adapter_of(2, 4), match=explicit({2: 7, 4: 7}))
     assert len(factorisations) == 3
 
 
-def test_one_store_serves_different_pastes_without_mixing_them_up():
-    """Controls, settings, directions and other profiles of the same names, all over one store."""
+def test_a_link_frees_what_it_made():
+    link = cv.link(*both())
+    link.paste(adapter_of(4))
+    solver = weakref.ref(link.into(LayerPair(4, 6)).solver)
+    assert solver() is not None
+    del link
+    gc.collect()
+    assert solver() is None
+
+
+def test_variants_of_a_link_share_and_do_not_mix_up():
+    """Controls, settings and other profiles of the same names, all over what one link keeps."""
     donor, recipient = both()
     alien = replace(recipient, activations={k: rows.flip(0) for k, rows in recipient.activations.items()})
     adapter, other = adapter_of(4), adapter_of(6, ref=RECIPIENT)
     back = {"match": explicit({6: 4}), "layers": "all_layers"}
     pastes = [
-        (adapter, donor, recipient, {}),
-        (adapter, donor, recipient, {"shuffle": 0}),
-        (adapter, donor, recipient, {"shuffle": 1}),
-        (adapter, donor, recipient, {"holdout": 0.3}),
-        (adapter, donor, recipient, {"fit": Ridge(select="gcv")}),
-        (adapter, donor, recipient, {"fit": Ridge(standardise=False)}),
-        (adapter, donor, recipient, {"fit": ReducedRank(2)}),
-        (adapter, donor, recipient, {"fit": Pinv()}),
-        (adapter, donor, recipient, {"fit": Pinv(exact=True)}),
-        (adapter, donor, recipient, {"fit": FITTERS["affine"]()}),
-        (adapter, donor, alien, {}),
-        (other, recipient, donor, back),
-        (adapter, donor, donor, {"layers": [4]}),
+        (adapter, {}, {}),
+        (adapter, {"shuffle": 0}, {}),
+        (adapter, {"shuffle": 1}, {}),
+        (adapter, {"holdout": 0.3}, {}),
+        (adapter, {"fit": Ridge(select="gcv")}, {}),
+        (adapter, {"fit": Ridge(standardise=False)}, {}),
+        (adapter, {"fit": ReducedRank(2)}, {}),
+        (adapter, {"fit": Pinv()}, {}),
+        (adapter, {"fit": Pinv(exact=True)}, {}),
+        (adapter, {"fit": FITTERS["affine"]()}, {}),
+        (adapter, {"recipient": alien}, {}),
+        (other, {"donor": recipient, "recipient": donor}, back),
+        (adapter, {"recipient": donor}, {"layers": [4]}),
     ]
-    store = FactorStore()
-    for one, a, b, options in pastes:
-        kept = paste(one, a, b, store=store, **options)
-        assert same_tensors(kept, paste(one, a, b, **options)), options
+    link = cv.link(donor, recipient)
+    for one, changes, where in pastes * 2:
+        shared = replace(link, **changes)
+        own = {"donor": donor, "recipient": recipient} | changes
+        pasted = paste(one, own.pop("donor"), own.pop("recipient"), **own, **where)
+        assert same_tensors(shared.paste(one, **where), pasted), changes
+
+
+def test_profiles_without_text_rows_are_told_of_once(caplog):
+    donor, recipient = both()
+    link = cv.link(donor, recipient)
+    (told,) = caplog.messages
+    assert "text=load_prompts('builtin:text')" in told
+    link.paste(adapter_of(4))
+    replace(link, shuffle=1).paste(adapter_of(4))
+    cv.link(donor, recipient, write_rows="end")
+    assert len(caplog.messages) == 1
+    assert link.paste(adapter_of(4)).provenance["link"]["rows"] == {"read": "end", "write": "end"}
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -356,3 +380,22 @@ def test_a_layer_that_the_profile_does_not_hold_is_refused():
     partial = replace(recipient, activations={layer: recipient.layer(layer) for layer in (0, 8)})
     with pytest.raises(InputError, match=r"recipient holds layers \[0, 8\], not 6"):
         paste(adapter_of(4), donor, partial)
+
+
+@pytest.mark.parametrize("fit", FIT)
+def test_rows_that_are_all_the_same_are_refused(fit):
+    donor, recipient = both()
+    adapter = adapter_of(4)
+    for broken, name in ((donor, "donor"), (recipient, "recipient")):
+        same = replace(broken, activations={n: rows[:1].expand(N, -1) for n, rows in broken.activations.items()})
+        pair = (same, recipient) if broken is donor else (donor, same)
+        with pytest.raises(InputError, match=rf"profile of {name}: all \d+ rows .* are the same.*different prompts"):
+            paste(adapter, *pair, fit=fit)
+
+
+def test_a_fit_that_finds_nothing_is_refused_rather_than_pasted_as_nothing():
+    def nothing(x, y):
+        return Dense(torch.zeros(x.shape[1], y.shape[1]), y.double().mean(0), {})
+
+    with pytest.raises(InputError, match="comes out as zero"):
+        paste(adapter_of(4), *both(), fit=nothing)

@@ -32,7 +32,7 @@ def closed_form(x: Tensor, y: Tensor, strength: float, standardise: bool) -> tup
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ridge_is_its_closed_form(shape, standardise, strength):
     x, y = related(*SHAPES[shape])
-    weight, bias = Ridge(strength=strength, standardise=standardise)(x, y).matrix(y.shape[1])
+    weight, bias = Ridge(strength=strength, standardise=standardise)(x, y).matrix()
     expected = closed_form(x, y, strength, standardise)
     assert relative(weight, expected[0]) < 1e-3
     assert relative(bias, expected[1]) < 1e-3
@@ -42,7 +42,7 @@ def test_ridge_is_its_closed_form(shape, standardise, strength):
 def test_weak_strengths_are_solved_in_float64(strength):
     """A float32 Gram matrix is off by more than such a strength."""
     x, y = rank_of_condition(60, 30, 1e5), normal(60, 8, seed=3)
-    weight = Ridge(strength=strength, standardise=False)(x, y).matrix(8)[0]
+    weight = Ridge(strength=strength, standardise=False)(x, y).matrix()[0]
     assert relative(weight, closed_form(x, y, strength, False)[0]) < 1e-6
 
 
@@ -201,7 +201,7 @@ def test_a_few_rows_of_a_few_dimensions(n, d, select):
     x, y = related(n, d, 2)
     ridge = Ridge(select=select)(x, y)
     expected = closed_form(x, y, ridge.facts["strength"], True)
-    for got, wanted in zip(ridge.matrix(2), expected, strict=True):
+    for got, wanted in zip(ridge.matrix(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=1e-4)
 
 
@@ -211,7 +211,7 @@ def test_repeated_rows_and_constant_columns_leave_ridge_its_closed_form(shape):
     x, y = torch.cat([x, x[:5]]), torch.cat([y, y[:5]])
     x[:, 2] = 7.5
     for strength in (1e-6, 0.1):
-        weight, _ = Ridge(strength=strength)(x, y).matrix(y.shape[1])
+        weight, _ = Ridge(strength=strength)(x, y).matrix()
         z = x.double() - x.double().mean(0)
         scale = torch.where(z.abs().amax(0) > 0, z.square().mean(0).sqrt(), 1.0)
         z = z / scale
@@ -225,7 +225,7 @@ def test_strengths_below_all_rounding_still_solve():
     """Such as leave a singular Gram matrix singular; they act as the rounding's own size does."""
     x, y = (one.double() for one in related(60, 14, 18))
     x = torch.cat([x, x], 1)
-    weight, bias = Ridge(strength=1e-300)(x, y).matrix(18)
+    weight, bias = Ridge(strength=1e-300)(x, y).matrix()
     scale = x.std(0, correction=0)
     expected = torch.linalg.pinv((x - x.mean(0)) / scale, rtol=1e-7) @ (y - y.mean(0)) / scale[:, None]
     assert relative(weight, expected) < 1e-3

@@ -90,9 +90,14 @@ class Intervention:
         """Return it acting elsewhere."""
         return replace(self, positions=positions)
 
-    def turned(self, turn: Tensor) -> Intervention:
-        """Return it with its delta turned, Delta(h) Q for `turn` Q, [d_model, d_model]."""
-        return replace(self, write=(self.write.double() @ turn.double()).float())
+    @property
+    def writes(self) -> Tensor:
+        """Rows [k, d_model] in whose span all its deltas lie."""
+        return self.write
+
+    def turned(self, turn: Callable[[Tensor], Tensor]) -> Intervention:
+        """Return it with its delta turned, Delta(h) Q, for `turn`: rows [k, d_model] -> rows Q."""
+        return replace(self, write=turn(self.write))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +110,12 @@ class Adapter:
         model: the model it is for.
         name: what it does, for people.
         provenance: JSON-able facts about how it was made.
-        donor: the adapter it was pasted from, while both are in memory; not saved.
     """
 
     interventions: Mapping[int, tuple[Intervention, ...]]
     model: ModelRef
     name: str = "adapter"
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    donor: Adapter | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         widths = {one.d_model for many in self.interventions.values() for one in many}

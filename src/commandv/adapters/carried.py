@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
+from commandv.adapters.network import Network
 from commandv.errors import InputError, MismatchError
 from commandv.positions import Positions
-from commandv.transfer.convert import Network
 
 
 class Carried(Intervention):
@@ -99,8 +100,13 @@ class Carried(Intervention):
         """Return it acting elsewhere."""
         return Carried(self.inner.at(positions), self.into, self.back, self.scale)
 
-    def turned(self, turn: Tensor) -> Carried:
-        """Return it with its delta turned, Delta(h) Q for `turn` Q, [d_model, d_model]."""
+    @property
+    def writes(self) -> Tensor:
+        """Rows [k, d_model] in whose span all its deltas lie."""
+        return self.back.writes
+
+    def turned(self, turn: Callable[[Tensor], Tensor]) -> Carried:
+        """Return it with its delta turned, Delta(h) Q, for `turn`: rows [k, d_model] -> rows Q."""
         return Carried(self.inner, self.into, self.back.turned(turn), self.scale)
 
     def to(self, device: torch.device) -> Carried:
@@ -117,3 +123,21 @@ class Carried(Intervention):
     read = property(_no_matrices)
     bias = property(_no_matrices)
     write = property(_no_matrices)
+
+
+def low_rank(one: Intervention, what: str) -> Intervention:
+    """Return an intervention that has read, bias and write of its own.
+
+    Args:
+        one: any.
+        what: what needs them, for the message.
+
+    Raises:
+        InputError: it goes through converters that are not affine.
+    """
+    if isinstance(one, Carried):
+        raise InputError(
+            f"{what} needs read, bias and write, which an intervention that goes through converters that are not "
+            "affine has none of: it can be attached, scaled and saved in our format; use an affine fitter"
+        )
+    return one

@@ -16,11 +16,11 @@ from pydantic_core import PydanticSerializationError
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
+from commandv.adapters.network import Network, shapes
 from commandv.directories import VERSION, Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError
 from commandv.models.load import ModelRef
 from commandv.positions import Positions
-from commandv.transfer.convert.network import Network, shapes
 
 ADAPTER = Kind("commandv-adapter", "tensors", lambda _config: ["tensors"])
 

@@ -134,9 +134,10 @@ def paste(
     require_place(out, ADAPTER)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)
     original = cv.load_adapter(adapter, layer=layer)
-    pasted = cv.paste(original, one, two, fit=fitter(fit), match=_matcher(match), layers=layers, scale=scale)
+    link, where = cv.link(one, two, fit=fitter(fit)), {"match": _matcher(match), "layers": layers}
+    pasted = link.paste(original, **where, scale=scale)
     cv.save(pasted, out)
-    rows = [row._asdict() for row in cv.fidelity(pasted, one, two)] if with_fidelity else []
+    rows = [row._asdict() for row in link.fidelity(original, **where)] if with_fidelity else []
     if as_json:
         show({"adapter": str(out), "layers": pasted.layers, "fidelity": rows}, True)
         return

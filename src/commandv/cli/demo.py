@@ -24,9 +24,10 @@ from commandv.models.load import LM, load_model
 from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import PromptSet, load_prompts
-from commandv.transfer.convert import FactorStore, Pinv
+from commandv.transfer.convert import Pinv
+from commandv.transfer.link import Link
 from commandv.transfer.match import all_layers, nearest
-from commandv.transfer.paste import paste, random_like
+from commandv.transfer.paste import random_like
 
 log = logging.getLogger(__name__)
 
@@ -89,15 +90,13 @@ def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
 
 def _variants(adapter: Adapter, donor: Profile, recipient: Profile) -> dict[str, Adapter]:
     """Return the pasted adapter and its controls, by title."""
-    store = FactorStore()
-    default = paste(adapter, donor, recipient, store=store)
+    link = Link(donor, recipient)
+    default, as_published = link.paste(adapter), replace(link, fit=Pinv(), write_rows="end", holdout=0)
     return {
         DEFAULT: default,
-        "pasted as published (pinv)": paste(
-            adapter, donor, recipient, fit=Pinv(), match=nearest, layers=all_layers, write_rows="end", holdout=0
-        ),
+        "pasted as published (pinv)": as_published.paste(adapter, match=nearest, layers=all_layers),
         "random, equal norm": random_like(default, SEED),
-        "shuffled pairs": paste(adapter, donor, recipient, shuffle=SEED),
+        "shuffled pairs": replace(link, shuffle=SEED).paste(adapter),
     }
 
 

@@ -76,7 +76,8 @@ def validate(
     )
     pair = layer_pair(layer, donor_lm.n_layers, recipient_lm.n_layers)
     one, two = (cv.profile(lm, asked, text=passages, places="words") for lm in (donor_lm, recipient_lm))
-    found = cv.validate_mapper(donor_lm, recipient_lm, one, two, pair, trial, fit=method, seed=seed)
+    link = cv.link(one, two, fit=method, write_rows="both")
+    found = cv.validate_mapper(donor_lm, recipient_lm, link, pair, trial, seed=seed)
     if as_json:
         show(found.as_dict(), True)
         return

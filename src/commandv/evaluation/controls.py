@@ -17,7 +17,7 @@ from commandv.models.generation import generate
 from commandv.positions import Positions
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import mean_states
-from commandv.transfer.convert import FactorStore, Pinv
+from commandv.transfer.convert import Pinv
 
 BRIDGE_PROMPTS = 64  # profile prompts that the donor answers for the text bridge
 BRIDGE_TOKENS = 16  # of each answer
@@ -45,8 +45,7 @@ def text_bridge(material: Material) -> Adapter:
     """
     like = material.pasted()
     # The texts do not depend on layers, so that one pair of readings serves every setting that is tried.
-    kept = material.store or FactorStore()
-    difference = kept.get(("text bridge", material.adapter), lambda: _text_difference(material))
+    difference = material.kept.get(("text bridge", material.adapter), lambda: _text_difference(material))
     interventions = {
         layer: tuple(replace(one, positions=_positions(like, layer)) for one in steering_vector(difference[layer]))
         for layer in like.layers

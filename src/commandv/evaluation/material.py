@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from commandv.positions import EVERYWHERE, Positions
 from commandv.profiles.profile import END, Profile, Rows
 from commandv.prompts.sets import PromptSet
 from commandv.steering import carry_directions, from_directions
-from commandv.transfer.convert import FactorStore, Fitter, Ridge
-from commandv.transfer.fidelity import fidelity
+from commandv.steering.carrying import Rescale
+from commandv.transfer.convert import Fitter, Ridge
+from commandv.transfer.convert.kept import Kept
+from commandv.transfer.link import Link
 from commandv.transfer.match import LayerChoice, Matcher, all_layers, choose_layers, covering, nearest, proportional
-from commandv.transfer.paste import paste, random_like
+from commandv.transfer.paste import random_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Material:
         published_match: of the published method.
         published_layers: of the published method.
         seed: of random controls.
-        store: keeps factorisations, and what the text bridge read, for all arms.
+        kept: fits, and what the text bridge read, for all arms.
     """
 
     adapter: Adapter
@@ -60,23 +62,22 @@ class Material:
     published_match: Matcher = nearest
     published_layers: LayerChoice | str = all_layers
     seed: int = 0
-    store: FactorStore | None = None
+    kept: Kept = field(default_factory=Kept, repr=False)
 
-    def pasted(self, **changes: Any) -> Adapter:
-        """Return the pasted arm; `changes` are arguments of `paste`."""
-        settings: dict[str, Any] = {
-            "fit": self.fit,
-            "match": self.match,
-            "layers": self.layers,
-            "read_rows": self.read_rows,
-            "write_rows": self.write_rows,
-            "store": self.store,
-        }
-        return paste(self.adapter, self.donor, self.recipient, **(settings | changes))
+    def link(self, **changes: Any) -> Link:
+        """Return the link that the pasted arm goes through; `changes` are fields of `Link`."""
+        fields: dict[str, Any] = {"fit": self.fit, "read_rows": self.read_rows, "write_rows": self.write_rows}
+        return Link(self.donor, self.recipient, kept=self.kept, **(fields | changes))
+
+    def pasted(
+        self, *, match: Matcher | None = None, layers: LayerChoice | str | None = None, **changes: Any
+    ) -> Adapter:
+        """Return the pasted arm; `changes` are fields of `Link`."""
+        return self.link(**changes).paste(self.adapter, match=match or self.match, layers=layers or self.layers)
 
     def fidelity(self) -> list[dict[str, float]]:
         """Return the converters' quality on prompts that they have not seen, by layer pair; see `Fidelity`."""
-        return [row._asdict() for row in fidelity(self.pasted(), self.donor, self.recipient)]
+        return [row._asdict() for row in self.link().fidelity(self.adapter, match=self.match, layers=self.layers)]
 
     def random(self) -> Adapter:
         """Return deltas that have the pasted adapter's norm on every state, in random directions."""
@@ -127,13 +128,15 @@ class DirectionMaterial(Material):
     kind: str = "add"
     strength: float = 1.0
     at: Positions = EVERYWHERE
-    rescale: str | None = None
+    rescale: Rescale | None = None
     match: Matcher = covering
     published_match: Matcher = covering
 
-    def pasted(self, **changes: Any) -> Adapter:
-        """Return the carried directions, applied as the native ones are; `changes` are those of `carry_directions`."""
-        carried = self._carried(**changes)
+    def pasted(
+        self, *, match: Matcher | None = None, layers: LayerChoice | str | None = None, **changes: Any
+    ) -> Adapter:
+        """Return the carried directions, applied as the native ones are; `changes` are fields of `Link`."""
+        carried = self._carried(match=match, layers=layers, **changes)
         facts = {"made_by": "carry_directions", "donor": self.donor.model.id, "prompts": self.donor.prompts}
         return replace(self._applied(carried, self.kind), provenance=facts)
 
@@ -171,16 +174,13 @@ class DirectionMaterial(Material):
         layers = choose_layers(self.layers, self.recipient.n_layers)
         return self._applied({layer: self.native[layer] for layer in layers}, self.kind)
 
-    def _carried(self, **changes: Any) -> dict[int, Tensor]:
-        settings: dict[str, Any] = {
-            "fit": self.fit,
-            "match": self.match,
-            "layers": self.layers,
-            "write_rows": self.write_rows,
-            "rescale": self.rescale,
-            "store": self.store,
-        }
-        return carry_directions(self.directions, self.donor, self.recipient, **(settings | changes))
+    def _carried(
+        self, *, match: Matcher | None = None, layers: LayerChoice | str | None = None, **changes: Any
+    ) -> dict[int, Tensor]:
+        return carry_directions(
+            self.directions, self.link(**changes), match=match or self.match, layers=layers or self.layers,
+            rescale=self.rescale,
+        )  # fmt: skip
 
     def _applied(self, directions: Mapping[int, Tensor], kind: str, strength: float | None = None) -> Adapter:
         amount = self.strength if strength is None else strength

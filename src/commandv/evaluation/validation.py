@@ -31,11 +31,9 @@ from commandv.mapping.replacing import Along, Counterparts, pairing, read_counte
 from commandv.models.encoding import encode
 from commandv.models.generation import generate
 from commandv.models.load import LM
-from commandv.profiles.profile import Profile, Rows
 from commandv.progress import track
 from commandv.prompts.sets import Prompt, PromptSet
-from commandv.transfer.bridge import HOLDOUT
-from commandv.transfer.convert import FactorStore, Fitter, Ridge
+from commandv.transfer.link import Link
 from commandv.transfer.match import LayerPair
 
 DONOR = "donor"
@@ -156,16 +154,11 @@ def _shown(score: Score | None, n: int) -> str:
 def validate_mapper(
     donor_lm: LM,
     recipient_lm: LM,
-    donor: Profile,
-    recipient: Profile,
+    link: Link,
     pair: LayerPair | tuple[int, int],
     trial: Trial,
     *,
-    fit: Fitter = Ridge(),
-    rows: Rows | None = None,
-    holdout: float = HOLDOUT,
     seed: int = 0,
-    store: FactorStore | None = None,
 ) -> Validation:
     """Fit a mapper of one layer pair and try it, beside its controls.
 
@@ -175,23 +168,18 @@ def validate_mapper(
     Args:
         donor_lm: the model whose states are mapped.
         recipient_lm: the model that takes them.
-        donor: its profile; for every token of a text, one with `places="words"`.
-        recipient: likewise, over the same prompts.
+        link: the two models' profiles and how converters are fitted; see `commandv.mapping.fit_mapper`.
         pair: (donor layer, recipient layer).
         trial: what to try it on; `commandv.mapping.unseen` gives the prompts that the fit leaves out.
-        fit: as in `fit_mapper`.
-        rows: as in `fit_mapper`.
-        holdout: as in `fit_mapper`.
         seed: of the random controls.
-        store: as in `fit_mapper`.
 
     Raises:
-        MismatchError: profiles of other models or of different prompts; reading along with other tokens.
+        MismatchError: profiles of other models; reading along with other tokens.
         InputError: a layer that is not there, too few shared rows, or a text that cannot be used.
     """
-    donor.model.require(donor_lm.ref, "the donor's profile")
-    recipient.model.require(recipient_lm.ref, "the recipient's profile")
-    arms = mapper_arms(donor, recipient, pair, fit=fit, rows=rows, holdout=holdout, seed=seed, store=store)
+    link.donor.model.require(donor_lm.ref, "the donor's profile")
+    link.recipient.model.require(recipient_lm.ref, "the recipient's profile")
+    arms = mapper_arms(link, pair, seed=seed)
     return try_mappers(donor_lm, recipient_lm, arms, trial)
 
 

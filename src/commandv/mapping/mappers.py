@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,9 @@ from torch import Tensor
 
 from commandv.errors import InputError, MismatchError
 from commandv.models.load import LM, ModelRef
-from commandv.profiles.profile import END, Profile, Rows
+from commandv.profiles.profile import END, Profile
 from commandv.prompts.sets import PromptSet
-from commandv.transfer.bridge import HOLDOUT, Bridge, held_out_prompts
-from commandv.transfer.convert import Converter, FactorStore, Fitter, Network, Ridge
+from commandv.transfer.link import HOLDOUT, Link, held_out_prompts
 from commandv.transfer.match import LayerPair
 
 MAPPED, SHUFFLED, MEAN_ABLATION, ROTATED = "mapped", "shuffled pairs", "mean-ablation", "random rotation"
@@ -77,54 +76,26 @@ class Mapper:
                 raise InputError(f"layer {layer} of {lm.id}: expected one of 0 .. {lm.n_layers - 1}")
 
 
-def fit_mapper(
-    donor: Profile,
-    recipient: Profile,
-    pair: LayerPair | tuple[int, int],
-    *,
-    fit: Fitter = Ridge(),
-    rows: Rows | None = None,
-    holdout: float = HOLDOUT,
-    shuffle: int | None = None,
-    store: FactorStore | None = None,
-) -> Mapper:
-    """Fit a mapper of one layer pair on two profiles.
+def fit_mapper(link: Link, pair: LayerPair | tuple[int, int]) -> Mapper:
+    """Return a mapper of one layer pair: the link's converter for writing, with its bias.
 
     Args:
-        donor: profile of the model whose states are mapped; for every token of a text, one with `places="words"`.
-        recipient: profile of the model that they are mapped into, over the same prompts.
+        link: the two models. For the states of every token of a text, `write_rows="both"` over profiles with
+            `places="words"`; `unseen` returns the prompts that it keeps from its fits.
         pair: (donor layer, recipient layer).
-        fit: how; an affine fit keeps its bias.
-        rows: rows to fit on; None takes last-token and text rows where both profiles have text rows.
-        holdout: share of the prompts kept from the fit; `unseen` returns them.
-        shuffle: a control: pair the rows wrongly, by a permutation with this seed.
-        store: keeps factorisations for further fits over the same `Profile` objects.
 
     Raises:
-        MismatchError: profiles of different prompts.
         InputError: a layer that is not in the profile, or too few shared rows.
     """
     pair = LayerPair(*pair)
-    if rows is None:
-        rows = "both" if all((one.keys[:, 1] != END).any() for one in (donor, recipient)) else "end"
-    bridge = Bridge(donor, recipient, fit, rows, rows, holdout, shuffle, store)
-    back = bridge.back(pair)
-    facts = {**bridge.settings(), "prompts": donor.prompts, "chosen": dict(back.facts)}
-    return Mapper(donor.model, recipient.model, pair, _states(back, recipient.d_model), facts)
+    back = link.back(pair)
+    facts = {**link.settings(), "prompts": link.donor.prompts, "chosen": dict(back.facts)}
+    dense = back.dense()
+    return Mapper(link.donor.model, link.recipient.model, pair, lambda states, _: dense(states), facts)
 
 
-def mapper_arms(
-    donor: Profile,
-    recipient: Profile,
-    pair: LayerPair | tuple[int, int],
-    *,
-    fit: Fitter = Ridge(),
-    rows: Rows | None = None,
-    holdout: float = HOLDOUT,
-    seed: int = 0,
-    store: FactorStore | None = None,
-) -> dict[str, Mapper]:
-    """Fit a mapper and make its controls; arguments as in `fit_mapper`, `seed` is that of the random controls.
+def mapper_arms(link: Link, pair: LayerPair | tuple[int, int], *, seed: int = 0) -> dict[str, Mapper]:
+    """Return a mapper and its controls; arguments as in `fit_mapper`, `seed` is that of the random controls.
 
     Returns:
         mapped, the mapper; shuffled pairs, one fitted on wrongly paired rows; mean-ablation, the recipient's mean
@@ -133,13 +104,11 @@ def mapper_arms(
         held-out prompts: over last prompt tokens for those, over text rows for all others.
 
     Raises:
-        MismatchError: profiles of different prompts.
         InputError: a layer that is not in the profile, or too few shared rows.
     """
-    pair = LayerPair(*pair)
-    mapped = fit_mapper(donor, recipient, pair, fit=fit, rows=rows, holdout=holdout, store=store)
-    shuffled = fit_mapper(donor, recipient, pair, fit=fit, rows=rows, holdout=holdout, shuffle=seed, store=store)
-    mean = _means(recipient, pair.recipient, holdout)
+    pair, recipient = LayerPair(*pair), link.recipient
+    mapped, shuffled = fit_mapper(link, pair), fit_mapper(replace(link, shuffle=seed), pair)
+    mean = _means(recipient, pair.recipient, link.holdout)
     drawn = torch.randn(
         recipient.d_model, recipient.d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -151,7 +120,7 @@ def mapper_arms(
         return centre + (mapped.convert(states, is_end) - centre) @ turn
 
     def control(convert: Callable[[Tensor, Tensor], Tensor], what: str) -> Mapper:
-        return Mapper(donor.model, recipient.model, pair, convert, {"control": what, "seed": seed})
+        return Mapper(link.donor.model, recipient.model, pair, convert, {"control": what, "seed": seed})
 
     return {
         MAPPED: mapped,
@@ -200,14 +169,6 @@ def unseen(
 
     passages = None if text is None else kept_from(text, held[len(prompts) :])
     return kept_from(prompts, held[: len(prompts)]), passages
-
-
-def _states(back: Converter | Network, d_y: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a converter as a function of states; an affine one as a matrix, which is what many states want."""
-    if isinstance(back, Network):
-        return lambda states, _: back(states)
-    pulled, shift = back.pull(torch.eye(d_y, dtype=torch.float64))
-    return lambda states, _: states @ pulled.T + shift
 
 
 def _means(profile: Profile, layer: int, holdout: float) -> Callable[[Tensor, Tensor], Tensor]:

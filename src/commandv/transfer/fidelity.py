@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
-from commandv.errors import InputError, MismatchError
-from commandv.profiles.profile import Profile
-from commandv.transfer.bridge import Bridge, parallel
-from commandv.transfer.convert import Converter, Network
+from commandv.adapters.adapter import ACTIVATIONS, Intervention
+from commandv.transfer.convert import Converter
 from commandv.transfer.match import LayerPair
 
 
@@ -44,86 +42,59 @@ class Fidelity(NamedTuple):
     adapter_write_r2: float
 
 
-def fidelity(
-    pasted: Adapter, donor: Profile, recipient: Profile, *, donor_adapter: Adapter | None = None
-) -> list[Fidelity]:
-    """Measure a pasted adapter's converters on the prompts that they were not fitted on, per layer pair.
+def layer_fidelity(
+    pair: LayerPair,
+    into: Converter,
+    back: Converter,
+    *,
+    read: tuple[Tensor, Tensor],
+    write: tuple[Tensor, Tensor],
+    many: Sequence[Intervention],
+) -> Fidelity:
+    """Measure one layer pair's converters.
 
     Args:
-        pasted: a result of `paste`.
-        donor: the profiles it was pasted with.
-        recipient: likewise.
-        donor_adapter: the adapter that was pasted; needed for one that was loaded from disk.
-
-    Raises:
-        InputError: not a pasted adapter, nothing held out, or the donor's adapter is not at hand.
-        MismatchError: other profiles than those it was pasted with.
+        pair: the layers.
+        into: recipient -> donor.
+        back: donor -> recipient.
+        read: unseen (donor rows, recipient rows) of the reading side.
+        write: the same of the writing side.
+        many: what is carried through them.
     """
-    original = donor_adapter or pasted.donor
-    if pasted.provenance.get("made_by") != "paste" or original is None:
-        raise InputError("fidelity is told of a pasted adapter; after loading one, give donor_adapter= as well")
-    original.model.require(donor.model, f"the donor's adapter {original.name}")
-    pasted.model.require(recipient.model, f"pasted adapter {pasted.name}")
-    if donor.prompts != pasted.provenance["prompts"]:
-        raise MismatchError(
-            f"{pasted.name} was pasted with profiles of prompts {pasted.provenance['prompts']}, got {donor.prompts}; "
-            "profile the same prompt sets again"
-        )
-    bridge = Bridge.again(donor, recipient, pasted.provenance["link"])
-    if not bridge.holdout:
-        raise InputError("the adapter was pasted with holdout=0: no prompts are left to measure on")
-    pairs = [LayerPair(*fact["pair"]) for fact in pasted.provenance["layers"]]
-    held_out = min(len(bridge.rows(side, pairs[0], held_out=True)[0]) for side in bridge.sides)
-    if held_out < 2:
-        raise InputError(
-            f"holdout={bridge.holdout} keeps {held_out} rows from the fit, expected at least 2 to measure on; "
-            "profile more prompts or paste with a larger holdout"
-        )
-
-    def measure(pair: LayerPair) -> Fidelity:
-        into, back = bridge.into(pair), bridge.back(pair)
-        y, x = (one.double() for one in bridge.rows("read", pair, held_out=True)[:2])
-        y_text, x_text = (one.double() for one in bridge.rows("write", pair, held_out=True)[:2])
-        read, write = into(x), back(y_text)
-        cycled, keep = back(read), varying(x)
-        centred = ((x - x.mean(0)) / x.std(0))[:, keep]
-        error = ((cycled - cycled.mean(0)) / x.std(0))[:, keep] - centred
-        many = original.interventions[pair.donor]
-        reads = torch.cat([one.read for one in many]).double()
-        into_directions = torch.cat([written(back, one, y_text) for one in many]).T
-        return Fidelity(
-            pair.donor,
-            pair.recipient,
-            len(x),
-            r2(read, y),
-            r2(write, x_text),
-            cosine(read, y),
-            cosine(write, x_text),
-            float(error.square().sum() / centred.square().sum()),
-            r2(read @ reads.T, y @ reads.T),
-            r2(write @ into_directions, x_text @ into_directions),
-        )
-
-    return parallel(measure, pairs)
+    y, x = (one.double() for one in read)
+    y_text, x_text = (one.double() for one in write)
+    seen, out = into(x), back(y_text)
+    cycled, keep = back(seen), varying(x)
+    centred = ((x - x.mean(0)) / x.std(0))[:, keep]
+    error = ((cycled - cycled.mean(0)) / x.std(0))[:, keep] - centred
+    reads = torch.cat([one.read for one in many]).double()
+    directions = torch.cat([written(back, one, y_text) for one in many]).T
+    return Fidelity(
+        *pair,
+        len(x),
+        r2(seen, y),
+        r2(out, x_text),
+        cosine(seen, y),
+        cosine(out, x_text),
+        float(error.square().sum() / centred.square().sum()),
+        r2(seen @ reads.T, y @ reads.T),
+        r2(out @ directions, x_text @ directions),
+    )
 
 
-def written(back: Converter | Network, one: Intervention, states: Tensor) -> Tensor:
+def written(back: Converter, one: Intervention, states: Tensor) -> Tensor:
     """Return the directions [rank, d_y] that an intervention writes through a converter; lengths do not matter.
 
-    Through a map that is not affine, W_k becomes the mean over states y of back(y + c_k W_k) - back(y), with c_k the
-    root mean square over these states of act(y Rᵀ + b)_k, which is how far the intervention steps.
+    Each row of W is stepped along by the root mean square over these states of act(y Rᵀ + b), which is how far the
+    intervention steps; where the converter is affine that decides nothing.
 
     Args:
         back: donor -> recipient.
         one: the donor's intervention.
         states: of the donor, [n, d_x] float64.
     """
-    if not isinstance(back, Network):
-        return back.push(one.write.double())
     coefficients = ACTIVATIONS[one.activation](states @ one.read.double().T + one.bias.double())
-    steps = coefficients.square().mean(0).sqrt()[:, None] * one.write.double()
-    before = back(states)
-    return torch.stack([(back(states + step) - before).mean(0) for step in steps])
+    return back.steps(coefficients.square().mean(0).sqrt()[:, None] * one.write.double(), states)
 
 
 def varying(true: Tensor) -> Tensor:

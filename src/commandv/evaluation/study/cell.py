@@ -18,7 +18,7 @@ from commandv.evaluation.study.schema import CellSpec
 from commandv.evaluation.study.shared import Shared, points
 from commandv.models.generation import generate
 from commandv.positions import as_positions
-from commandv.transfer.convert import FITTERS, FactorStore
+from commandv.transfer.convert import FITTERS
 from commandv.transfer.match import MATCHERS
 
 CALIBRATED = (PASTED, "pinv", "text-bridge")  # arms whose strength is chosen; the others mirror the pasted one
@@ -51,7 +51,6 @@ class _CellRun:
             "prompts": self.study.profile_prompts(),
             "layers": self.study.layers[0],
             "seed": seed,
-            "store": FactorStore(),
         }
         if self.vector is not None:
             return DirectionMaterial(

@@ -14,13 +14,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from commandv.adapters.network import Network
 from commandv.errors import FormatError, InputError
 from commandv.files import digest, require_file, tidy, write_bytes
 from commandv.progress import track
-from commandv.transfer.convert.factor import FactorStore
-from commandv.transfer.convert.fitters import Key, check_pairs
+from commandv.transfer.convert.fitters import check_pairs
+from commandv.transfer.convert.kept import Kept
 from commandv.transfer.convert.linear import Converter, Dense
-from commandv.transfer.convert.network import Network
 from commandv.transfer.convert.rows import Rows
 
 log = logging.getLogger(__name__)
@@ -83,16 +83,10 @@ class Autoencoder:
         y: Tensor,
         *,
         groups: np.ndarray | None = None,
-        store: FactorStore | None = None,
-        key: Key | None = None,
-    ) -> Converter | Network:
-        """Fit; see `Fitter`. The store keeps the converter itself."""
+        kept: Kept | None = None,
+    ) -> Converter:
+        """Fit; see `Fitter`. Training keeps nothing of `x` alone."""
         check_pairs(x, y)
-        if store is None or key is None:
-            return self._fit(x, y, groups)
-        return store.get((key, self), lambda: self._fit(x, y, groups))
-
-    def _fit(self, x: Tensor, y: Tensor, groups: np.ndarray | None) -> Converter | Network:
         rows, targets = (Rows.of(one, centre=True, standardise=True) for one in (x, y))
         run = _Run(self, rows, targets, np.arange(rows.n) if groups is None else groups)
         file = None if self.checkpoint is None else Path(self.checkpoint) / f"autoencoder-{run.stamp}.safetensors"
@@ -162,7 +156,7 @@ class _Run:
         if not len(self.unseen) or self.losses[-1] < self.losses[self.best_epoch]:
             self.best, self.best_epoch = self._copy(), self.epoch
 
-    def converter(self) -> Converter | Network:
+    def converter(self) -> Converter:
         """Return the best epoch's converter, in the streams' own units."""
         fit, x, y = self.fit, self.x, self.y
         encode, shift, decode = (self.best[name].detach().double() for name in ("encode", "shift", "decode"))

@@ -8,8 +8,7 @@ cut where it is not to be had, for least squares.
 from __future__ import annotations
 
 import functools
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -205,26 +204,3 @@ class Cholesky(_GramSolver):
         """Return K⁻¹ right [k, c], refined once."""
         first = blas.cholesky_solve(self.upper, right)
         return first + blas.cholesky_solve(self.upper, right - self.rows.gram_times(first))
-
-
-# -- what is kept -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class FactorStore:
-    """Factorisations kept in memory, so that a second adapter over the same profiles costs almost nothing.
-
-    Hand the same store to several `paste` calls; it belongs to the caller and dies with it.
-    """
-
-    entries: dict[Any, Any] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def get(self, key: Any, make: Any) -> Any:
-        """Return the entry for `key`, made by `make()` the first time."""
-        with self.lock:
-            if key in self.entries:
-                return self.entries[key]
-        value = make()
-        with self.lock:
-            return self.entries.setdefault(key, value)

@@ -5,8 +5,10 @@ Rows are paired activations of one matched layer: x [n, d_x] of the model that i
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -14,41 +16,55 @@ import torch
 from torch import Tensor
 
 from commandv.errors import InputError
-from commandv.transfer.convert.factor import EXACT_RTOL, Cholesky, Factor, FactorStore, Solver, Spectral
+from commandv.transfer.convert.factor import EXACT_RTOL, Cholesky, Factor, Solver, Spectral
+from commandv.transfer.convert.kept import Kept
 from commandv.transfer.convert.linear import Converter, Dense, Solved
-from commandv.transfer.convert.network import Network
 from commandv.transfer.convert.rows import Rows
 from commandv.transfer.convert.strength import FLOAT32_FLOOR, choose_strength
 
-Key = tuple[Hashable, Hashable]
-
 
 class Fitter(Protocol):
-    """Hyper-parameters of a converter; the data goes to the call."""
+    """Hyper-parameters of a converter; the data goes to the call.
 
-    name: ClassVar[str]
+    Any callable of (x, y) serves: what else is offered is given to those that name it. A frozen dataclass with a
+    `name` has its fields recorded in what is pasted by it.
+    """
 
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        groups: np.ndarray | None = None,
-        store: FactorStore | None = None,
-        key: Key | None = None,
-    ) -> Converter | Network:
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
+    ) -> Converter:
         """Fit y from x.
 
         Args:
             x: [n, d_x].
             y: [n, d_y], row i belonging to row i of `x`.
             groups: prompt number of each row; rows of one prompt are not independent. Default: all independent.
-            store: where factorisations of `x` are kept for the next adapter.
-            key: (what `x` is, what `y` is), for the store; without it nothing is kept.
+            kept: where what was made of `x` alone is kept for other fits of the same `x`; None keeps nothing.
 
         Raises:
             InputError: unequal numbers of rows, fewer than 2, or not finite.
         """
+
+
+AnyFitter = Fitter | Callable[[Tensor, Tensor], Converter]
+
+
+def fitted(fit: AnyFitter, x: Tensor, y: Tensor, groups: np.ndarray, kept: Kept | None) -> Converter:
+    """Call a fitter with those of `groups` and `kept` that it takes; see `Fitter`."""
+    taken = inspect.signature(fit).parameters
+    more = any(one.kind is one.VAR_KEYWORD for one in taken.values())
+    offered: dict[str, Any] = {"groups": groups, "kept": kept}
+    return fit(x, y, **{name: value for name, value in offered.items() if more or name in taken})
+
+
+def fitter_settings(fit: AnyFitter) -> dict[str, Any]:
+    """Return a fitter's name and what decides its result, JSON-able."""
+    name = getattr(fit, "name", None) or getattr(fit, "__name__", type(fit).__name__)
+    if not is_dataclass(fit) or isinstance(fit, type):
+        return {"name": name}
+    known = asdict(fit)
+    plain = json.loads(json.dumps({one.name: known[one.name] for one in fields(fit) if one.compare}, default=repr))
+    return {"name": name, **plain}
 
 
 @dataclass(frozen=True)
@@ -72,13 +88,12 @@ class Pinv:
         y: Tensor,
         *,
         groups: np.ndarray | None = None,
-        store: FactorStore | None = None,
-        key: Key | None = None,
+        kept: Kept | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)
         rows = Rows.of(x, centre=False, standardise=False)
-        solver = _least_squares(self, rows, self.exact, store, key)
+        solver = _least_squares(self, rows, self.exact, kept)
         return Solved(solver, rows, Rows.of(y, centre=False, standardise=False), facts={"fit": self.name})
 
 
@@ -94,13 +109,12 @@ class Affine:
         y: Tensor,
         *,
         groups: np.ndarray | None = None,
-        store: FactorStore | None = None,
-        key: Key | None = None,
+        kept: Kept | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)
         rows = Rows.of(x, centre=True, standardise=False)
-        solver = _least_squares(self, rows, True, store, key)
+        solver = _least_squares(self, rows, True, kept)
         return Solved(solver, rows, Rows.of(y, centre=True, standardise=False), facts={"fit": self.name})
 
 
@@ -133,32 +147,28 @@ class Ridge:
         y: Tensor,
         *,
         groups: np.ndarray | None = None,
-        store: FactorStore | None = None,
-        key: Key | None = None,
+        kept: Kept | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
-        solver, rows, targets, facts = self.solve(x, y, groups=groups, store=store, key=key)
+        solver, rows, targets, facts = self.solve(x, y, groups=groups, kept=kept)
         return Solved(solver, rows, targets.unscaled(), facts=facts)
 
     def solve(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None, store: FactorStore | None, key: Key | None
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None, kept: Kept | None
     ) -> tuple[Solver, Rows, Rows, dict[str, Any]]:
         """Return the regularised pseudo-inverse of x, its rows, the rows of y standardised, and what was chosen."""
         check_pairs(x, y)
-        kept, names = (FactorStore(), (None, None)) if store is None or key is None else (store, key)
-        rows = kept.get(
-            (names[0], "rows", self.standardise), lambda: Rows.of(x, centre=True, standardise=self.standardise)
-        )
-        targets = Rows(y, *kept.get((names, "targets"), lambda: Rows.of(y, centre=True, standardise=True).moments))
+        own = Kept() if kept is None else kept
+        rows = own.get(("rows", self.standardise), lambda: Rows.of(x, centre=True, standardise=self.standardise))
+        targets = Rows.of(y, centre=True, standardise=True)
 
         def factorise(dtype: type) -> Factor:
-            return kept.get((names[0], "factor", self.standardise, dtype), lambda: Factor.of(rows, dtype))
+            return own.get(("factor", self.standardise, dtype), lambda: Factor.of(rows, dtype))
 
         def choose() -> float:
-            own = np.arange(len(x)) if groups is None else groups
-            return choose_strength(factorise, targets, own, self.select)
+            return choose_strength(factorise, targets, np.arange(len(x)) if groups is None else groups, self.select)
 
-        strength = self.strength or kept.get((names, self, "strength"), choose)
+        strength = self.strength or choose()
         factor = factorise(np.float32)
         if strength * factor.unit < FLOAT32_FLOOR * factor.bound:
             factor = factorise(np.float64)
@@ -191,11 +201,10 @@ class ReducedRank:
         y: Tensor,
         *,
         groups: np.ndarray | None = None,
-        store: FactorStore | None = None,
-        key: Key | None = None,
+        kept: Kept | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
-        solver, rows, targets, facts = self.ridge.solve(x, y, groups=groups, store=store, key=key)
+        solver, rows, targets, facts = self.ridge.solve(x, y, groups=groups, kept=kept)
         everything = targets.dense(np.float32)
         fitted = rows.times(solver.right(everything))
         vectors = torch.linalg.eigh(torch.from_numpy(fitted.T @ fitted))[1].numpy()[:, ::-1]
@@ -220,8 +229,7 @@ class Procrustes:
         y: Tensor,
         *,
         groups: np.ndarray | None = None,
-        store: FactorStore | None = None,
-        key: Key | None = None,
+        kept: Kept | None = None,
     ) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)
@@ -244,14 +252,10 @@ def check_pairs(x: Tensor, y: Tensor) -> None:
         raise InputError(f"{len(x)} rows of x and {len(y)} rows of y; expected pairs")
 
 
-def _least_squares(
-    fitter: Pinv | Affine, rows: Rows, exact: bool, store: FactorStore | None, key: Key | None
-) -> Solver:
+def _least_squares(fitter: Pinv | Affine, rows: Rows, exact: bool, kept: Kept | None) -> Solver:
     def make() -> Solver:
         if exact and (cholesky := Cholesky.of(rows)) is not None:
             return cholesky
         return Spectral.of(rows, EXACT_RTOL if exact else max(rows.n, rows.d) * float(np.finfo(np.float32).eps))
 
-    if store is None or key is None:
-        return make()
-    return store.get((key[0], fitter), make)
+    return make() if kept is None else kept.get(fitter, make)

@@ -9,10 +9,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from commandv.adapters.network import Network
 from commandv.errors import InputError
-from commandv.transfer.convert.factor import Factor, FactorStore, Solver
-from commandv.transfer.convert.fitters import Key, Ridge, check_pairs
-from commandv.transfer.convert.network import Network
+from commandv.transfer.convert.factor import Factor, Solver
+from commandv.transfer.convert.fitters import Ridge
+from commandv.transfer.convert.kept import Kept
 from commandv.transfer.convert.rows import BLOCK_BYTES, Rows
 from commandv.transfer.convert.strength import FLOAT32_FLOOR, STRENGTHS, sketch
 
@@ -66,24 +67,10 @@ class FourierRidge:
         y: torch.Tensor,
         *,
         groups: np.ndarray | None = None,
-        store: FactorStore | None = None,
-        key: Key | None = None,
+        kept: Kept | None = None,
     ) -> Network:
-        """Fit; see `Fitter`. The store keeps the converter itself, which is smaller than what it was solved from."""
-        check_pairs(x, y)
-        if store is None or key is None:
-            return self._fit(x, y, groups, store, key)
-        return store.get((key, self), lambda: self._fit(x, y, groups, store, key))
-
-    def _fit(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        groups: np.ndarray | None,
-        store: FactorStore | None,
-        key: Key | None,
-    ) -> Network:
-        first, rows, targets, facts = Ridge().solve(x, y, groups=groups, store=store, key=key)
+        """Fit; see `Fitter`."""
+        first, rows, targets, facts = Ridge().solve(x, y, groups=groups, kept=kept)
         bandwidth = self.bandwidth or median_distance(rows)
         own = np.arange(len(x)) if groups is None else groups
         strength = self.strength or self._choose(x, targets, own, facts["strength"], bandwidth)
@@ -125,9 +112,7 @@ class FourierRidge:
             return float(STRENGTHS[-1])
         t = sketch(targets, np.float32)
         mean = t[seen].mean(0)
-        solver, rows, _, _ = Ridge(strength=linear_strength).solve(
-            x[seen], targets.raw[seen], groups=None, store=None, key=None
-        )
+        solver, rows, _, _ = Ridge(strength=linear_strength).solve(x[seen], targets.raw[seen], groups=None, kept=None)
         weights = solver.right(t[seen] - mean).astype(np.float32)
         others = Rows(x[out], *rows.moments)
         left, wanted = t[seen] - mean - rows.times(weights), t[out] - mean - others.times(weights)

@@ -2,55 +2,100 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from commandv.adapters.network import Network
 from commandv.transfer.convert.factor import Solver
 from commandv.transfer.convert.rows import Rows
 
 
 class Converter(Protocol):
-    """y = x A + a from one residual stream (x, width d_x) to another (y, width d_y).
+    """A fitted map from one residual stream (x, width d_x) to another (y, width d_y), affine or not.
 
-    A fitter may also give a `Network`, which is not `affine` and can only be called.
+    What a fitter returns: an `AffineMap` (`Dense` for one that is a matrix), or a `commandv.adapters.network.Network`.
     """
-
-    affine: ClassVar[bool]
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the fit chose, JSON-able."""
 
-    def pull(self, read: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (read Aᵀ [rank, d_x], read a [rank]): what reads y from x, for `read` [rank, d_y]."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return y [..., d_y] for x [..., d_x]."""
 
+    def pull(self, read: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return (read Aᵀ [rank, d_x], read a [rank]), which read in x what `read` [rank, d_y] reads in y.
+
+        None where the map is not affine.
+        """
+
+    def push(self, write: Tensor) -> Tensor | None:
+        """Return write A [rank, d_y] for differences `write` [rank, d_x], which take no bias; None if not affine."""
+
+    def steps(self, write: Tensor, states: Tensor) -> Tensor:
+        """Return what a step along each row of `write` [k, d_x] becomes on average over `states` [n, d_x], [k, d_y]."""
+
+    def network(self) -> Network:
+        """Return the map in the form that can be attached and saved."""
+
+    def dense(self) -> Converter:
+        """Return the same map in the form that is quickest for many states."""
+
+
+class AffineMap(abc.ABC):
+    """y = x A + a: the converters through which interventions fold.
+
+    A class of your own says `d_y`, `pull`, `push` and `facts`; the rest follows.
+    """
+
+    facts: dict[str, Any]
+
+    @property
+    @abc.abstractmethod
+    def d_y(self) -> int:
+        """Width of what it gives."""
+
+    @abc.abstractmethod
+    def pull(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (read Aᵀ [rank, d_x], read a [rank]) for `read` [rank, d_y], float64."""
+
+    @abc.abstractmethod
     def push(self, write: Tensor) -> Tensor:
-        """Return write A [rank, d_y] for differences `write` [rank, d_x]; a difference takes no bias."""
+        """Return write A [rank, d_y] for `write` [rank, d_x], float64."""
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """Return A [d_x, d_y] and a [d_y], float64, materialised; folding never needs it."""
+        pulled, shift = self.pull(torch.eye(self.d_y, dtype=torch.float64))
+        return pulled.T, shift
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return x A + a [..., d_y] for x [..., d_x]."""
+        """Return x A + a, [..., d_y]."""
+        return self.dense()(x)
 
+    def steps(self, write: Tensor, states: Tensor) -> Tensor:
+        """Return write A: what a step becomes does not depend on the state."""
+        return self.push(write)
 
-class _Affine:
-    """What every affine converter can do once it can pull and push."""
+    def network(self) -> Network:
+        """Return it as a network without hidden units."""
+        weight, bias = self.matrix()
+        d_x, none = len(weight), torch.zeros(0)
+        linear = weight.float().contiguous()
+        parts = (none.reshape(d_x, 0), none, none.reshape(0, self.d_y))
+        return Network(torch.zeros(d_x), *parts, bias.float(), linear, facts=self.facts)
 
-    affine: ClassVar[bool] = True
-
-    def pull(self, read: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def matrix(self, d_y: int) -> tuple[Tensor, Tensor]:
-        """Return A [d_x, d_y] and a [d_y], materialised; for tests and diagnostics, pasting never needs it."""
-        pulled, shift = self.pull(torch.eye(d_y, dtype=torch.float64))
-        return pulled.T, shift
+    def dense(self) -> Dense:
+        """Return it as a matrix."""
+        return Dense(*self.matrix(), self.facts)
 
 
 @dataclass(frozen=True, eq=False)
-class Solved(_Affine):
+class Solved(AffineMap):
     """A converter kept as a solver over its fitting rows: A = X⁺ Y, never formed.
 
     Attributes:
@@ -66,6 +111,11 @@ class Solved(_Affine):
     y: Rows
     project: tuple[np.ndarray, np.ndarray] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def d_y(self) -> int:
+        """Width of what it gives."""
+        return self.y.d
 
     def pull(self, read: Tensor) -> tuple[Tensor, Tensor]:
         """Return (read Aᵀ [rank, d_x], read a [rank])."""
@@ -92,11 +142,11 @@ class Solved(_Affine):
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(_Affine):
+class Dense(AffineMap):
     """A converter as a matrix, for methods that have no cheaper form.
 
     Attributes:
-        weight: A, float32 [d_x, d_y].
+        weight: A, [d_x, d_y].
         bias: a, float64 [d_y].
         facts: what the fit chose, JSON-able.
     """
@@ -104,6 +154,15 @@ class Dense(_Affine):
     weight: Tensor
     bias: Tensor
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def d_y(self) -> int:
+        """Width of what it gives."""
+        return self.weight.shape[1]
+
+    def dense(self) -> Dense:
+        """Return itself."""
+        return self
 
     def pull(self, read: Tensor) -> tuple[Tensor, Tensor]:
         """Return (read Aᵀ [rank, d_x], read a [rank])."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from commandv.errors import InputError
-from commandv.transfer.convert.linear import Converter
 
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"cos": torch.cos, "relu": torch.relu}
 
@@ -19,9 +18,9 @@ HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"cos": torch.cos, "relu": torch
 class Network:
     """y = (x - m) L + act((x - m) E + e) O + o, from one residual stream (x, width d_x) to another (y, width d_y).
 
-    It can neither pull nor push, so an intervention is carried by wrapping it (`commandv.adapters.carried`).
-    Everything is float32, and so is the arithmetic. Without hidden units it is an affine map, as which it stands in
-    for one beside another that is not affine.
+    It answers what a `commandv.transfer.convert.Converter` is asked; nothing folds through it, so an intervention is
+    carried by wrapping it (`commandv.adapters.carried`). Everything is float32, and so is the arithmetic. Without
+    hidden units it is an affine map, as which it stands in for one beside another that is not affine.
 
     Attributes:
         mean: m, [d_x]; taken off first, so that streams far from zero do not cost digits.
@@ -34,7 +33,6 @@ class Network:
         facts: what the fit chose, JSON-able.
     """
 
-    affine: ClassVar[bool] = False
     mean: Tensor
     encode: Tensor
     shift: Tensor
@@ -70,14 +68,34 @@ class Network:
         y = HIDDEN[self.activation](centred @ self.encode + self.shift) @ self.decode + self.bias
         return (y if self.linear is None else y + centred @ self.linear).to(x.dtype)
 
-    def turned(self, turn: Tensor) -> Network:
-        """Return x -> y Q for `turn` Q, [d_y, d_y]."""
+    def pull(self, read: Tensor) -> None:
+        """Return None: no rows of x read what `read` reads of y."""
 
-        def times(part: Tensor) -> Tensor:
-            return (part.double() @ turn.double()).float()
+    def push(self, write: Tensor) -> None:
+        """Return None: what a difference of x becomes depends on the state."""
 
-        linear = None if self.linear is None else times(self.linear)
-        return replace(self, decode=times(self.decode), bias=times(self.bias), linear=linear)
+    def steps(self, write: Tensor, states: Tensor) -> Tensor:
+        """Return the mean over states x [n, d_x] of y(x + w) - y(x), for each row w of `write` [k, d_x]; [k, d_y]."""
+        before = self(states)
+        return torch.stack([(self(states + step) - before).mean(0) for step in write])
+
+    def network(self) -> Network:
+        """Return itself."""
+        return self
+
+    def dense(self) -> Network:
+        """Return itself: nothing is gained by forming a matrix."""
+        return self
+
+    @property
+    def writes(self) -> Tensor:
+        """Rows [k, d_y] in whose span all differences of y lie."""
+        return self.decode if self.linear is None else torch.cat([self.decode, self.linear])
+
+    def turned(self, turn: Callable[[Tensor], Tensor]) -> Network:
+        """Return x -> y Q for `turn`, rows [k, d_y] -> rows Q."""
+        linear = None if self.linear is None else turn(self.linear)
+        return replace(self, decode=turn(self.decode), bias=turn(self.bias[None])[0], linear=linear)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything it is made of, by name."""
@@ -98,16 +116,6 @@ class Network:
         """Return it on another device."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
         return replace(self, **moved)
-
-    @classmethod
-    def of(cls, converter: Converter | Network, d_y: int) -> Network:
-        """Return a converter to width `d_y` as a network: itself, or an affine one without hidden units."""
-        if isinstance(converter, Network):
-            return converter
-        pulled, shift = converter.pull(torch.eye(d_y, dtype=torch.float64))
-        d_x, none = pulled.shape[1], torch.zeros(0)
-        linear = pulled.T.float().contiguous()
-        return cls(torch.zeros(d_x), none.reshape(d_x, 0), none, none.reshape(0, d_y), shift.float(), linear)
 
 
 def shapes(d_x: int, d_y: int, hidden: int, linear: bool) -> dict[str, tuple[int, ...]]:
