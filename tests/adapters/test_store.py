@@ -169,6 +169,14 @@ def test_golden_file_holds_what_save_writes_today(tmp_path):
     assert all(torch.equal(old_tensors[key], new_tensors[key]) for key in old_tensors)
 
 
+def test_saving_over_version_1_leaves_nothing_of_it(tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(GOLDEN, old)
+    adapter = adapter_of(*constructed("direft"))
+    assert_same(cv.load_adapter(cv.save(adapter, old)), adapter)
+    assert sorted(one.name for one in old.iterdir()) == ["config.json", data_file(old).name]
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 TAMPERED = {

@@ -18,6 +18,7 @@ from commandv.models.encoding import encode, pad
 from commandv.profiles import profiling
 from commandv.profiles.profile import END, Profile, paired_rows
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
+from places import DATA
 from profiled import ONE_STEP, PROMPTS, TEXT, same
 from stored import data_file, replace_part
 
@@ -157,6 +158,21 @@ def test_non_finite_activations_name_layer_and_prompt(batch_size):
         cv.profile(lm, PROMPTS, batch_size=batch_size, cache=False)
     handle.remove()
     cv.profile(lm, PROMPTS, batch_size=batch_size, cache=False)
+
+
+def test_golden_profile_of_version_1_still_loads_and_can_be_replaced(tmp_path):
+    one = cv.load_profile(DATA / "v1" / "profile")
+    assert one.layer(0).tolist() == [[1, -2, 0.5, 0], [0, 3, -0.25, 8]]
+    assert one.layer(2).tolist() == [[0.125, 0, 1, -1], [2, 4, 6, -16]]
+    assert one.keys.tolist() == [[0, END], [1, 5]]
+    assert (one.model.id, one.d_model, one.n_layers, one.prompts) == ("some/model", 4, 3, "0123456789abcdef")
+    copy = tmp_path / "copy"
+    shutil.copytree(DATA / "v1" / "profile", copy)
+    cv.save_profile(one, copy)
+    assert torch.equal(cv.load_profile(copy).layer(2), one.layer(2))
+    assert {file.name for file in copy.iterdir()} == {
+        "config.json", *(data_file(copy, part).name for part in ("keys", "layer-000", "layer-002"))
+    }  # fmt: skip
 
 
 # -- damaged and mismatched profiles ----------------------------------------------------------------------------------
