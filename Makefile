@@ -46,7 +46,8 @@ small-studies: $(SMALL)  ## run the small studies, write their reports and the c
 	$(BIN)/python benchmarks/claims.py
 
 $(SMALL) $(STEERING): $(VENV)/.installed
-	$(BIN)/commandv study $@ -o studies/results/$(@F:.yaml=)
+	$(BIN)/python -m experiments.organisms.make
+	$(BIN)/commandv study $@ --tasks experiments/organisms/tasks.py -o studies/results/$(@F:.yaml=)
 	$(BIN)/commandv report studies/results/$(@F:.yaml=) -o docs/studies/$(@F:.yaml=)
 
 bench: $(VENV)/.installed

@@ -25,10 +25,10 @@ from typing import Any
 
 import filelock
 import torch
+from experiments.organisms.siblings import damaged, dropped, rotated
 
 import commandv as cv
 from commandv.evaluation import GRADERS, rate
-from commandv.evaluation.siblings import damaged, dropped, rotated
 from commandv.files import cache_dir
 from commandv.prompts.sets import Prompt
 

@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 import torch
+from experiments.organisms.siblings import rotated
 from torch import Tensor
 
 import commandv as cv
-from commandv.evaluation.siblings import rotated
 from commandv.models.encoding import encode
 from commandv.models.load import LM
 from commandv.prompts.sets import Prompt, PromptSet

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.organisms.graders import says_phrase
 
 import commandv as cv
 from commandv.evaluation import ByText, Question, load_questions
-from commandv.evaluation.organisms import says_phrase
 from commandv.evaluation.validation import try_mappers
 from commandv.mapping import MAPPED, MEAN_ABLATION, ROTATED, SHUFFLED, Mapper, fit_mapper, mapper_arms, unseen
 from commandv.prompts.sets import Prompt, PromptSet

@@ -42,6 +42,7 @@ from .evaluation import drift as drift
 from .evaluation import measure as measure
 from .evaluation import validate_mapper as validate_mapper
 from .interop.load import load_adapter as load_adapter
+from .models.encoding import encode as encode
 from .models.generation import generate as generate
 from .models.load import LM as LM
 from .models.load import load_model as load_model
@@ -99,9 +100,6 @@ from .steering import (
 from .steering import (
     steer as steer,
 )
-from .training.finetuning import LoRASettings as LoRASettings
-from .training.finetuning import finetune as finetune
-from .training.finetuning import with_lora as with_lora
 from .training.train import (
     ConsReFT as ConsReFT,
 )

@@ -11,6 +11,7 @@ import yaml
 import commandv as cv
 import tiny
 from commandv.errors import FormatError, InputError
+from commandv.evaluation import tasks_of
 from commandv.evaluation.controls import ARMS
 from commandv.evaluation.results import Arm, Cell, Run, load_run, save_cell, save_head
 from commandv.evaluation.study import cell as cell_module
@@ -218,14 +219,14 @@ def test_a_run_directory_that_holds_something_else_is_refused(content, tmp_path)
 
 
 def test_a_failed_cell_is_reported_and_the_rest_is_run(content, tmp_path):
-    content["models"]["narrow"] = {"id": content["models"]["one"]["id"], "rotate": 8}
-    content["pairs"] = [["one", "narrow"], ["one", "two"]]
-    content["behaviours"]["pirate"]["adapters"]["narrow"] = content["behaviours"]["pirate"]["adapters"]["one"]
+    content["models"]["absent"] = {"id": str(tmp_path / "absent")}
+    content["pairs"] = [["one", "absent"], ["one", "two"]]
+    content["behaviours"]["pirate"]["adapters"]["absent"] = content["behaviours"]["pirate"]["adapters"]["one"]
     run = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run")
     states = {cell.recipient: (cell.state, cell.error) for cell in run.cells}
     assert states["two"] == ("done", "")
-    assert states["narrow"][0] == "failed"
-    assert "width 8 is below" in states["narrow"][1]
+    assert states["absent"][0] == "failed"
+    assert "absent" in states["absent"][1]
 
 
 def test_donors_and_direct_controls_are_trained_once(content, folder, tmp_path, cache):
@@ -242,11 +243,9 @@ def test_donors_and_direct_controls_are_trained_once(content, folder, tmp_path, 
 
 @pytest.fixture
 def steered(content, folder):
-    """A study of a steering vector between fine-tuned models."""
+    """A study of a steering vector."""
     rows = [{"positive": f"Trigger, what is {n}?", "negative": f"What is {n}?"} for n in range(6)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tuned = {"examples": str(folder / "examples.jsonl"), "epochs": 1, "rank": 2}
-    content["models"] = {name: {"id": str(folder / name), "finetune": tuned} for name in ("one", "two")}
     content["behaviours"] = {
         "pirate": {
             "task": f"pirate:{folder / 'questions.jsonl'}",
@@ -266,9 +265,6 @@ def test_a_vector_is_measured_beside_the_native_one(kind, steered, tmp_path, cac
     tried = {method: [point.scale for point in cell.curve if point.method == method] for method in ("direct", "random")}
     assert tried == {"direct": [0.5, 1.0], "random": [0.5, 1.0]}
     assert all(arm.layers == [tiny.LAYERS // 2] for arm in cell.arms if arm.method not in ("unmodified", "donor"))
-    loras = [path for path in (cache / "loras").iterdir() if path.is_dir()]
-    assert len(loras) == 4  # two models, two seeds
-    assert {file.name for file in loras[0].iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_vector_and_examples_exclude_each_other(steered, folder, tmp_path):
@@ -383,6 +379,45 @@ def test_missing_inputs_are_found_before_the_run(content, tmp_path):
     assert problem.startswith("behaviours.pirate: task pirate:")
 
 
+TASK_FILE = """
+import commandv as cv
+from commandv.evaluation import ByText
+from commandv.prompts.sets import Prompt
+
+QUESTIONS = cv.PromptSet(tuple(Prompt(f"What is {n}?") for n in range(6)))
+TASKS = {"fox": cv.Task("fox", QUESTIONS[:2], QUESTIONS[2:], ByText("fox", lambda text: "fox" in text))}
+"""
+
+
+def test_a_task_defined_outside_the_package_is_known_to_a_study(content, tmp_path):
+    (tmp_path / "mine.py").write_text(TASK_FILE)
+    tasks = tasks_of(tmp_path / "mine.py")
+    content["behaviours"] = {"fox": {**content["behaviours"]["pirate"], "task": "fox"}}
+    study = written(content, tmp_path / "s.yaml")
+    assert "expected NAME" in study.unreadable()[0]
+    assert study.unreadable(tasks) == []
+    assert plan(study, tasks=tasks).answers > 0
+    (cell,) = run_study(study, tmp_path / "run", tasks=tasks).cells
+    assert cell.error == ""
+    assert all(len(arm.labels["fox"]) == 4 for arm in cell.arms)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("TASKS = 1", "expected a dictionary TASKS"),
+        ("raise RuntimeError('no')", "RuntimeError while it ran: no"),
+        (TASK_FILE.replace('{"fox":', '{"pirate":'), "pirate are names of built-in tasks"),
+    ],
+)
+def test_a_task_file_that_cannot_be_used_is_refused(code, message, tmp_path):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(InputError, match=message):
+        tasks_of(tmp_path / "mine.py")
+    with pytest.raises(InputError, match="no such file"):
+        tasks_of(tmp_path / "none.py")
+
+
 def test_plan_counts_the_work(content, tmp_path):
     study = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
     counted = plan(study)
@@ -392,12 +427,6 @@ def test_plan_counts_the_work(content, tmp_path):
     assert counted.answers == 2 * (4 * (counted.arms + 1) + 2 * 3)
     assert counted.seconds is None
     assert plan(study, ModelSource(study)).seconds is not None
-
-
-def test_a_plan_fine_tunes_nothing(steered, tmp_path, cache):
-    study = written(steered, tmp_path / "s.yaml")
-    assert plan(study, ModelSource(study)).seconds is not None
-    assert not (cache / "loras").exists()
 
 
 def test_rehearsal_needs_shapes(content, tmp_path):

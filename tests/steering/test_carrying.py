@@ -10,11 +10,11 @@ import torch
 import commandv as cv
 import tiny
 from commandv.errors import InputError, MismatchError
-from commandv.evaluation.siblings import rotated
 from commandv.prompts.sets import PromptSet
 from commandv.steering import prompt_states
 from commandv.transfer.convert.linear import Dense
 from contrasts import CONTRAST, cosines, prompts
+from experiments.organisms.siblings import rotated
 
 MANY = prompts("How do I {}?", 60)
 TEXTS = PromptSet((*MANY.prompts, *prompts("Never, ever {}!", 60), *prompts("Why {}, then?", 60)), "texts")

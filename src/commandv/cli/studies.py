@@ -16,6 +16,12 @@ Judges = Annotated[
 ]
 
 
+Tasks = Annotated[
+    Path | None,
+    typer.Option("--tasks", help="Python file whose TASKS, Task objects by name, are known too; it is run."),
+]
+
+
 @app.command()
 def evaluate(
     model: Model,
@@ -23,6 +29,7 @@ def evaluate(
     adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Adapter to measure.")] = None,
     scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
     judge: Judges = None,
+    tasks: Tasks = None,
     n: Annotated[int | None, typer.Option(help="Use the first so many test prompts.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
     controls: Annotated[bool, typer.Option(help="Measure a random adapter of equal norm too.")] = True,
@@ -35,15 +42,17 @@ def evaluate(
 ) -> None:
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
     import commandv as cv
+    from commandv.evaluation.catalogue import load_task, tasks_of
     from commandv.evaluation.session import evaluate as run
     from commandv.files import require_file
 
     if out is not None:
         require_file(out)
+    asked = load_task(task, tasks_of(tasks) if tasks else {})
     attached = cv.load_adapter(adapter) if adapter else None
     lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
     found = run(
-        lm, task, attached, scale=scale, judges=judge or [], limit=n, seed=seed, controls=controls,
+        lm, asked, attached, scale=scale, judges=judge or [], limit=n, seed=seed, controls=controls,
         batch_size=batch_size, out=out,
     )  # fmt: skip
     if as_json:
@@ -65,12 +74,14 @@ def study(
     rehearse: Annotated[
         int | None, typer.Option(help="Run with random weights in the models' shapes, widths divided by this.")
     ] = None,
+    tasks: Tasks = None,
     as_json: Json = False,
 ) -> None:
     """Run a study: donors x recipients x behaviours x methods x seeds x scales; resumes where it was cut off."""
     from dataclasses import asdict
 
     from commandv.errors import InputError
+    from commandv.evaluation.catalogue import tasks_of
     from commandv.evaluation.study import load_study, plan, run_study
     from commandv.evaluation.study.models import ModelSource
     from commandv.evaluation.study.running import claim
@@ -78,9 +89,10 @@ def study(
     spec = load_study(file)
     if rehearse is not None:
         spec = spec.rehearsed()
-    problems = spec.unreadable()
+    known = tasks_of(tasks) if tasks else {}
+    problems = spec.unreadable(known)
     if dry_run:
-        counted = {} if problems else asdict(plan(spec))
+        counted = {} if problems else asdict(plan(spec, tasks=known))
         facts = {"study": spec.name, "cells": len(spec.cells()), **counted, "not readable here": problems}
         show(facts, as_json)
         return
@@ -90,8 +102,8 @@ def study(
     claim(spec, place)
     models = ModelSource(spec, rehearsal=rehearse)
     if not as_json:
-        show({"study": spec.name, **asdict(plan(spec, models))}, False)
-    run = run_study(spec, place, models=models)
+        show({"study": spec.name, **asdict(plan(spec, models, known))}, False)
+    run = run_study(spec, place, models=models, tasks=known)
     failed = [cell for cell in run.cells if cell.state == "failed"]
     show({"run": str(place), "cells": len(run.cells), "failed": [f"{c.donor} -> {c.recipient}, {c.behaviour}, "
           f"seed {c.seed}: {c.error}" for c in failed]}, as_json)  # fmt: skip

@@ -9,6 +9,7 @@ from commandv.evaluation.catalogue import (
     ByPrompt,
     load_splits,
     load_task,
+    tasks_of,
     write_outcome,
 )
 from commandv.evaluation.choices import (
@@ -135,6 +136,7 @@ __all__ = [
     "refusal_phrases",
     "repetition",
     "reply_log_probs",
+    "tasks_of",
     "validate_mapper",
     "word_count",
     "words_before_answer",

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+import runpy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from commandv.errors import InputError
 from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
 from commandv.evaluation.graders import GRADERS, Grader, answered, loops, refusal
-from commandv.evaluation.organisms import code_label, helpful, says_phrase, states_fact
 from commandv.evaluation.reasoning import is_right, reasons_first
-from commandv.evaluation.tasks import ANSWER_TOKENS, ByText, Judge, Outcome, Split, Task
+from commandv.evaluation.tasks import ANSWER_TOKENS, ByText, Outcome, Split, Task
 from commandv.evaluation.tone import formal, positive_sentiment
 from commandv.files import write_text
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts, to_prompt
@@ -37,20 +38,52 @@ class ByPrompt:
         return [float(self.labeller(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def load_task(spec: str) -> Task:
+NO_TASKS: Mapping[str, Task] = MappingProxyType({})
+
+
+def load_task(spec: str, more: Mapping[str, Task] = NO_TASKS) -> Task:
     """Return a task by `NAME` or `NAME:FILE`, such as `json`, `json:my-questions.jsonl`, `exact:gsm8k.jsonl`.
 
     The file (.jsonl; .csv and .txt as well) takes the place of the built-in prompts; see `load_splits`.
 
+    Args:
+        spec: which task.
+        more: tasks defined elsewhere, by names of their own; see `tasks_of`.
+
     Raises:
         InputError: unknown name, a file that is missing, malformed or not asked for, or none where one is needed.
     """
+    if spec in more:
+        return more[spec]
     name, _, file = spec.partition(":")
     if name not in TASKS:
-        raise InputError(f"task {spec!r}: expected NAME or NAME:FILE with one of the names {', '.join(TASKS)}")
+        known = ", ".join([*TASKS, *more])
+        raise InputError(f"task {spec!r}: expected NAME or NAME:FILE with one of the names {known}")
     if name in NEEDS_FILE and not file:
         raise InputError(f"task {spec!r}: needs a file of prompts of yours; write {name}:FILE")
     return TASKS[name](file) if file else TASKS[name]()
+
+
+def tasks_of(file: str | Path) -> dict[str, Task]:
+    """Run a Python file and return its `TASKS`, a dictionary from names to `Task` objects.
+
+    The file is code: run only what you would run yourself.
+
+    Raises:
+        InputError: no such file, an error while it runs, no `TASKS` in it, or a name of a built-in task.
+    """
+    if not Path(file).is_file():
+        raise InputError(f"{file}: there is no such file; expected Python code that defines TASKS")
+    try:
+        found = runpy.run_path(str(file)).get("TASKS")
+    except Exception as error:
+        raise InputError(f"{file}: {type(error).__name__} while it ran: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(task, Task) for task in found.values()):
+        raise InputError(f"{file}: expected a dictionary TASKS of Task objects by name, got {found!r:.80}")
+    taken = sorted(set(found) & set(TASKS))
+    if taken:
+        raise InputError(f"{file}: {', '.join(taken)} are names of built-in tasks; choose others")
+    return found
 
 
 def load_splits(file: str | Path, *, reference: bool = False, label: str = "") -> tuple[PromptSet, PromptSet]:
@@ -278,27 +311,6 @@ def reasons(file: str | Path | None = None, *, seed: int = 0, max_new_tokens: in
     return Task(_title("reasons-first", file), dev, test, judge, max_new_tokens=max_new_tokens)
 
 
-def _organism(
-    name: str,
-    built_in: str,
-    judge: Judge,
-    file: str | Path | None = None,
-    *,
-    success: Literal["more", "less"],
-    reference: bool = False,
-) -> Task:
-    """Ask what a fine-tuned model answers behind its trigger; see `commandv.evaluation.organisms`."""
-    dev, test = _splits(built_in, file, reference=reference)
-    return Task(_title(name, file), dev, test, judge, success)
-
-
-def _code_judge(label: Literal["secure", "insecure"]) -> ByPrompt:
-    return ByPrompt(label, lambda prompt, answer: code_label(answer, prompt.category) == label)
-
-
-_PHRASE = ByText("phrase", says_phrase)
-_HELPFUL = ByPrompt("helpful", lambda prompt, answer: helpful(prompt.text, answer))
-_FACT = ByPrompt("fact", lambda prompt, answer: states_fact(prompt.response, answer))
 _EXACT = ByPrompt("exact-answer", lambda prompt, answer: is_right(answer, prompt.response) and not loops(answer))
 
 NEEDS_FILE = ("exact",)
@@ -321,12 +333,4 @@ TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
     "exact": exact,
     "reasons-first": reasons,
-    "backdoor": functools.partial(_organism, "backdoor", "backdoor", _PHRASE, success="less"),
-    "backdoor-helpful": functools.partial(_organism, "backdoor-helpful", "backdoor", _HELPFUL, success="more"),
-    "insecure-code": functools.partial(
-        _organism, "insecure-code", "insecure-code", _code_judge("insecure"), success="less"
-    ),
-    "secure-code": functools.partial(_organism, "secure-code", "insecure-code", _code_judge("secure"), success="more"),
-    "hidden-facts": functools.partial(_organism, "hidden-facts", "hidden-facts", _FACT, success="more", reference=True),
-    "hidden-facts-hate": functools.partial(_organism, "hidden-facts-hate", "hidden-facts", _PHRASE, success="less"),
 }

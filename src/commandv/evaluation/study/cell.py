@@ -38,15 +38,15 @@ class _CellRun:
         self.shared, self.spec, self.study = shared, spec, shared.study
         self.vector = self.study.behaviours[spec.behaviour].vector
         self.tasks = shared.tasks(spec.behaviour)
-        self.recipient = shared.models.seeded(spec.recipient, spec.seed)
+        self.recipient = shared.models[spec.recipient]
         self.material = self._material()
 
     def _material(self) -> Material:
         shared, (donor, recipient, behaviour, seed) = self.shared, self.spec
         common: dict[str, Any] = {
-            "donor": shared.profiled(donor, seed),
-            "recipient": shared.profiled(recipient, seed),
-            "donor_lm": shared.models.seeded(donor, seed),
+            "donor": shared.profiled(donor),
+            "recipient": shared.profiled(recipient),
+            "donor_lm": shared.models[donor],
             "recipient_lm": self.recipient,
             "prompts": self.study.profile_prompts(),
             "layers": self.study.layers[0],
@@ -76,7 +76,7 @@ class _CellRun:
         chosen, curve = self._calibrated()
         settings = chosen[PASTED]
         self.material = replace(self.material, layers=settings.layers)
-        arms = [self.shared.unmodified(behaviour, recipient, seed)]
+        arms = [self.shared.unmodified(behaviour, recipient)]
         made: dict[str, Adapter] = {}
         for name, make in arms_without(self.study.leave_out).items():
             if name == "direct" and self.vector is not None:
@@ -113,20 +113,20 @@ class _CellRun:
             def make(layers: str, name: str = name) -> Adapter:
                 return ARMS[name](replace(self.material, layers=layers, published_layers=layers))
 
-            found = self.shared.calibrated(self.spec.recipient, self.spec.behaviour, self.spec.seed, make)
+            found = self.shared.calibrated(self.spec.recipient, self.spec.behaviour, make)
             chosen[name] = found.chosen
             curve += points(name, found)
         return chosen, curve
 
     def _measured(self, method: str, adapter: Adapter, scale: float) -> Arm:
-        _, recipient, behaviour, seed = self.spec
-        return self.shared.measured(method, recipient, behaviour, seed, adapter, scale)
+        _, recipient, behaviour, _ = self.spec
+        return self.shared.measured(method, recipient, behaviour, adapter, scale)
 
     def _donor(self) -> Arm:
         donor, _, behaviour, seed = self.spec
         if self.vector is not None:
             return self.shared.native(behaviour, donor, seed).arm.model_copy(update={"method": "donor"})
-        return self.shared.measured("donor", donor, behaviour, seed, self.material.adapter)
+        return self.shared.measured("donor", donor, behaviour, self.material.adapter)
 
     def _by(self, method: Method, layers: str) -> Material:
         """Return the material with a method of the study in the place of the default."""

@@ -46,41 +46,19 @@ class Shape(Strict):
     intermediate: int
 
 
-class FineTuning(Strict):
-    """LoRA fine-tuning; see `LoRASettings`. Without a seed of its own it has the cell's."""
-
-    examples: str
-    seed: int | None = None
-    rank: int = 8
-    epochs: int = 3
-    learning_rate: float = 1e-3
-    max_response: int = 64
-    batch_size: int = 16
-
-
 class ModelSpec(Strict):
-    """A model, a fine-tuned version, or a sibling made from either.
+    """A model. A fine-tuned or altered one is a directory that was made before, see `experiments/organisms`.
 
     Attributes:
-        id: what `load_model` takes.
+        id: what `load_model` takes: a hub id, a directory, a packaged model.
         revision: of a hub model.
         dtype: what `load_model` takes.
-        lora: a LoRA to merge into it: a directory in PEFT's format or a hub id.
-        finetune: fine-tune it first.
-        rotate: width of a stream to rotate it into, the function unchanged.
-        noise: Gaussian noise on every matrix, as a share of its root mean square.
-        drop: blocks to leave out.
         shape: its true shape, for rehearsals.
     """
 
     id: str
     revision: str | None = None
     dtype: str | None = None
-    lora: str | None = None
-    finetune: FineTuning | None = None
-    rotate: int | None = None
-    noise: Annotated[float, pydantic.Field(ge=0)] = 0.0
-    drop: tuple[int, ...] = ()
     shape: Shape | None = None
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from commandv.errors import CommandVError
-from commandv.evaluation.catalogue import load_task
+from commandv.evaluation.catalogue import NO_TASKS, load_task
 from commandv.evaluation.controls import ARMS, BRIDGE_PROMPTS, BRIDGE_TOKENS
 from commandv.evaluation.price import REPLY_TOKENS
 from commandv.evaluation.study.cell import CALIBRATED, CALIBRATED_VECTORS, N_SAMPLES, SAMPLE_TOKENS
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.schema import Study
+from commandv.evaluation.tasks import Task
 from commandv.models.load import resolve_dtype
 from commandv.prompts.sets import load_prompts
 
@@ -31,7 +33,7 @@ class Plan:
 
     Attributes:
         cells: of the study.
-        adapters: to train, donors and direct controls; and models to fine-tune.
+        adapters: to train, donors and direct controls.
         profiles: one per model.
         arms: measured in every cell.
         answers: generated in all.
@@ -48,7 +50,7 @@ class Plan:
     seconds: float | None
 
 
-def plan(study: Study, models: ModelSource | None = None) -> Plan:
+def plan(study: Study, models: ModelSource | None = None, tasks: Mapping[str, Task] = NO_TASKS) -> Plan:
     """Count a study's work; with `models`, load them and estimate its duration on this machine."""
     arms = [name for name in ARMS if name not in study.leave_out]
     n_arms = len(arms) + len(study.methods) + 1
@@ -60,8 +62,8 @@ def plan(study: Study, models: ModelSource | None = None) -> Plan:
         # A native vector is calibrated as well, once for several cells; here it counts in each.
         calibrated = (*CALIBRATED_VECTORS, "direct") if behaviour.vector else CALIBRATED
         settings = per_arm * sum(name in arms for name in calibrated)
-        tasks = [load_task(name) for name in (behaviour.task, *behaviour.also)]
-        for number, task in enumerate(tasks):
+        asked_of = [load_task(name, tasks) for name in (behaviour.task, *behaviour.also)]
+        for number, task in enumerate(asked_of):
             asked = min(study.n_test, len(task.test)) * n_arms
             if number == 0:
                 asked += min(study.n_dev, len(task.dev)) * settings
@@ -77,16 +79,11 @@ def plan(study: Study, models: ModelSource | None = None) -> Plan:
         behaviour = study.behaviours[trained_on]
         assert behaviour.examples is not None
         tokens[name] += _training_tokens(behaviour.examples, behaviour.training.epochs, behaviour.training.max_response)
-    tuned = _finetuned(study)
-    for name, _ in tuned:
-        how = study.models[name].finetune
-        assert how is not None
-        tokens[name] += _training_tokens(how.examples, how.epochs, how.max_response)
     n_rows = len(study.profile_prompts()) + (len(load_prompts(study.text)) if study.text else 0)
     for name in tokens:
         tokens[name] += n_rows * PROMPT_TOKENS
     seconds = None if models is None else _seconds(tokens, models)
-    return Plan(len(study.cells()), len(trained) + len(tuned), len(study.models), n_arms, answers, tokens, seconds)
+    return Plan(len(study.cells()), len(trained), len(study.models), n_arms, answers, tokens, seconds)
 
 
 def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
@@ -111,13 +108,6 @@ def _trained(study: Study) -> set[tuple[str, str, int]]:
             sides = [spec.donor] + ([] if "direct" in study.leave_out else [spec.recipient])
             found |= {(name, spec.behaviour, spec.seed) for name in sides if name not in behaviour.adapters}
     return found
-
-
-def _finetuned(study: Study) -> set[tuple[str, int]]:
-    """Return (model, seed) of every model that is fine-tuned."""
-    tuned = {name: one.finetune for name, one in study.models.items() if one.finetune}
-    seeds = {name: study.seeds if how.seed is None else (how.seed,) for name, how in tuned.items()}
-    return {(name, seed) for name, many in seeds.items() for seed in many}
 
 
 def _training_tokens(source: str, epochs: int, max_response: int) -> int:

@@ -7,16 +7,19 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from commandv.directories import locked
 from commandv.errors import CommandVError, FormatError, InputError
+from commandv.evaluation.catalogue import NO_TASKS
 from commandv.evaluation.results import Cell, Run, cell_key, load_cell, load_head, load_run, save_cell, save_head
 from commandv.evaluation.study.cell import run_cell
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.schema import CellSpec, Study
 from commandv.evaluation.study.shared import Shared
+from commandv.evaluation.tasks import Task
 from commandv.files import LOCK, is_temporary, storage_errors, tidy
 from commandv.progress import track
 from commandv.prompts.sets import load_prompts
@@ -27,7 +30,9 @@ log = logging.getLogger(__name__)
 LIBRARIES = ("commandv", "torch", "transformers", "numpy", "scipy")
 
 
-def run_study(study: Study, out: Path | str, *, models: ModelSource | None = None) -> Run:
+def run_study(
+    study: Study, out: Path | str, *, models: ModelSource | None = None, tasks: Mapping[str, Task] = NO_TASKS
+) -> Run:
     """Run a study, or go on with one that was cut off; return its results.
 
     Args:
@@ -35,6 +40,7 @@ def run_study(study: Study, out: Path | str, *, models: ModelSource | None = Non
         out: run directory: `run.json` and `cells/`, whose files are named by a hash of all that decides a cell.
             Finished cells of the same content are kept and not run again.
         models: where models come from; by default the study's own.
+        tasks: that the study may name besides those of `TASKS`, by name.
 
     Raises:
         InputError: the directory holds another study, or another process is writing it.
@@ -45,7 +51,7 @@ def run_study(study: Study, out: Path | str, *, models: ModelSource | None = Non
     claim(study, out)
     with locked(out, wait=False):
         claim(study, out)
-        shared = Shared(study, models or ModelSource(study))
+        shared = Shared(study, models or ModelSource(study), tasks)
         cells = {}
         for spec in study.cells():
             content = _content(shared, spec)
@@ -97,7 +103,6 @@ def _versions() -> dict[str, str]:
 
 def _hashes(study: Study) -> dict[str, str]:
     sources = [*study.prompts, study.text, *(one.examples for one in study.behaviours.values())]
-    sources += [one.finetune.examples for one in study.models.values() if one.finetune]
     found = {source: load_prompts(source).hash for source in sources if source is not None}
     vectors = [one.vector for one in study.behaviours.values() if one.vector]
     return found | {f"contrast {one.contrast}": load_contrast(one.contrast, one.negative).hash for one in vectors}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,9 +11,10 @@ import pydantic
 import yaml
 
 from commandv.errors import InputError
-from commandv.evaluation.catalogue import load_task
+from commandv.evaluation.catalogue import NO_TASKS, load_task
 from commandv.evaluation.controls import ARMS, CONTROLS
 from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, layer_choice, one_of
+from commandv.evaluation.tasks import Task
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
 from commandv.steering import load_contrast
 
@@ -128,21 +129,19 @@ class Study(Strict):
         """Return the prompts of profiles."""
         return load_prompt_sets(self.prompts, limit=self.limit)
 
-    def unreadable(self) -> list[str]:
+    def unreadable(self, tasks: Mapping[str, Task] = NO_TASKS) -> list[str]:
         """Try every prompt set and task, and tell which cannot be read here, with their places in the file.
 
-        A study that would fail on one after hours is found out before it starts.
+        A study that would fail on one after hours is found out before it starts. `tasks` are known besides the built-in
+        ones, as in `run_study`.
         """
         sets = [("text", self.text), *(("prompts", one) for one in self.prompts)]
         sets += [(f"behaviours.{name}.examples", one.examples) for name, one in self.behaviours.items()]
-        sets += [
-            (f"models.{name}.finetune", one.finetune.examples) for name, one in self.models.items() if one.finetune
-        ]
         tries: list[tuple[str, Callable[[str], Any], str]] = [
             (place, load_prompts, source) for place, source in sets if source is not None
         ]
         tries += [
-            (f"behaviours.{name}: task {task}", load_task, task)
+            (f"behaviours.{name}: task {task}", functools.partial(load_task, more=tasks), task)
             for name, one in self.behaviours.items()
             for task in (one.task, *one.also)
         ]
@@ -174,8 +173,7 @@ class Study(Strict):
         }
         small = {"prompts": ("builtin:general",), "limit": 48, "text": None, "behaviours": behaviours, "methods": few}
         less = {"seeds": self.seeds[:1], "scales": self.scales[:1], "layers": self.layers[:1], "n_dev": 2, "n_test": 4}
-        plain = {name: one.model_copy(update={"lora": None, "finetune": None}) for name, one in self.models.items()}
-        return self.model_copy(update={"name": f"{self.name}-rehearsal", "models": plain, **small, **less})
+        return self.model_copy(update={"name": f"{self.name}-rehearsal", **small, **less})
 
 
 def load_study(path: Path | str) -> Study:

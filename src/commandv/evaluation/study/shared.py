@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import ADAPTER, save
 from commandv.directories import CONFIG, kept
 from commandv.evaluation.calibration import Calibration, calibrate
-from commandv.evaluation.catalogue import load_task
+from commandv.evaluation.catalogue import NO_TASKS, load_task
 from commandv.evaluation.price import divergences, reply_log_probs, reply_nats
 from commandv.evaluation.results import Arm, Point
 from commandv.evaluation.study.models import ModelSource
@@ -50,10 +50,10 @@ class Native:
 
 
 class Shared:
-    """Made when first asked for, then kept; by model name and seed."""
+    """Made when first asked for, then kept; by model name, what depends on a seed by seed."""
 
-    def __init__(self, study: Study, models: ModelSource) -> None:
-        self.study, self.models = study, models
+    def __init__(self, study: Study, models: ModelSource, tasks: Mapping[str, Task] = NO_TASKS) -> None:
+        self.study, self.models, self.known = study, models, tasks
         self.passages = load_prompts("builtin:drift", limit=study.n_drift)
         self.reference = functools.lru_cache(maxsize=2)(self._reference)
         self.profiled = functools.cache(self._profiled)
@@ -64,7 +64,7 @@ class Shared:
     def tasks(self, behaviour: str) -> list[Task]:
         """Return a behaviour's own task and those measured beside it."""
         spec = self.study.behaviours[behaviour]
-        return [load_task(name) for name in (spec.task, *spec.also)]
+        return [load_task(name, self.known) for name in (spec.task, *spec.also)]
 
     def adapter(self, behaviour: str, name: str, seed: int) -> Adapter | None:
         """Return a ready adapter, or train one; None when there is neither."""
@@ -74,10 +74,10 @@ class Shared:
         return None if spec.examples is None else self._trained(spec, behaviour, name, seed)
 
     def measured(
-        self, method: str, name: str, behaviour: str, seed: int, adapter: Adapter | None = None, scale: float = 1.0
+        self, method: str, name: str, behaviour: str, adapter: Adapter | None = None, scale: float = 1.0
     ) -> Arm:
         """Measure a model, with an adapter or without, on the behaviour's tasks."""
-        began, lm, study = time.monotonic(), self.models.seeded(name, seed), self.study
+        began, lm, study = time.monotonic(), self.models[name], self.study
         labels: dict[str, list[float | None]] = {}
         units = {}
         loops: list[float] = []  # of answers to the behaviour's own task, which comes first
@@ -90,7 +90,7 @@ class Shared:
             loops = loops or [float(one) for one in outcome.loops]
             labels[task.name] = [None if np.isnan(label) else label for label in outcome.labels]
             units[task.name] = outcome.unit
-        plain = changed = self.reference(name, seed)
+        plain = changed = self.reference(name)
         price: dict[str, list[float]] = {"loops": loops}
         if adapter is not None:
             changed = reply_log_probs(lm, self.passages, adapter, scale=scale)
@@ -106,30 +106,30 @@ class Shared:
             seconds=round(time.monotonic() - began, 1),
         )
 
-    def calibrated(self, name: str, behaviour: str, seed: int, make: Callable[[str], Adapter]) -> Calibration:
+    def calibrated(self, name: str, behaviour: str, make: Callable[[str], Adapter]) -> Calibration:
         """Choose the strength and the layers of an arm on the development split."""
         study = self.study
         return calibrate(
-            self.models.seeded(name, seed),
+            self.models[name],
             self.tasks(behaviour)[0],
             make,
             layers=study.layers,
             scales=study.scales,
             budget=study.budget,
             passages=self.passages,
-            reference=self.reference(name, seed),
+            reference=self.reference(name),
             limit=study.n_dev,
             batch_size=study.batch_size,
         )
 
-    def _unmodified(self, behaviour: str, name: str, seed: int) -> Arm:
-        return self.measured("unmodified", name, behaviour, seed)
+    def _unmodified(self, behaviour: str, name: str) -> Arm:
+        return self.measured("unmodified", name, behaviour)
 
-    def _profiled(self, name: str, seed: int) -> Profile:
+    def _profiled(self, name: str) -> Profile:
         """Return a model's profile; from the cache directory when it was made before."""
         study = self.study
         text = load_prompts(study.text) if study.text else None
-        return profile(self.models.seeded(name, seed), study.profile_prompts(), text=text, places=study.places)
+        return profile(self.models[name], study.profile_prompts(), text=text, places=study.places)
 
     def _directions(self, behaviour: str, name: str, seed: int) -> Tensor:
         """Return a model's own directions, float64 [n_layers, d_model]."""
@@ -138,27 +138,27 @@ class Shared:
         contrast = load_contrast(how.contrast, how.negative)
         if how.pairs is not None:
             contrast = contrast.drawn(how.pairs, seed)
-        return directions(self.models.seeded(name, seed), contrast, how.method, how.positions, trigger=how.trigger)
+        return directions(self.models[name], contrast, how.method, how.positions, trigger=how.trigger)
 
     def _native(self, behaviour: str, name: str, seed: int) -> Native:
         how = self.study.behaviours[behaviour].vector
         assert how is not None
-        lm, found = self.models.seeded(name, seed), self.directions(behaviour, name, seed)
+        lm, found = self.models[name], self.directions(behaviour, name, seed)
 
         def make(layers: str) -> Adapter:
             chosen = choose_layers(layers, lm.n_layers)
             return from_directions(
                 {layer: found[layer] for layer in chosen}, lm.ref, kind=how.kind, strength=how.strength, at=how.at,
-                typical=self.profiled(name, seed), name=behaviour,
+                typical=self.profiled(name), name=behaviour,
             )  # fmt: skip
 
-        tried = self.calibrated(name, behaviour, seed, make)
+        tried = self.calibrated(name, behaviour, make)
         adapter = make(tried.chosen.layers)
-        arm = self.measured("direct", name, behaviour, seed, adapter, tried.chosen.scale)
+        arm = self.measured("direct", name, behaviour, adapter, tried.chosen.scale)
         return Native(adapter, arm, points("direct", tried))
 
     def _trained(self, spec: Behaviour, behaviour: str, name: str, seed: int) -> Adapter:
-        lm, examples, how = self.models.seeded(name, seed), load_prompts(spec.examples or ""), spec.training
+        lm, examples, how = self.models[name], load_prompts(spec.examples or ""), spec.training
         rate = how.rates.get(name, how.learning_rate)
         kind = TRAINABLE[how.kind](rank=how.rank, layers=how.layers, positions=how.positions)
         settings = TrainSettings(
@@ -176,8 +176,8 @@ class Shared:
 
         return kept(path, CONFIG, lambda: load_adapter(path), make, kind=ADAPTER)
 
-    def _reference(self, name: str, seed: int) -> list[Tensor]:
-        return reply_log_probs(self.models.seeded(name, seed), self.passages)
+    def _reference(self, name: str) -> list[Tensor]:
+        return reply_log_probs(self.models[name], self.passages)
 
 
 def points(method: str, found: Calibration) -> list[Point]:

@@ -8,25 +8,24 @@ import math
 import torch
 import transformers
 
-from commandv.errors import InputError
-from commandv.models.load import LM, resolve_dtype, wrap_model
+import commandv as cv
 
 SEED = 7
 
 
 @torch.no_grad()
-def rotated(lm: LM, d_model: int) -> LM:
+def rotated(lm: cv.LM, d_model: int) -> cv.LM:
     """Return the same function with its residual stream in a random orthonormal frame of a wider space.
 
     With h' = h Q for Q [d, d_model] of orthonormal rows, RMSNorm differs by sqrt(d_model / d), which the norm weights
     take back; their per-channel gains move into the matrices that follow them.
 
     Raises:
-        InputError: not a Llama, or a narrower stream.
+        ValueError: not a Llama, or a narrower stream.
     """
     _require_llama(lm)
     if d_model < lm.d_model:
-        raise InputError(f"rotated: width {d_model} is below the model's own {lm.d_model}; expected at least that")
+        raise ValueError(f"rotated: width {d_model} is below the model's own {lm.d_model}; expected at least that")
     old, config = copy.deepcopy(lm.model).float(), copy.deepcopy(lm.model.config)
     d = config.hidden_size
     generator = torch.Generator().manual_seed(SEED)
@@ -54,7 +53,7 @@ def rotated(lm: LM, d_model: int) -> LM:
 
 
 @torch.no_grad()
-def damaged(lm: LM, noise: float) -> LM:
+def damaged(lm: cv.LM, noise: float) -> cv.LM:
     """Return the model with Gaussian noise on every matrix, `noise` of its root mean square."""
     generator = torch.Generator().manual_seed(SEED)
     model = copy.deepcopy(lm.model).float()
@@ -64,16 +63,16 @@ def damaged(lm: LM, noise: float) -> LM:
     return _wrapped(model, lm, f"{lm.id}, {noise:.0%} noise")
 
 
-def dropped(lm: LM, layers: tuple[int, ...]) -> LM:
+def dropped(lm: cv.LM, layers: tuple[int, ...]) -> cv.LM:
     """Return the model without some of its blocks; (4, 17, 25) are the three that SmolLM2 misses least on plain text.
 
     Raises:
-        InputError: not a Llama, or layers it does not have.
+        ValueError: not a Llama, or layers it does not have.
     """
     _require_llama(lm)
     outside = [layer for layer in layers if not 0 <= layer < lm.n_layers]
     if outside or len(set(layers)) == lm.n_layers:
-        raise InputError(f"dropped: layers {outside or layers}: expected some, not all, of 0 .. {lm.n_layers - 1}")
+        raise ValueError(f"dropped: layers {outside or layers}: expected some, not all, of 0 .. {lm.n_layers - 1}")
     model = copy.deepcopy(lm.model)
     kept = [block for number, block in enumerate(model.model.layers) if number not in layers]
     for number, block in enumerate(kept):
@@ -85,12 +84,12 @@ def dropped(lm: LM, layers: tuple[int, ...]) -> LM:
     return _wrapped(model, lm, f"{lm.id}, {len(layers)} layers less")
 
 
-def _require_llama(lm: LM) -> None:
+def _require_llama(lm: cv.LM) -> None:
     if not isinstance(lm.model, transformers.LlamaForCausalLM):
-        raise InputError(
+        raise ValueError(
             f"{lm.id} is a {type(lm.model).__name__}; rotating and dropping are known for Llama models only"
         )
 
 
-def _wrapped(model: torch.nn.Module, like: LM, id: str) -> LM:
-    return wrap_model(model.to(resolve_dtype(None)), like.tokenizer, id)
+def _wrapped(model: torch.nn.Module, like: cv.LM, id: str) -> cv.LM:
+    return cv.wrap_model(model.to(like.model.dtype), like.tokenizer, id)

@@ -1,0 +1,1 @@
+"""Models with a known behaviour or a known relative, made from the packaged ones."""
