@@ -25,12 +25,12 @@ from typing import Any
 
 import filelock
 import torch
-from experiments.organisms.siblings import damaged, dropped, rotated
 
 import commandv as cv
 from commandv.evaluation import GRADERS, rate
 from commandv.files import cache_dir
 from commandv.prompts.sets import Prompt
+from experiments.organisms.siblings import damaged, dropped, rotated
 
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent.parent / "shared" / "data"

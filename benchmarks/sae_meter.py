@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import torch
-from experiments.organisms.siblings import rotated
 from torch import Tensor
 
 import commandv as cv
@@ -15,6 +14,7 @@ from commandv.models.encoding import encode
 from commandv.models.load import LM
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import profile_stream
+from experiments.organisms.siblings import rotated
 from sae_training import DONOR, LAYER, donor
 
 TWIN = "twin (rotated to 768)"

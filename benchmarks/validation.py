@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.organisms.graders import says_phrase
 
 import commandv as cv
 from commandv.evaluation import ByText, Question, load_questions
@@ -28,6 +27,7 @@ from commandv.evaluation.validation import try_mappers
 from commandv.mapping import MAPPED, MEAN_ABLATION, ROTATED, SHUFFLED, Mapper, fit_mapper, mapper_arms, unseen
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.transfer.match import LayerPair
+from experiments.organisms.graders import says_phrase
 
 ROOT = Path(__file__).resolve().parent
 WIKITEXT = ROOT.parent.parent / "shared" / "data" / "wikitext2_valid_sample.jsonl"
