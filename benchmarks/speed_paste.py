@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import commandv as cv
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END, Profile, load_profile, save_profile
 from commandv.transfer.convert import Pinv, Ridge
 from commandv.transfer.fold import fold

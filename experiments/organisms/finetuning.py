@@ -59,7 +59,7 @@ def finetune(
             optimizer.step()
             schedule.step()
     merged = model.merge_and_unload().to(lm.model.dtype)
-    return cv.wrap_model(merged, lm.tokenizer, f"{lm.id}, fine-tuned", template="chat" if lm.chat else "plain")
+    return lm.like(merged, f"{lm.id}, fine-tuned")
 
 
 def _row(lm: cv.LM, prompt: str, response: str, max_response: int) -> tuple[list[int], int]:

@@ -92,4 +92,4 @@ def _require_llama(lm: cv.LM) -> None:
 
 
 def _wrapped(model: torch.nn.Module, like: cv.LM, id: str) -> cv.LM:
-    return cv.wrap_model(model.to(like.model.dtype), like.tokenizer, id)
+    return like.like(model.to(like.model.dtype), id)

@@ -35,9 +35,9 @@ def test_it_learns_and_the_model_stays_as_it_was():
     assert surprise(tuned) < before - 0.5
     assert surprise(lm) == before == surprise(tiny.tiny_lm(seed=3))
     assert all(parameter.requires_grad for parameter in lm.model.parameters())
-    assert tuned.revision != lm.revision
-    assert finetune(lm, EXAMPLES, **QUICK).revision == tuned.revision
-    assert finetune(lm, EXAMPLES, **QUICK, seed=1).revision != tuned.revision
+    assert tuned.ref.weights != lm.ref.weights
+    assert finetune(lm, EXAMPLES, **QUICK).ref.weights == tuned.ref.weights
+    assert finetune(lm, EXAMPLES, **QUICK, seed=1).ref.weights != tuned.ref.weights
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, silu
 from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
 from commandv.adapters.kinds import ablation, consreft, direft, lobireft, loreft, nodireft, noreft, steering_vector
 from commandv.errors import InputError, MismatchError
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE, LAST, Positions
 
 D, RANK = 12, 3

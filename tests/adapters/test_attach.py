@@ -8,7 +8,7 @@ import commandv as cv
 import tiny
 from commandv.errors import InputError, MismatchError
 from commandv.models.encoding import model_inputs, pad
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 
 ARCHS = ("llama", "gpt2", "opt", "bloom", "falcon", "gptj", "gemma3_text", "qwen3_moe", "llava", "gemma3")
 ROWS = ([5], [1, 40, 41], [1, 7, 8, 9, 10, 11, 12, 13, 14], [1, 99])
@@ -346,7 +346,7 @@ def test_another_model_is_refused(lm):
     for other, message in (
         (tiny.tiny_lm(hidden_size=64), "another width"),
         (tiny.tiny_lm(num_hidden_layers=3), "another depth"),
-        (tiny.tiny_lm(seed=1), "revision"),
+        (tiny.tiny_lm(seed=1), "weights"),
         (tiny.tiny_lm(template="plain", chat=True), None),
         (tiny.tiny_lm(chat=True), "template"),
     ):

@@ -18,7 +18,7 @@ from commandv.cli.inspection import describe
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.interop.control_vectors import write_control_vector
 from commandv.models.encoding import pad
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import Positions
 from commandv.profiles.profiling import read_rows
 from commandv.transfer.convert import FourierRidge, Network, Ridge

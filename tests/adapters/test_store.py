@@ -17,7 +17,7 @@ from commandv.adapters import store
 from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
 from commandv.adapters.kinds import KINDS, ablation, steering_vector
 from commandv.errors import FormatError, StorageError
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import Positions
 from limits import file_size_limit
 from places import DATA

@@ -19,7 +19,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
 from commandv.cli import inspection
 from commandv.cli.options import show
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from stored import data_file
 
 PROMPTS = [

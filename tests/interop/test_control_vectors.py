@@ -17,7 +17,7 @@ from commandv.adapters.adapter import Adapter, Intervention
 from commandv.cli.inspection import describe
 from commandv.errors import FormatError, InputError, MismatchError, StorageError
 from commandv.interop.control_vectors import read_control_vector, write_control_vector
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE, Positions
 from control_vectors import D, directions, steering, write
 from limits import file_size_limit

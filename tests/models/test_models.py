@@ -10,9 +10,10 @@ from torch import nn
 import commandv as cv
 import tiny
 from commandv.errors import InputError, MismatchError, ModelError
-from commandv.models.encoding import encode, pad, uses_bos
-from commandv.models.fingerprints import weights_fingerprint
-from commandv.models.load import PLAIN_FORMAT, ModelRef, find_blocks, wrap_model
+from commandv.models.encoding import encode, opening, pad
+from commandv.models.identity import ModelRef
+from commandv.models.load import find_blocks, wrap_model
+from commandv.models.template import PLAIN_FORMAT
 from commandv.prompts.sets import Prompt, PromptSet
 
 MULTIMODAL = ("llava", "gemma3")
@@ -96,7 +97,7 @@ def test_finding_blocks_leaves_no_hooks(lm):
 def test_at_most_one_bos(bos, chat, response):
     lm = tiny.tiny_lm(bos=bos, chat=chat)
     ids = encode(lm, PROMPT, response).ids
-    assert uses_bos(lm) == bos
+    assert opening(lm) == ([lm.tokenizer.bos_token_id] if bos else [])
     assert ids.count(lm.tokenizer.bos_token_id) == (1 if bos or chat else 0)
     assert ids[0] == lm.tokenizer.bos_token_id or not (bos or chat)
 
@@ -242,31 +243,6 @@ def test_load_a_multimodal_model_from_a_directory(tmp_path):
     original.model.save_pretrained(tmp_path)
     original.tokenizer.save_pretrained(tmp_path)
     assert cv.generate(cv.load_model(tmp_path, dtype="float32"), [PROMPT]) == cv.generate(original, [PROMPT])
-
-
-def test_the_directory_fingerprint_follows_the_weights(saved, tmp_path):
-    first, again = cv.load_model(saved), cv.load_model(saved)
-    other = tmp_path / "tiny"
-    shutil.copytree(saved, other)
-    assert cv.load_model(other).revision == first.revision == again.revision
-    model = tiny.tiny_model("llama", seed=1)
-    model.save_pretrained(other)
-    changed = cv.load_model(other)
-    assert changed.revision != first.revision
-    with pytest.raises(MismatchError, match="profile or train again"):
-        first.ref.require(changed.ref, "profile")
-
-
-def test_the_fingerprint_in_memory_follows_the_weights():
-    model = tiny.tiny_model()
-    first = weights_fingerprint(model)
-    assert weights_fingerprint(tiny.tiny_model()) == first
-    for parameter in (model.lm_head.weight, model.model.norm.weight):
-        with torch.no_grad():
-            parameter.mul_(1.01)
-        assert weights_fingerprint(model) != first
-        with torch.no_grad():
-            parameter.div_(1.01)
 
 
 def test_unknown_dtype(saved):

@@ -11,7 +11,7 @@ import torch
 import commandv as cv
 import tiny
 from commandv.adapters.adapter import Adapter
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 
 D = tiny.D

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.store import _parts
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END, Profile
 from commandv.transfer.convert import FITTERS, Pinv, ReducedRank
 from rows import normal

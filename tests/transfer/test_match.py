@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commandv.errors import InputError
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.profiles.profile import Profile
 from commandv.transfer.match import (
     LAYER_CHOICES,

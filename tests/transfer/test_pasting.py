@@ -17,7 +17,7 @@ from commandv.adapters.carried import Carried
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import InputError, MismatchError
 from commandv.mapping import fit_mapper
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END
 from commandv.transfer.convert import FITTERS, Dense, Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.factor import Cholesky, Factor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from commandv.errors import InputError
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -19,7 +19,7 @@ from commandv.adapters.carried import Carried
 from commandv.adapters.network import Network, shapes
 from commandv.directories import VERSION, Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import Positions
 
 ADAPTER = Kind("commandv-adapter", "tensors", lambda _config: ["tensors"])
@@ -57,6 +57,8 @@ class _ModelSpec(_Strict):
     d_model: int
     n_layers: int
     template: str
+    weights: str = ""
+    format: str = ""
 
 
 class _FileSpec(_Strict):

@@ -15,9 +15,8 @@ import torch
 
 from commandv.errors import InputError, ModelError
 from commandv.evaluation.judgments import Judgment, labels
-from commandv.files import file_digest
+from commandv.files import digest, file_digest
 from commandv.models.encoding import pad
-from commandv.models.fingerprints import directory_fingerprint
 from commandv.models.generation import batches, greedy
 from commandv.models.gguf import PACKAGED
 from commandv.models.load import LM, load_model
@@ -227,12 +226,25 @@ def _label_index(config: Any, label: str | int | None, model: str) -> int:
     raise InputError(f"{model}: no label {label!r}; it has {listed}")
 
 
+def _state(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_of(file: str, *_state: int) -> str:
+    return file_digest(Path(file))
+
+
 def _revision(model: str) -> str:
     """Return what tells a model's versions apart, without loading it."""
     if model in PACKAGED:
         return model
     if Path(model).is_dir():
-        return directory_fingerprint(Path(model))
+        kept = [
+            one for one in sorted(Path(model).iterdir()) if one.suffix in (".json", ".safetensors", ".jinja", ".bin")
+        ]
+        return digest([(one.name, _hash_of(str(one), *_state(one))) for one in kept])
     if Path(model).is_file():
         return file_digest(Path(model))
     import transformers

@@ -12,7 +12,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.evaluation.scores import Score, geometric_mean, mean
-from commandv.models.encoding import Encoded, encode, last_logits, pad_replies, uses_bos
+from commandv.models.encoding import Encoded, encode, last_logits, opening, pad_replies
 from commandv.models.generation import batches
 from commandv.models.load import LM
 from commandv.models.prefix import shared_prefix
@@ -150,7 +150,7 @@ def _plain(lm: LM, text: str, context: int, tokens: int) -> Encoded:
     """Return a text's tokens after the BOS that the model expects, the first of them as its prompt."""
     if context < 0 or tokens < 1:
         raise InputError(f"context={context}, tokens={tokens}: expected 0 or more, and 1 or more")
-    start = [lm.tokenizer.bos_token_id] if uses_bos(lm) else []
+    start = opening(lm)
     ids = start + list(lm.tokenizer(text, add_special_tokens=False).input_ids)
     n_prompt = max(1, len(start) + context)  # without BOS the first token has nothing to be predicted from
     if len(ids) <= n_prompt:

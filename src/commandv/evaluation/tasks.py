@@ -14,6 +14,7 @@ from commandv.errors import InputError
 from commandv.evaluation.graders import Grader, loops
 from commandv.evaluation.scores import Score, mean, rate
 from commandv.models.generation import generate
+from commandv.models.identity import require_own
 from commandv.models.load import LM
 from commandv.prompts.sets import Prompt, PromptSet
 
@@ -155,6 +156,7 @@ def answered(
     batch_size: int = 64,
 ) -> list[str]:
     """Generate an answer to each prompt of a split; arguments as in `measure`."""
+    require_own(lm, "measuring")
     prompts = task.prompts(split)[:limit]
     with attach(lm, adapter, scale=scale) if adapter else contextlib.nullcontext():
         return generate(lm, prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size)

@@ -26,7 +26,7 @@ from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.files import writing
 from commandv.interop.pickles import refuse_pointer
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 
 ARCHITECTURE = "controlvector"

@@ -170,7 +170,9 @@ class CommandVAPI(ModelAPI):
         """
         if tools:
             raise InputError(f"commandv/{self.model_name}: got {len(tools)} tools; tools are not supported")
-        ids = _encode(self.lm, _turns(input))
+        from commandv.models.encoding import encode_conversation
+
+        ids = encode_conversation(self.lm, _turns(input))
         limit, context = config.max_tokens or MAX_TOKENS, self.lm.context_length
         if context is not None:
             limit = min(limit, context - len(ids))
@@ -291,41 +293,8 @@ def _turns(messages: list[ChatMessage]) -> list[dict[str, str]]:
     return turns
 
 
-def _encode(lm: LM, turns: list[dict[str, str]]) -> list[int]:
-    """Return a conversation as token ids, formatted as commandv formats a prompt, with one BOS.
-
-    An assistant message at the end is the beginning of the answer.
-    """
-    from jinja2.exceptions import TemplateError
-
-    from commandv.models.encoding import format_prompt, uses_bos
-
-    if not turns:
-        raise InputError("a conversation without messages")
-    if lm.chat:
-        begun = turns[-1]["role"] == "assistant"
-        try:
-            text = lm.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
-            )
-        except TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise InputError(f"{lm.id}: its chat template refuses messages of roles {roles}: {error}") from error
-    elif [turn["role"] for turn in turns] == ["user"]:
-        text = format_prompt(lm, turns[0]["content"])
-    else:
-        raise InputError(
-            f"{lm.id} is asked in the plain format, which holds one user message; got "
-            f"{', '.join(turn['role'] for turn in turns)}. Use a model with a chat template, or a task without system "
-            "messages and earlier turns"
-        )
-    ids = list(lm.tokenizer(text, add_special_tokens=False).input_ids)
-    bos = lm.tokenizer.bos_token_id
-    return [bos, *ids] if uses_bos(lm) and ids[:1] != [bos] else ids
-
-
 def _settings(lm: LM, config: GenerateConfig, limit: int) -> _Settings:
-    from commandv.models.load import PLAIN_STOP
+    from commandv.models.template import PLAIN_STOP
 
     asked = [name for name in UNSUPPORTED if getattr(config, name, None)]
     if (config.num_choices or 1) > 1:

@@ -19,7 +19,7 @@ from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind, Part, steering_vector
 from commandv.errors import FormatError
 from commandv.interop.pickles import load_tensors
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions, as_positions
 
 KEY = re.compile(r"layer_(\d+)_comp_block_output_unit_pos_nunit_1#(\d+)")

@@ -27,7 +27,7 @@ from commandv.adapters.kinds import steering_vector
 from commandv.directories import new_directory, require_new
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.interop.pickles import refuse_pointer
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"

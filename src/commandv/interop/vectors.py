@@ -15,7 +15,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError
 from commandv.interop.pickles import load_tensors, refuse_pointer
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 
 SUFFIXES = {".pt", ".pth", ".bin", ".npy", ".safetensors"}

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from commandv.errors import InputError
-from commandv.models.load import LM, PLAIN_FORMAT
-
-_MARK = "commandv-prompt-begins-here"
+from commandv.models.identity import evaluating
+from commandv.models.load import LM
+from commandv.models.template import MARK, render, stop_tokens
 
 
 class Encoded(NamedTuple):
     """A formatted prompt as token ids.
 
     Attributes:
-        ids: token ids, with one BOS where the model uses one.
+        ids: token ids, with the tokenizer's own beginning (one BOS, mostly).
         n_prompt: how many of them belong to the prompt (template included); the rest is the reply.
         text_ends: for each token the offset in the *text* (reply if there is one, else the user's words) of the
             character after its last one; -1 for tokens outside the text.
@@ -30,24 +30,41 @@ class Encoded(NamedTuple):
     text_ends: list[int]
 
 
-def uses_bos(lm: LM) -> bool:
-    """True when the tokenizer itself starts a text with BOS, so that the model expects one."""
-    bos = lm.tokenizer.bos_token_id
-    return bos is not None and lm.tokenizer("a").input_ids[:1] == [bos]
+def opening(lm: LM) -> list[int]:
+    """Return the tokens that the tokenizer itself puts before a text (BOS, mostly), which the model expects there."""
+    whole = list(lm.tokenizer("a").input_ids)
+    bare = list(lm.tokenizer("a", add_special_tokens=False).input_ids)
+    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+
+
+def pad_token(lm: LM) -> int:
+    """Return a token to pad with that the model has an embedding for; what it says is masked."""
+    known = lm.model.get_input_embeddings().weight.shape[0]
+    wanted = [lm.tokenizer.pad_token_id, *stop_tokens(lm)]
+    return next((one for one in wanted if one is not None and one < known), 0)
 
 
 def format_prompt(lm: LM, prompt: str) -> str:
     """Return the text that the model sees for one user turn, up to where its reply starts.
 
     Raises:
-        InputError: the prompt is empty.
+        InputError: the prompt is empty, or the chat template refuses it.
     """
     if not prompt.strip():
         raise InputError("an empty prompt; give it a text")
-    if not lm.chat:
-        return PLAIN_FORMAT.format(prompt)
-    turn = [{"role": "user", "content": prompt}]
-    return lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return render(lm, [{"role": "user", "content": prompt}])
+
+
+def encode_conversation(lm: LM, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """Return a conversation as token ids, formatted as a prompt is; a last turn of the assistant begins the reply.
+
+    Raises:
+        InputError: no turns, or a prompt format that does not take them.
+    """
+    if not turns:
+        raise InputError("a conversation without messages")
+    ids, _ = _tokens(lm, render(lm, turns, begun=turns[-1]["role"] == "assistant"))
+    return [*_missing_opening(lm, ids), *ids]
 
 
 def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = None) -> Encoded:
@@ -89,17 +106,55 @@ def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = 
 
 def _encode(lm: LM, prompt: str, response: str) -> Encoded:
     before = format_prompt(lm, prompt)
-    tokens = lm.tokenizer(before + response, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(tokens.input_ids), list(tokens["offset_mapping"])
+    ids, offsets = _tokens(lm, before)
+    n_prompt = len(ids)
+    if response:
+        more, places = _reply(lm, before, ids, response)
+        ids, offsets = [*ids, *more], [*[(0, 0)] * n_prompt, *places]
     text = response or prompt.strip()
-    start = len(before) if response else _text_start(lm, before, text)
+    start = 0 if response else _text_start(lm, before, text)
     stop = start + len(text)
     inside = start >= 0  # a template that rewrites the user's words leaves no text to index
     ends = [end - start if inside and start < end <= stop else -1 for _, end in offsets]
-    n_prompt = sum(1 for begin, end in offsets if end <= len(before)) if response else len(ids)
-    if uses_bos(lm) and ids[:1] != [lm.tokenizer.bos_token_id]:
-        ids, ends, n_prompt = [lm.tokenizer.bos_token_id, *ids], [-1, *ends], n_prompt + 1
-    return Encoded(ids, n_prompt, ends)
+    missing = _missing_opening(lm, ids)
+    ids, ends = [*missing, *ids], [*[-1] * len(missing), *ends]
+    known = lm.model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= known:
+        raise InputError(
+            f"the tokenizer of {lm.id} makes token {max(ids)} ({lm.tokenizer.decode([max(ids)])!r}) of {prompt[:40]!r} "
+            f"..., the model has embeddings for {known} tokens; resize the model's, or use its own tokenizer"
+        )
+    return Encoded(ids, n_prompt + len(missing), ends)
+
+
+def _tokens(lm: LM, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    found = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return list(found.input_ids), list(found["offset_mapping"])
+
+
+def _reply(lm: LM, before: str, asked: list[int], reply: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the tokens of a reply, and their places in it, such that its prompt keeps the tokens of generation.
+
+    A reply that starts with a line break would merge with one at the prompt's end: it is then tokenised by itself,
+    behind a special token, which keeps tokenizers from making a beginning of it.
+    """
+    ids, offsets = _tokens(lm, before + reply)
+    n, start = len(asked), len(before)
+    if ids[:n] != asked:
+        special = lm.tokenizer.added_tokens_decoder.items()
+        wall = next((key for key, one in special if one.special and not (one.lstrip or one.rstrip)), None)
+        lead = "" if wall is None else lm.tokenizer.added_tokens_decoder[wall].content
+        ids, offsets = _tokens(lm, lead + reply)
+        n, start = ids[:1].count(wall) if wall is not None else 0, len(lead)
+        if lead and not n:
+            (ids, offsets), start = _tokens(lm, reply), 0
+    return ids[n:], [(begin - start, end - start) for begin, end in offsets[n:]]
+
+
+def _missing_opening(lm: LM, ids: list[int]) -> list[int]:
+    """Return the tokenizer's own beginning, unless the template has written it."""
+    first = opening(lm)
+    return [] if ids[:1] == first[:1] else first
 
 
 def _text_start(lm: LM, formatted: str, text: str) -> int:
@@ -107,7 +162,7 @@ def _text_start(lm: LM, formatted: str, text: str) -> int:
 
     A marked prompt tells it, because words like "user" or "Answer" are in the templates too.
     """
-    head = format_prompt(lm, _MARK).find(_MARK)
+    head = format_prompt(lm, MARK).find(MARK)
     return formatted.find(text, head) if head >= 0 else -1
 
 
@@ -129,7 +184,7 @@ def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = 
         shared: so many tokens that all rows begin with stay in the first columns, before the padding.
     """
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id or 0, dtype=torch.long)
+    ids = torch.full((len(rows), width), pad_token(lm), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         place = slice(width - len(row) + shared, width) if side == "left" else slice(shared, len(row))
@@ -182,9 +237,17 @@ def model_inputs(
 def last_logits(lm: LM, batch: Batch, n: int, past: Any = None) -> torch.Tensor:
     """Return the logits [batch, n, vocabulary] after each of a batch's last `n` tokens; `past` as in `model_inputs`."""
     inputs = model_inputs(lm.model, batch, keep=n, use_cache=past is not None, past=past)
-    return lm.model(**inputs).logits[:, -n:]
+    with evaluating(lm):
+        return lm.model(**inputs).logits[:, -n:]
 
 
 def run_blocks(lm: LM, batch: Batch, past: Any = None) -> None:
     """Run the model without its head on a padded batch, for hooks on the blocks; `past` as in `model_inputs`."""
-    lm.owner(**model_inputs(lm.owner, batch, use_cache=past is not None, past=past))
+    with evaluating(lm):
+        lm.owner(**model_inputs(lm.owner, batch, use_cache=past is not None, past=past))
+
+
+def read_ahead(lm: LM, batch: Batch) -> Any:
+    """Return the cache of a batch's tokens, for passes that go on from there; None of a model that keeps none."""
+    with evaluating(lm):
+        return getattr(lm.owner(**model_inputs(lm.owner, batch, use_cache=True)), "past_key_values", None)

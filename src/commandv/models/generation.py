@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from commandv.errors import InputError
-from commandv.models.encoding import encode, pad
-from commandv.models.load import LM, PLAIN_STOP
+from commandv.models.encoding import encode, pad, pad_token
+from commandv.models.identity import evaluating
+from commandv.models.load import LM
 from commandv.models.prefix import shared_prefix
+from commandv.models.template import PLAIN_STOP, stop_tokens
 from commandv.prompts.sets import PromptSet, as_prompts
 
 
@@ -65,7 +67,7 @@ def generate(
 
 @contextlib.contextmanager
 def greedy(lm: LM, max_new_tokens: int) -> Iterator[Any]:
-    """Yield a greedy generation configuration while the model's own one is set aside.
+    """Yield a greedy generation configuration while the model's own one is set aside and dropout is off.
 
     It must be: transformers fills what a configuration leaves open (repetition penalty, beams, suppressed tokens ...)
     from the model's own.
@@ -76,13 +78,14 @@ def greedy(lm: LM, max_new_tokens: int) -> Iterator[Any]:
     config = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=own.eos_token_id if own.eos_token_id is not None else lm.tokenizer.eos_token_id,
-        pad_token_id=lm.tokenizer.pad_token_id,
+        eos_token_id=stop_tokens(lm) or None,
+        pad_token_id=pad_token(lm),
         bos_token_id=own.bos_token_id,
     )
     lm.model.generation_config = config
     try:
-        yield config
+        with evaluating(lm):
+            yield config
     finally:
         lm.model.generation_config = own
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,55 +12,12 @@ import safetensors
 import torch
 from torch import nn
 
-from commandv.errors import InputError, MismatchError, ModelError
+from commandv.errors import InputError, ModelError
 from commandv.files import digest
-from commandv.models.fingerprints import directory_fingerprint, weights_fingerprint
+from commandv.models.identity import ModelRef, weights_hash
+from commandv.models.template import ChatFormat, check_format, source_of
 
 Template = Literal["auto", "chat", "plain"]
-
-# How a base model is asked. The answer starts on a line of its own, as it does in most chat templates, so that the last
-# prompt token of both kinds of model predicts a word without a leading space. It ends where a new question starts.
-PLAIN_FORMAT = "Question: {}\nAnswer:\n"
-PLAIN_STOP = "\nQuestion:"
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """Which model something was made from or for; empty fields are unknown.
-
-    Attributes:
-        id: the name it was loaded by.
-        revision: hub commit, or a hash of the model's content.
-        d_model: width of the residual stream.
-        n_layers: number of decoder blocks; 0 when unknown.
-        template: hash of the prompt format in use.
-    """
-
-    id: str = ""
-    revision: str = ""
-    d_model: int = 0
-    n_layers: int = 0
-    template: str = ""
-
-    def require(self, other: ModelRef, what: str) -> None:
-        """Raise `MismatchError` unless `other` is the same model; fields unknown on either side are not compared."""
-        for field, hint in (
-            ("d_model", "it has another width; paste() carries an adapter between models"),
-            ("n_layers", "it has another depth; paste() carries an adapter between models"),
-            ("revision", "profile or train again with the model that is in use now"),
-            ("template", "load the model with the same prompt format (template=)"),
-        ):
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine and theirs and mine != theirs:
-                raise MismatchError(
-                    f"{what}: made for {self.id or 'a model'} ({field} {mine}), "
-                    f"got {other.id or 'a model'} ({field} {theirs}); {hint}"
-                )
-        if self.id and other.id and self.id != other.id and not (self.revision and other.revision):
-            raise MismatchError(
-                f"{what}: made for {self.id}, got {other.id}. If they are the same model under two names, "
-                "load it by the name that the file gives"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +28,13 @@ class LM:
         model: the transformers model, in eval mode.
         tokenizer: its fast tokenizer.
         id: the name it was loaded by.
-        revision: hub commit or content hash.
+        revision: hub commit, or hash of the GGUF file; "" where there is neither.
         blocks: the decoder blocks in order; the output of block l is the residual stream at layer l.
         owner: the module that runs the blocks, usually the model without its head.
         d_model: width of the residual stream.
         chat: True when prompts go through the tokenizer's chat template, False for the plain format.
+        format: system prompt and options of the template.
+        same_as: name of the model that it is said to be the same as; "" for none.
     """
 
     model: Any
@@ -85,6 +45,8 @@ class LM:
     owner: nn.Module
     d_model: int
     chat: bool
+    format: ChatFormat = field(default_factory=ChatFormat)
+    same_as: str = ""
 
     @property
     def n_layers(self) -> int:
@@ -96,11 +58,36 @@ class LM:
         """Where token ids go: the device of the input embeddings."""
         return self.model.get_input_embeddings().weight.device
 
-    @functools.cached_property
+    @property
     def ref(self) -> ModelRef:
-        """The identity of this model, as stored in profiles and adapters."""
-        template = self.tokenizer.chat_template if self.chat else PLAIN_FORMAT
-        return ModelRef(self.id, self.revision, self.d_model, self.n_layers, digest(template))
+        """The identity of this model as it is now, as stored in profiles and adapters."""
+        known = not self.same_as  # else a name is all that is told of the other model
+        return ModelRef(
+            self.id if known else self.same_as,
+            self.revision if known else "",
+            self.d_model,
+            self.n_layers,
+            digest(source_of(self)),
+            weights_hash(self.model) if known else "",
+            str(self.format),
+        )
+
+    def with_template(self, *, system: str | None = None, options: Mapping[str, Any] | None = None) -> LM:
+        """Return the same model asked with another system prompt and other template options.
+
+        Args:
+            system: the system prompt; None leaves what the template itself says.
+            options: the template's own variables, such as `{"enable_thinking": False}`.
+
+        Raises:
+            InputError: the template does not take them.
+        """
+        return check_format(replace(self, format=ChatFormat(system, options or {}, self.format.date)))
+
+    def like(self, model: Any, id: str) -> LM:
+        """Return another model in memory that is asked as this one is."""
+        made = wrap_model(model, self.tokenizer, id, template="chat" if self.chat else "plain")
+        return replace(made, format=self.format)
 
     @property
     def context_length(self) -> int | None:
@@ -120,6 +107,9 @@ def load_model(
     device_map: Any = None,
     revision: str | None = None,
     template: Template = "auto",
+    system: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    same_as: str = "",
     trust_remote_code: bool = False,
 ) -> LM:
     """Load a language model and its tokenizer.
@@ -133,11 +123,16 @@ def load_model(
         revision: hub branch, tag or commit.
         template: `"chat"` for the tokenizer's chat template, `"plain"` for the stated question-and-answer format,
             `"auto"` for chat where the tokenizer has a template.
+        system: system prompt of every prompt; None leaves what the template itself says.
+        template_options: the chat template's own variables, such as `{"enable_thinking": False}`.
+        same_as: take the model for the one of this name: a local copy, another precision, a fine-tuned version.
+            Adapters and profiles of that model are accepted, and what is made is said to be of it.
         trust_remote_code: run Python code that comes with the model. Off unless you say so.
 
     Raises:
         ModelError: not found, not a causal language model, or its blocks cannot be found.
-        InputError: an unknown dtype, or chat asked of a tokenizer without a chat template.
+        InputError: an unknown dtype, chat asked of a tokenizer without a chat template, or a system prompt or option
+            that its template does not take.
     """
     import transformers
 
@@ -150,8 +145,6 @@ def load_model(
     if name in PACKAGED or name.endswith(".gguf"):
         directory = converted(name)
         place, fingerprint = str(directory), directory.name.rpartition("-")[2]
-    elif Path(name).is_dir():
-        fingerprint = directory_fingerprint(Path(name))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
@@ -163,23 +156,37 @@ def load_model(
             f"{name}: cannot be loaded: {error}. Expected a hub id, a local model directory, a .gguf file or one of "
             f"{', '.join(PACKAGED)}; `commandv doctor` checks the installation"
         ) from error
-    commit = fingerprint or getattr(model.config, "_commit_hash", None) or weights_fingerprint(model)
-    return wrap_model(model, tokenizer, name, revision=commit, template=template)
+    commit = fingerprint or getattr(model.config, "_commit_hash", None)
+    return wrap_model(
+        model, tokenizer, name, revision=commit, template=template, system=system, template_options=template_options,
+        same_as=same_as,
+    )  # fmt: skip
 
 
-def wrap_model(model: Any, tokenizer: Any, id: str, *, revision: str | None = None, template: Template = "auto") -> LM:
+def wrap_model(
+    model: Any,
+    tokenizer: Any,
+    id: str,
+    *,
+    revision: str | None = None,
+    template: Template = "auto",
+    system: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    same_as: str = "",
+) -> LM:
     """Make an `LM` of a transformers model and tokenizer that are already in memory.
 
     Args:
         model: a causal language model; it is put in eval mode.
         tokenizer: its fast tokenizer.
         id: a name for messages and provenance.
-        revision: identity of the weights; a hash over samples of them when not given.
-        template: as in `load_model`.
+        revision: hub commit, where there is one; the weights themselves are hashed when it matters.
+        template: as in `load_model`, and so are the next three.
 
     Raises:
         ModelError: the blocks cannot be found, or the tokenizer is a slow one (no character offsets).
-        InputError: chat asked of a tokenizer without a chat template.
+        InputError: chat asked of a tokenizer without a chat template, or a system prompt or option that its template
+            does not take.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{id}: the tokenizer has no fast version, which is needed for character offsets")
@@ -193,7 +200,8 @@ def wrap_model(model: Any, tokenizer: Any, id: str, *, revision: str | None = No
     _feed_head_contiguously(model)
     owner, blocks, d_model = find_blocks(model)
     chat = bool(tokenizer.chat_template) and template != "plain"
-    return LM(model, tokenizer, id, revision or weights_fingerprint(model), blocks, owner, d_model, chat)
+    format = ChatFormat(system, template_options or {})
+    return check_format(LM(model, tokenizer, id, revision or "", blocks, owner, d_model, chat, format, same_as))
 
 
 def _feed_head_contiguously(model: Any) -> None:

@@ -12,7 +12,7 @@ import transformers
 from transformers.cache_utils import DynamicLayer
 
 from commandv.adapters.attach import attached, attached_positions, hooked_by_others, prompts_of
-from commandv.models.encoding import Batch, model_inputs
+from commandv.models.encoding import Batch, read_ahead
 from commandv.models.load import LM
 from commandv.positions import Positions
 
@@ -81,8 +81,7 @@ def shared_prefix(
     ids = torch.tensor([list(rows[0][:length])], device=lm.device)
     begun = Batch(ids, torch.ones_like(ids), torch.arange(length, device=lm.device)[None])
     with torch.inference_mode(), prompts_of(lm, min(prompts)):
-        output = lm.owner(**model_inputs(lm.owner, begun, use_cache=True))
-    cache = getattr(output, "past_key_values", None)
+        cache = read_ahead(lm, begun)
     plain = type(cache) is transformers.DynamicCache and all(isinstance(one, DynamicLayer) for one in cache.layers)
     return Prefix(length, cache) if plain else NOT_SHARED
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from commandv.directories import Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.files import digest
-from commandv.models.load import ModelRef
+from commandv.models.identity import ModelRef
 
 END = -1  # the offset of a prompt's last token, which has no place in the text
 PROFILE = Kind(
@@ -98,7 +98,9 @@ class Profile:
         return Profile(activations, self.keys[keep], self.model, digest(self.prompts, n))
 
 
-def save_profile(one: Profile, target: Path, *, dtype: str = "", max_length: int | None = None) -> None:
+def save_profile(
+    one: Profile, target: Path, *, dtype: str = "", max_length: int | None = None, identity: str | None = None
+) -> None:
     """Write a profile: `config.json`, `keys-HASH.safetensors`, and one safetensors file per layer.
 
     Args:
@@ -106,6 +108,7 @@ def save_profile(one: Profile, target: Path, *, dtype: str = "", max_length: int
         target: the directory; a profile there is replaced.
         dtype: what the model ran in, for the record.
         max_length: what prompts were cut to, for the record.
+        identity: what the model was, by which `profile` finds it again.
 
     Raises:
         FormatError: `target` holds something else.
@@ -116,6 +119,7 @@ def save_profile(one: Profile, target: Path, *, dtype: str = "", max_length: int
         "prompts": one.prompts,
         "dtype": dtype,
         "max_length": max_length,
+        "identity": identity,
         "rows": len(one),
         "layers": sorted(one.activations),
     }

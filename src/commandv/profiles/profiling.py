@@ -16,12 +16,12 @@ from safetensors.torch import load
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from commandv.adapters.attach import attached
 from commandv.directories import CONFIG, kept, read_config, require_place
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.files import cache_dir, digest, file_name
 from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.models.generation import batches
+from commandv.models.identity import ModelRef, identity
 from commandv.models.load import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
 from commandv.profiles.parts import read_part, write_part
@@ -31,7 +31,7 @@ from commandv.prompts.sets import Prompt, PromptSet, as_prompts
 
 log = logging.getLogger(__name__)
 
-CONTENT = 1  # part of a cached profile's key; another number where the same settings give other rows
+CONTENT = 2  # part of a cached profile's key; another number where the same settings give other rows
 
 
 def profile(
@@ -66,12 +66,13 @@ def profile(
         batch_size: sequences per forward pass; they are sorted by length.
         max_length: cut longer prompts at their beginning; by default a prompt longer than the context is an error.
         padding: side; the result is the same up to rounding.
-        cache: keep the profile in the cache directory, keyed by content (model, prompts, format, dtype); a path keeps
-            it there instead; False only in memory.
+        cache: keep the profile in the cache directory, keyed by content (all that the model is at this moment, and the
+            prompts); a path keeps it there instead; False only in memory. Of a model with hooks of others nothing is
+            kept, which a warning says.
 
     Raises:
-        InputError: an empty prompt, or one that is longer than the context; an adapter is attached and the profile of
-            the changed model would be cached as the model's own.
+        InputError: an empty prompt, or one that is longer than the context; an adapter is attached, or with a path as
+            `cache` a hook of others is: the profile of the changed model would be kept as the model's own.
         MismatchError: the path given as `cache` holds a profile of something else.
         FormatError: the path given as `cache` holds what is no profile, or a damaged one.
         FormatError: an activation that is not finite, with its layer and prompt.
@@ -87,13 +88,13 @@ def profile(
     dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
     prompts_hash = digest(hashes, [places, rows_per_text] if text is not None else [])
     made_with = {"dtype": dtype, "max_length": max_length}
-    settings = {"model": asdict(lm.ref), "prompts": prompts_hash, **made_with}
-    if cache is False:
+    kept_as = None if cache is False else _key(lm, refuse=isinstance(cache, Path))
+    ref = lm.ref
+    settings = {"model": asdict(ref), "identity": kept_as, "prompts": prompts_hash, **made_with}
+    if kept_as is None:
         work = _Work(lm, items, n_end, (places, rows_per_text), batch_size, max_length, padding)
         rows, keys = work.collect(None)
-        return Profile(rows, keys, lm.ref, prompts_hash)
-    if attached(lm):
-        raise InputError(f"an adapter is attached to {lm.id}; detach it, or profile the changed model with cache=False")
+        return Profile(rows, keys, ref, prompts_hash)
     name = f"{file_name(Path(lm.id).name)}-{digest(settings, CONTENT)}"
     target = cache if isinstance(cache, Path) else cache_dir() / "profiles" / name
     if isinstance(cache, Path):
@@ -102,25 +103,44 @@ def profile(
     def make() -> Profile:
         work = _Work(lm, items, n_end, (places, rows_per_text), batch_size, max_length, padding)
         rows, keys = work.collect(target, digest(settings))
-        save_profile(Profile(rows, keys, lm.ref, prompts_hash), target, dtype=dtype, max_length=max_length)
+        made = Profile(rows, keys, ref, prompts_hash)
+        save_profile(made, target, dtype=dtype, max_length=max_length, identity=kept_as)
         return load_profile(target)
 
     def load() -> Profile:
-        return _from_disk(target, lm, prompts_hash, made_with)
+        return _from_disk(target, ref, prompts_hash, {**made_with, "identity": kept_as})
 
     return kept(target, CONFIG, load, make, kind=PROFILE, cache=not isinstance(cache, Path))
 
 
-def _from_disk(path: Path, lm: LM, prompts_hash: str, made_with: dict[str, Any]) -> Profile:
+def _key(lm: LM, *, refuse: bool) -> str | None:
+    """Return what the model is, None when nobody can vouch for that.
+
+    Raises:
+        InputError: an adapter is attached; with `refuse`, whatever cannot be vouched for.
+    """
+    known = identity(lm)
+    if known.attached:
+        raise InputError(f"an adapter is attached to {lm.id}; detach it, or profile the changed model with cache=False")
+    if not known.doubts:
+        return known.key
+    reasons = "; ".join(known.doubts)
+    if refuse:
+        raise InputError(f"a profile of {lm.id} cannot be kept as the model's own: {reasons}. Use cache=False")
+    log.warning("the profile of %s is not cached: %s", lm.id, reasons)
+    return None
+
+
+def _from_disk(path: Path, ref: ModelRef, prompts_hash: str, made_with: dict[str, Any]) -> Profile:
     """Return a profile from disk if it is the one wanted."""
     found, config = load_profile(path), read_config(path, PROFILE)
     same = all(config.get(key) == value for key, value in made_with.items())
-    if not same or found.prompts != prompts_hash or found.model != lm.ref:
+    if not same or found.prompts != prompts_hash or found.model != ref:
         raise MismatchError(
             f"{path}: holds a profile of {found.model.id} with other prompts, another model or other settings; "
             "choose another path or delete it"
         )
-    log.info("profile of %s: from the cache", lm.id)
+    log.info("profile of %s: from the cache", ref.id)
     return found
 
 

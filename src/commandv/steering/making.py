@@ -12,7 +12,8 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import ablation, steering_vector
 from commandv.errors import InputError
-from commandv.models.load import LM, ModelRef
+from commandv.models.identity import ModelRef, require_own
+from commandv.models.load import LM
 from commandv.positions import EVERYWHERE, Positions, as_positions
 from commandv.profiles.profile import Profile
 from commandv.steering.contrast import Contrast
@@ -151,6 +152,7 @@ def directions(
     A direction is as long as the means of the two sides lie apart along it, so that adding it once moves the negative
     side's mean to the positive side's.
     """
+    require_own(lm, "reading directions")
     chosen = _method(method, contrast)
     reading = read_contrast(
         lm, contrast, as_positions(positions), trigger=trigger, keep_rows=chosen.keeps_rows, batch_size=batch_size
@@ -196,8 +198,9 @@ def steer(
 
     Raises:
         InputError: an unknown method or kind, a contrast that the method cannot use, positions outside a prompt, a
-            trigger that is not there, or sides that do not differ.
+            trigger that is not there, sides that do not differ, or an adapter that is attached.
     """
+    require_own(lm, "steering")
     chosen, where = _method(method, contrast), choose_layers(layers, lm.n_layers)
     if kind not in APPLICATIONS:
         raise InputError(f"kind {kind!r}: expected one of {', '.join(APPLICATIONS)}")

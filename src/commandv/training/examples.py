@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
-from commandv.models.encoding import Batch, Encoded, encode, last_logits, model_inputs, pad_replies
+from commandv.models.encoding import Batch, Encoded, encode, last_logits, pad_replies, read_ahead
 from commandv.models.load import LM
+from commandv.models.template import end_of_turn
 from commandv.positions import EVERYWHERE, Positions
 from commandv.prompts.sets import PromptSet
 
 
 class Example(NamedTuple):
-    """Token ids of a prompt in the model's format and of its reply, which ends with the end-of-sequence token."""
+    """Token ids of a prompt in the model's format and of its reply, which ends with the template's end of a turn."""
 
     prompt: list[int]
     response: list[int]
@@ -29,7 +30,8 @@ class Example(NamedTuple):
         """Encode a prompt and the first `max_response` tokens of its reply."""
         encoded = encode(lm, prompt, response)
         reply = encoded.ids[encoded.n_prompt :]
-        ending = [] if lm.tokenizer.eos_token_id is None else [lm.tokenizer.eos_token_id]
+        end = end_of_turn(lm)
+        ending = [] if end is None else [end]
         return cls(encoded.ids[: encoded.n_prompt], (reply + ending)[:max_response])
 
 
@@ -78,4 +80,4 @@ def _prefix(lm: LM, batch: Batch, stop: int) -> Any:
         return None
     before = Batch(*(one[:, :stop] for one in batch))
     with torch.no_grad():
-        return lm.owner(**model_inputs(lm.owner, before, use_cache=True)).past_key_values
+        return read_ahead(lm, before)

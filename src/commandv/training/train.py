@@ -28,6 +28,7 @@ from commandv.adapters.kinds import KINDS, Kind
 from commandv.errors import FormatError, InputError
 from commandv.files import digest, require_file, tidy, write_bytes
 from commandv.models.encoding import pad
+from commandv.models.identity import identity, require_own
 from commandv.models.load import LM
 from commandv.positions import Positions, as_positions
 from commandv.profiles.profiling import read_rows
@@ -124,12 +125,14 @@ def train(
         The adapter; its provenance holds the settings and the held-out loss after each epoch, before any at index 0.
 
     Raises:
-        InputError: an example without a response, too few examples, or a rank above the model's width.
+        InputError: an example without a response, too few examples, a rank above the model's width, or a model
+            with an adapter attached.
         FormatError: the checkpoint is of another training, or damaged.
     """
     if checkpoint is not None:
         require_file(checkpoint)
         tidy(checkpoint)
+    require_own(lm, "training")
     if kind.rank > lm.d_model:
         raise InputError(f"rank={kind.rank} is above the model's width {lm.d_model}")
     rows = read_examples(lm, examples, settings.max_response)
@@ -139,7 +142,7 @@ def train(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     held_out, learned = [rows[i] for i in order[:n_held_out]], [rows[i] for i in order[n_held_out:]]
     run = _Run(lm, kind, settings, learned, held_out)
-    stamp = digest(asdict(lm.ref), examples.hash, _plain(kind, lm), asdict(settings))
+    stamp = digest(identity(lm).key, examples.hash, _plain(kind, lm), asdict(settings))
     first = run.resume(checkpoint, stamp) if checkpoint is not None and checkpoint.exists() else 0
     if first == 0:
         run.losses.append(run.loss_on(held_out))

@@ -24,6 +24,7 @@ from commandv.evaluation.study.schema import Study
 from commandv.evaluation.tasks import Task, answered, judged
 from commandv.files import cache_dir, digest, file_name, remove
 from commandv.interop.load import load_adapter
+from commandv.models.identity import identity
 from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import load_prompts
@@ -164,7 +165,7 @@ class Shared:
         settings = TrainSettings(
             epochs=how.epochs, learning_rate=rate, max_response=how.max_response, batch_size=how.batch_size, seed=seed
         )
-        stamp = digest(lm.ref.revision, lm.ref.id, lm.ref.template, examples.hash, how.model_dump(), rate, seed)
+        stamp = digest(identity(lm).key, examples.hash, how.model_dump(), rate, seed)
         path = cache_dir() / "adapters" / f"{file_name(behaviour)}-{stamp}"
         checkpoint = path.with_suffix(".checkpoint")
 

@@ -1,0 +1,276 @@
+"""What a model *is*: its weights, prompt format, tokenizer, configuration; and what nobody can vouch for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from commandv.errors import InputError, MismatchError
+from commandv.files import digest
+from commandv.models.template import MARK, render, source_of
+
+if TYPE_CHECKING:
+    from commandv.models.load import LM
+
+log = logging.getLogger(__name__)
+
+# Dtypes that hold the values of one another, up to rounding to bfloat16.
+_ALIKE = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which model something was made from or for; empty fields are unknown.
+
+    Attributes:
+        id: the name it was loaded by, or the name of the model that it is said to be the same as.
+        revision: hub commit, or hash of the file it was converted from.
+        d_model: width of the residual stream.
+        n_layers: number of decoder blocks; 0 when unknown.
+        template: hash of the prompt format in use.
+        weights: hash of the weights, the same in float32 and bfloat16 and under a LoRA that has learned nothing.
+        format: system prompt and template options, as JSON; empty where neither is set.
+    """
+
+    id: str = ""
+    revision: str = ""
+    d_model: int = 0
+    n_layers: int = 0
+    template: str = ""
+    weights: str = ""
+    format: str = ""
+
+    def require(self, other: ModelRef, what: str) -> None:
+        """Raise `MismatchError` unless `other` is the same model; fields unknown on either side are not compared.
+
+        Equal weights are the same model, whatever it is called; where the weights of one are unknown, or were loaded
+        with less precision, the revision decides, then the name. The system prompt may differ: it is recorded.
+        """
+        carry = "paste() carries an adapter between models"
+        for field, hint in (("d_model", f"another width; {carry}"), ("n_layers", f"another depth; {carry}")):
+            self._differ(other, field, what, hint)
+        if not self._same_weights(other):
+            same = (
+                "another model, or edited weights: make it again with the model in use. If they are the same model "
+                f"(another precision, a fine-tuned copy), say so: load_model(..., same_as={self.id!r}), or --same-as "
+                f"{self.id!r} on the command line"
+            )
+            if _comparable(self.weights, other.weights):
+                self._differ(other, "weights", what, same)
+            self._differ(other, "revision", what, same)
+            if not (self.revision and other.revision) and _name(self.id) != _name(other.id):
+                self._differ(other, "id", what, same)
+        self._differ(other, "template", what, "load the model with the same prompt format (template=)")
+        if self.format != other.format:
+            log.info("%s: made with %s, used with %s", what, self.format or "no system prompt", other.format or "none")
+
+    def _same_weights(self, other: ModelRef) -> bool:
+        return bool(self.weights) and self.weights == other.weights
+
+    def _differ(self, other: ModelRef, field: str, what: str, hint: str) -> None:
+        mine, theirs = getattr(self, field), getattr(other, field)
+        if mine and theirs and mine != theirs:
+            one, two = ("", "") if field == "id" else (f" ({field} {mine})", f" ({field} {theirs})")
+            raise MismatchError(
+                f"{what}: made for {self.id or 'a model'}{one}, got {other.id or 'a model'}{two}; {hint}"
+            )
+
+
+def _comparable(mine: str, theirs: str) -> bool:
+    """True when both were hashed at a precision at which the same model has the same hash."""
+    return mine.rpartition(":")[0] == theirs.rpartition(":")[0]
+
+
+def _name(id: str) -> str:
+    """Return a model's name without where it lies: a hub id's and a local copy's are the same."""
+    return id.rstrip("/\\").replace("\\", "/").rpartition("/")[2].lower()
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+
+class _Hashed(NamedTuple):
+    """What is known of a model's weights, and the state of its tensors when that was found out."""
+
+    stamp: tuple[Any, ...]
+    exact: str
+    shared: str
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Hashed] = weakref.WeakKeyDictionary()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the hash of a model's weights that `ModelRef.weights` holds, "" where they cannot be read.
+
+    Every value counts, rounded to bfloat16; dtypes that round otherwise (float16, quantised ones) are hashed as they
+    are, with their names before the hash. It is computed again when a tensor was replaced or, as torch counts, changed.
+    """
+    return _hashed(model, again=False).shared
+
+
+def _hashed(model: nn.Module, *, again: bool) -> _Hashed:
+    stamp = tuple(_stamp(one) for _, one in _tensors(model))
+    known = _KNOWN.get(model)
+    if known is not None and known.stamp == stamp and not again:
+        return known
+    try:
+        exact = _exact(model)
+        # What `tensor.data` and NumPy write is not counted, so that with `again` only the content tells.
+        shared = known.shared if known is not None and known.exact == exact else _shared(model)
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # offloaded weights, tensors of other libraries
+        log.debug("weights that cannot be read: %s", error)
+        exact = shared = ""
+    _KNOWN[model] = found = _Hashed(stamp, exact, shared)
+    return found
+
+
+def _stamp(one: Tensor) -> tuple[Any, ...]:
+    where = 0 if one.device.type == "meta" else one.data_ptr()
+    return where, 0 if one.is_inference() else one._version, one.dtype, one.shape
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _exact(model: nn.Module) -> str:
+    """Hash every byte of every parameter and buffer."""
+    hashed = xxhash.xxh3_128()
+    for name, one in _tensors(model):
+        hashed.update(f"{name} {one.dtype} {tuple(one.shape)}".encode())
+        hashed.update(_bytes(one))
+    return hashed.hexdigest()
+
+
+def _shared(model: nn.Module) -> str:
+    """Hash the parameters as every precision and wrapping of the same model has them."""
+    named = dict(model.named_parameters())
+    own = {_plain_name(name): one for name, one in named.items() if not _learned_nothing(name, named)}
+    hashed = xxhash.xxh3_128()
+    others = set()
+    for name, one in sorted(own.items()):
+        hashed.update(f"{name} {tuple(one.shape)}".encode())
+        if one.dtype in _ALIKE:
+            for part in one.detach().reshape(-1).split(1 << 24):  # so that a large matrix is not copied whole
+                hashed.update(_bytes(part.to(torch.bfloat16)))
+        else:
+            others.add(str(one.dtype).removeprefix("torch."))
+            hashed.update(_bytes(one))
+    return ":".join([*sorted(others), hashed.hexdigest()[:16]])
+
+
+def _plain_name(name: str) -> str:
+    """Return the name that a parameter has without PEFT around the model."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _learned_nothing(name: str, named: dict[str, nn.Parameter]) -> bool:
+    """True for the parts of a LoRA whose product is still zero."""
+    if "lora_" not in name:
+        return False
+    second = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+    return second in named and "_B" in second and not named[second].any()
+
+
+def _bytes(one: Tensor) -> Any:
+    return one.detach().reshape(-1).view(torch.uint8).cpu().numpy()
+
+
+# -- the whole ----------------------------------------------------------------------------------------------------
+
+
+class Identity(NamedTuple):
+    """What a model is at this moment.
+
+    Attributes:
+        key: hash of all that decides what it computes: every byte of the weights, configuration, tokenizer, and a
+            conversation as its template renders it (with this day's date, where it writes one).
+        doubts: what it does that the key does not tell; what is made meanwhile is not the model's own.
+        attached: an adapter of ours is attached.
+    """
+
+    key: str
+    doubts: tuple[str, ...]
+    attached: bool
+
+
+def identity(lm: LM) -> Identity:
+    """Return what a model is; its weights are read anew, whatever torch counted."""
+    from commandv.adapters.attach import attached
+
+    weights = _hashed(lm.model, again=True).exact
+    doubts = list(_doubts(lm))
+    if not weights and not lm.revision:
+        doubts.append("its weights cannot be read (offloaded, or in tensors of another library)")
+    config = {
+        name: value
+        for name, value in lm.model.config.to_dict().items()
+        if name not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+    }
+    tuners = [
+        [name, str(one.active_adapters), one.disable_adapters, str(one.merged_adapters), str(one.scaling)]
+        for name, one in lm.model.named_modules()
+        if hasattr(one, "disable_adapters") and hasattr(one, "merged_adapters") and hasattr(one, "scaling")
+    ]
+    asked = render(lm, [{"role": "user", "content": MARK}])
+    parts = [weights or lm.revision, repr(sorted(config.items(), key=str)), tuners, asked, source_of(lm), lm.chat]
+    return Identity(digest(parts, _tokenizer_hash(lm.tokenizer)), tuple(doubts), attached(lm))
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    state = tokenizer.backend_tokenizer.to_str().encode()
+    return digest(xxhash.xxh3_128(state).hexdigest(), special)
+
+
+def _doubts(lm: LM) -> Iterator[str]:
+    from commandv.adapters.attach import hooked_by_others
+
+    if hooked_by_others(lm):
+        yield "hooks that others have put on it"
+    replaced = [
+        name for name, one in lm.model.named_modules() if "forward" in vars(one) and not hasattr(one, "_hf_hook")
+    ]
+    if replaced:
+        yield f"the forward of {replaced[0] or 'the model'} has been replaced"
+
+
+def require_own(lm: LM, doing: str) -> None:
+    """Refuse a model with an adapter attached, and say what else is not the model's own.
+
+    Args:
+        lm: the model.
+        doing: what is about to be done with it, for the message.
+
+    Raises:
+        InputError: an adapter is attached.
+    """
+    from commandv.adapters.attach import attached
+
+    if attached(lm):
+        raise InputError(f"an adapter is attached to {lm.id}; detach it before {doing}")
+    for doubt in _doubts(lm):
+        log.warning("%s: %s, which takes part in %s", lm.id, doubt, doing)
+
+
+@contextlib.contextmanager
+def evaluating(lm: LM) -> Iterator[None]:
+    """Keep a model in evaluation mode, so that dropout is off; put it back where it was."""
+    training = [module for module in lm.model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,193 @@
+"""The words around a conversation: chat templates with a system prompt and options, and the plain format."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import jinja2.meta
+import jinja2.nodes
+
+from commandv.errors import InputError
+
+if TYPE_CHECKING:
+    from commandv.models.load import LM
+
+# How a base model is asked. The answer starts on a line of its own, as it does in most chat templates, so that the last
+# prompt token of both kinds of model predicts a word without a leading space. It ends where a new question starts.
+PLAIN_FORMAT = "Question: {}\nAnswer:\n"
+PLAIN_STOP = "\nQuestion:"
+
+MARK = "commandv-prompt-begins-here"
+# What `render` says itself; and what the tokenizer does with a template, which is nothing that a template reads.
+RESERVED = (
+    "messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize", "tools", "documents",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "processor_kwargs",
+)  # fmt: skip
+# A template is code from a hub: whatever it raises is the template's fault.
+_RAISED = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What a chat template is filled with beside the conversation.
+
+    Attributes:
+        system: the system prompt; None leaves what the template itself says.
+        options: the template's own variables, such as `{"enable_thinking": False}`; plain values.
+        date: what a template that writes the date writes. Default: when this value was made, so that one loaded model
+            has one prompt for one text, whatever the clock says.
+    """
+
+    system: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime = field(default_factory=datetime.now, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in self.options:
+            if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+                raise InputError(f"template option {name!r}: expected the name of one of the template's own variables")
+        try:
+            json.dumps(dict(self.options))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"template options: expected plain values, as JSON has them ({error})") from None
+
+    def __str__(self) -> str:
+        """Return system prompt and options as JSON, for the record; nothing where neither is set."""
+        said = {} if self.system is None else {"system": self.system}
+        options = {"options": dict(self.options)} if self.options else {}
+        return json.dumps({**said, **options}, sort_keys=True, ensure_ascii=False) if said or options else ""
+
+
+def render(lm: LM, turns: Sequence[Mapping[str, str]], *, begun: bool = False) -> str:
+    """Return the text that the model sees for a conversation, up to where its reply starts.
+
+    Args:
+        lm: the model.
+        turns: `{"role": ..., "content": ...}` each. The model's own system prompt goes before them unless they begin
+            with one.
+        begun: the last turn is the beginning of the reply.
+
+    Raises:
+        InputError: the template raises, or the plain format cannot hold the conversation.
+    """
+    roles = ", ".join(turn["role"] for turn in turns)
+    if not lm.chat:
+        if [turn["role"] for turn in turns] != ["user"]:
+            raise InputError(
+                f"{lm.id} is asked in the plain format, which holds one user message; got {roles or 'none'}. Use a "
+                "model with a chat template, or a task without system messages and earlier turns"
+            )
+        return PLAIN_FORMAT.format(turns[0]["content"])
+    system = lm.format.system
+    if system is not None and not (turns and turns[0]["role"] == "system"):
+        turns, roles = [{"role": "system", "content": system}, *turns], f"system, {roles}"
+    try:
+        source, dates = _with_dates(lm.tokenizer.get_chat_template(), lm.format.date)
+        return lm.tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], chat_template=source, tokenize=False, add_generation_prompt=not begun,
+            continue_final_message=begun, **dates, **lm.format.options,
+        )  # fmt: skip
+    except _RAISED as error:
+        raise InputError(
+            f"{lm.id}: its chat template refuses messages of roles {roles}: {error}. Load the model with another "
+            "system prompt (system=), other template_options=, or template='plain'"
+        ) from error
+
+
+def source_of(lm: LM) -> Any:
+    """Return what defines the model's prompt format: a text, or several by name."""
+    return lm.tokenizer.chat_template if lm.chat else PLAIN_FORMAT
+
+
+def check_format(lm: LM) -> LM:
+    """Return the model if its template takes the system prompt and the options it was given.
+
+    Raises:
+        InputError: the plain format with either; an option that the template does not know; a system prompt that the
+            template refuses, or leaves out without a word.
+    """
+    if not str(lm.format):
+        return lm
+    if not lm.chat:
+        raise InputError(f"{lm.id} is asked in the plain format, which has no system prompt and no options")
+    if lm.format.options:
+        known = _variables(lm.tokenizer.get_chat_template())
+        unknown = sorted(set(lm.format.options) - known)
+        if unknown:
+            listed = ", ".join(sorted(known - {*RESERVED, *lm.tokenizer.special_tokens_map, "strftime_now"}))
+            raise InputError(f"{lm.id}: template options {unknown}: its chat template knows {listed or 'none'}")
+    if lm.format.system is not None and lm.format.system.strip() not in render(lm, [{"role": "user", "content": MARK}]):
+        raise InputError(f"{lm.id}: its chat template leaves the system prompt out; put it before the prompts instead")
+    return lm
+
+
+def default_system(lm: LM) -> str | None:
+    """Return the system prompt that the template writes where none is given; None where that cannot be told."""
+    turn = {"role": "user", "content": "a"}
+    try:
+        own, marked = render(lm, [turn]), render(lm, [{"role": "system", "content": MARK}, turn])
+    except InputError:
+        return None
+    before, _, after = marked.partition(MARK)
+    told = bool(after) and own.startswith(before) and own.endswith(after) and len(own) >= len(before + after)
+    return own[len(before) : len(own) - len(after)] if told else None
+
+
+def end_of_turn(lm: LM) -> int | None:
+    """Return the token with which a reply ends: the one the template writes after it, else the tokenizer's end."""
+    if lm.chat:
+        try:
+            text = render(lm, [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}], begun=False)
+        except InputError:  # no replies in its conversations
+            text = ""
+        after = text.rpartition(MARK)[2].lstrip() if MARK in text else ""
+        ids = lm.tokenizer(after, add_special_tokens=False).input_ids if after else []
+        if ids and ids[0] in lm.tokenizer.added_tokens_decoder:
+            return int(ids[0])
+    return lm.tokenizer.eos_token_id
+
+
+def stop_tokens(lm: LM) -> list[int]:
+    """Return the tokens at which generation stops: the reply's end, the tokenizer's, the generation configuration's."""
+    own = lm.model.generation_config.eos_token_id
+    listed = own if isinstance(own, list | tuple) else [own]
+    found = [end_of_turn(lm), lm.tokenizer.eos_token_id, *listed]
+    return list(dict.fromkeys(int(one) for one in found if one is not None))
+
+
+def _with_dates(source: str, date: datetime) -> tuple[str, dict[str, Any]]:
+    """Return a template in which `strftime_now` tells one date, and the option that it needs for that."""
+    formats = _date_formats(source)
+    if not formats:
+        return source, {}
+    told = "{% macro strftime_now(format) %}{{ commandv_dates[format] }}{% endmacro +%}"
+    return told + source, {"commandv_dates": {one: date.strftime(one) for one in formats}}
+
+
+@functools.lru_cache(maxsize=64)
+def _date_formats(source: str) -> tuple[str, ...]:
+    calls = (call for call in _parsed(source).find_all(jinja2.nodes.Call) if isinstance(call.node, jinja2.nodes.Name))
+    dated = (call for call in calls if call.node.name == "strftime_now" and len(call.args) == 1)  # type: ignore[attr-defined]
+    given = [call.args[0] for call in dated]
+    constant = [one.value for one in given if isinstance(one, jinja2.nodes.Const)]
+    return tuple(map(str, constant)) if len(constant) == len(given) else ()
+
+
+@functools.lru_cache(maxsize=64)
+def _variables(source: str) -> frozenset[str]:
+    return frozenset(jinja2.meta.find_undeclared_variables(_parsed(source)))
+
+
+def _parsed(source: str) -> jinja2.nodes.Template:
+    extensions = ["jinja2.ext.loopcontrols"]
+    text = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    return jinja2.Environment(extensions=extensions).parse(text)

@@ -1,0 +1,182 @@
+"""Prompts as templates make them: system prompts, options, dates, ends of turns, and templates that refuse."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+import torch
+
+import commandv as cv
+import tiny
+from commandv.errors import InputError
+from commandv.models.encoding import encode, encode_conversation, format_prompt, opening
+from commandv.models.generation import greedy
+from commandv.models.template import ChatFormat, default_system, end_of_turn, stop_tokens
+from commandv.training.examples import Example
+from profiled import PROMPTS
+
+SWITCH = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>\n{% endfor %}<|assistant|>\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>\n{% endif %}"
+)
+DEFAULT = "{% if messages[0].role != 'system' %}<|system|>Be kind.<eos>\n{% endif %}" + SWITCH
+SILENT = "{% for m in messages if m.role != 'system' %}{{ m.content }}\n{% endfor %}>"
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + SWITCH
+
+
+def chat(template, **options) -> cv.LM:
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = template
+    return cv.wrap_model(tiny.tiny_model(), tokenizer, "tiny", **options)
+
+
+# -- system prompt and options ----------------------------------------------------------------------------------------
+
+
+def test_system_prompt_and_options_are_in_every_prompt():
+    lm = chat(SWITCH, system="Be brief.", template_options={"enable_thinking": False})
+    assert format_prompt(lm, "Hi") == "<|system|>Be brief.<eos>\n<|user|>Hi<eos>\n<|assistant|>\n<think></think>\n"
+    text = lm.tokenizer.decode(encode(lm, "Hi", "Yes").ids)
+    assert text == "<bos>" + format_prompt(lm, "Hi") + "Yes"
+    other = lm.with_template(system="Be long.")
+    assert format_prompt(other, "Hi") == "<|system|>Be long.<eos>\n<|user|>Hi<eos>\n<|assistant|>\n"
+    assert other.model is lm.model
+
+
+def test_a_conversation_with_a_system_message_of_its_own_keeps_it():
+    lm = chat(SWITCH, system="Be brief.")
+    turns = [{"role": "system", "content": "Be wise."}, {"role": "user", "content": "Hi"}]
+    assert "wise" in lm.tokenizer.decode(encode_conversation(lm, turns))
+    assert "brief" not in lm.tokenizer.decode(encode_conversation(lm, turns))
+    assert "brief" in lm.tokenizer.decode(encode_conversation(lm, turns[1:]))
+
+
+def test_they_are_kept_with_what_was_made():
+    plain = chat(SWITCH)
+    lm = plain.with_template(system="Be brief.", options={"enable_thinking": False})
+    assert lm.ref.format == '{"options": {"enable_thinking": false}, "system": "Be brief."}'
+    assert plain.ref.format == ""
+    one, other = cv.profile(plain, PROMPTS), cv.profile(lm, PROMPTS)
+    assert one.path != other.path
+    assert cv.load_profile(other.path).model.format == lm.ref.format
+    pasted = cv.paste(tiny.random_adapter(plain), other, one, layers="all_layers")
+    assert pasted.provenance["donor"]["format"] == lm.ref.format
+    cv.attach(lm, pasted).detach()
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "message"),
+    [
+        (SWITCH, {"template_options": {"enable_thinkin": 1}}, r"\['enable_thinkin'\].*knows enable_thinking"),
+        (SWITCH, {"template_options": {"messages": 1}}, "'messages': expected the name of one of"),
+        (SWITCH, {"template_options": {"enable_thinking": object()}}, "expected plain values"),
+        (SILENT, {"system": "Be brief."}, "leaves the system prompt out"),
+        (STRICT, {"system": "Be brief."}, "System role not supported"),
+        (None, {"system": "Be brief."}, "plain format, which has no system prompt"),
+    ],
+)
+def test_what_a_template_does_not_take_is_refused_at_once(template, given, message):
+    with pytest.raises(InputError, match=message):
+        chat(template, **given)
+
+
+@pytest.mark.parametrize(("template", "found"), [(DEFAULT, "Be kind."), (SWITCH, None), (SILENT, None)])
+def test_the_default_system_prompt(template, found):
+    assert default_system(chat(template)) == found
+
+
+# -- templates that refuse or change ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('needs a system message') }}", "refuses messages of roles user: needs a system message"),
+        ("{% for m in messages %}{{ m.content }", "unexpected '}'"),
+        ({"rag": "{{ messages }}", "tool_use": "x"}, "multiple chat templates with no default"),
+        ("{{ 1 // 0 }}", "by zero"),
+    ],
+)
+def test_a_template_that_raises_is_an_error_of_ours(template, message):
+    lm = chat(template)
+    with pytest.raises(InputError, match=message):
+        cv.generate(lm, PROMPTS[:1], max_new_tokens=1)
+
+
+def test_a_loaded_model_has_one_date_and_another_day_is_another_profile():
+    dated = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %b %Y, %H:%M') }}.\n{% endif %}" + SWITCH
+    lm = chat(dated)
+    one = cv.profile(lm, PROMPTS)
+    assert format_prompt(lm, "Hi").startswith(lm.format.date.strftime("Today is %d %b %Y, %H:%M.\n<|user|>"))
+    assert cv.profile(lm, PROMPTS).path == one.path
+    later = cv.LM(**{**vars(lm), "format": ChatFormat(date=datetime.datetime(2030, 2, 3, 4, 5))})
+    assert format_prompt(later, "Hi").startswith("Today is 03 Feb 2030, 04:05.\n<|user|>Hi")
+    assert cv.profile(later, PROMPTS).path != one.path
+
+
+# -- tokens on which all parts agree ----------------------------------------------------------------------------------
+
+
+def test_a_reply_ends_where_generation_stops():
+    lm = chat(SWITCH.replace("<eos>", "<pad>"))  # a turn ends with another token than a text
+    pad, eos = lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id
+    lm.model.generation_config.eos_token_id = [7, eos]
+    assert end_of_turn(lm) == pad
+    assert stop_tokens(lm) == [pad, eos, 7]
+    assert Example.of(lm, "Hi", "Yes", 9).response[-1] == pad
+    with greedy(lm, 4) as config:
+        assert config.eos_token_id == [pad, eos, 7]
+    plain = tiny.tiny_lm()
+    plain.model.generation_config.eos_token_id = 7
+    assert (end_of_turn(plain), stop_tokens(plain)) == (eos, [eos, 7])
+
+
+@pytest.mark.parametrize("reply", ["Boil", " Boil", "\nBoil", "\n\nBoil", "\tBoil", "  Boil"])
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_a_reply_leaves_its_prompt_the_tokens_of_generation(reply, is_chat):
+    lm = tiny.tiny_lm(chat=is_chat, vocab=600)
+    _merge_line_breaks(lm)
+    asked, both = encode(lm, "How?"), encode(lm, "How?", reply)
+    assert both.ids[: both.n_prompt] == asked.ids
+    assert lm.tokenizer.decode(both.ids[both.n_prompt :]) == reply
+    assert both.text_ends[-1] == len(reply)
+    assert set(both.text_ends[: both.n_prompt]) == {-1}
+
+
+def _merge_line_breaks(lm):
+    """Give the tokenizer a token for two line breaks."""
+    lm.tokenizer.add_tokens(["\n\n"])
+    lm.model.resize_token_embeddings(max(600, len(lm.tokenizer)))
+    assert len(lm.tokenizer("\n\n", add_special_tokens=False).input_ids) == 1
+
+
+def test_padding_needs_no_embedding_of_its_own():
+    tokenizer = tiny.tiny_tokenizer()
+    small = len(tokenizer)
+    expected = cv.generate(
+        cv.wrap_model(tiny.tiny_model(vocab_size=small), tiny.tiny_tokenizer(), "a"), PROMPTS, max_new_tokens=4
+    )
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    lm = cv.wrap_model(tiny.tiny_model(vocab_size=small), tokenizer, "a")
+    assert tokenizer.pad_token_id == small
+    assert cv.generate(lm, PROMPTS, max_new_tokens=4) == expected
+    for padding in ("left", "right"):
+        made = cv.profile(lm, PROMPTS, cache=False, padding=padding)
+        assert torch.isfinite(made.layer(3)).all()
+    with pytest.raises(InputError, match=rf"makes token {small} \('\[PAD\]'\).*embeddings for {small} tokens"):
+        cv.generate(lm, ["Say [PAD]."], max_new_tokens=1)
+
+
+def test_a_beginning_of_several_tokens_is_kept_and_not_doubled():
+    from tokenizers import processors
+
+    lm = tiny.tiny_lm()
+    two = processors.TemplateProcessing(
+        single="<bos> <pad> $A <eos>", special_tokens=[("<bos>", 1), ("<pad>", 0), ("<eos>", 2)]
+    )
+    lm.tokenizer.backend_tokenizer.post_processor = two
+    assert opening(lm) == [1, 0]
+    assert encode(lm, "Hi").ids[:3] != [1, 0, 1]
+    assert encode(lm, "Hi").ids[:2] == [1, 0]
+    assert encode(lm, "Hi").ids[-1] != 2
