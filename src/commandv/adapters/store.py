@@ -61,6 +61,13 @@ class _ModelSpec(_Strict):
     format: str = ""
 
 
+def _model_spec(model: ModelRef) -> _ModelSpec:
+    """Return what a file says of a model; what is not known of the newer fields is left out."""
+    return _ModelSpec(
+        **{name: value for name, value in asdict(model).items() if value or name not in ("weights", "format")}
+    )
+
+
 class _FileSpec(_Strict):
     file: str
     sha256: str
@@ -104,7 +111,7 @@ def save(adapter: Adapter, path: str | Path) -> Path:
         format_version=VERSION,
         commandv=importlib.metadata.version("commandv"),
         name=adapter.name,
-        model=_ModelSpec(**asdict(adapter.model)),
+        model=_model_spec(adapter.model),
         interventions=specs,
         provenance=dict(adapter.provenance),
     )
