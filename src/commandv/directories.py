@@ -13,10 +13,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -41,11 +43,14 @@ class Kind(NamedTuple):
         format: what its `config.json` states.
         parts: regular expression of the names of its data files, without hash and suffix.
         first: the parts that a configuration of version 1 has.
+        large: the data files are checked by CRC-32 when they are read, which a changed byte does not escape either and
+            which takes a quarter of the time.
     """
 
     format: str
     parts: str
     first: Callable[[Mapping[str, Any]], list[str]]
+    large: bool = False
 
     def is_data(self, name: str, *, hashed: bool = False) -> bool:
         """Tell whether a name is one that a data file of this kind has."""
@@ -84,7 +89,7 @@ def require_place(target: Path, kind: Kind) -> None:
         if foreign:
             names = ", ".join(sorted(foreign)[:4])
             raise FormatError(
-                f"{target}: holds what is no part of a {kind.format} ({names}) and would be deleted; "
+                f"{target}: holds what is no part of a {kind.format} ({names}), so it is left alone; "
                 "choose another place"
             )
         if has_config:
@@ -121,6 +126,8 @@ def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: I
                 name = f"{part}-{sha256[:12]}.safetensors"
                 put(place / name, data)
                 files[part] = {"file": name, "sha256": sha256, "size": len(data)}
+                if kind.large:
+                    files[part]["crc32"] = zlib.crc32(data)
             whole = {"format": kind.format, "format_version": VERSION, **config, "files": files}
             put(place / CONFIG, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
             sync(place)
@@ -177,16 +184,6 @@ def read_config(target: Path, kind: Kind) -> dict[str, Any]:
     return raw
 
 
-def stated_format(target: Path) -> str | None:
-    """Return the format that a directory's `config.json` states, None where it states none."""
-    try:
-        raw = json.loads((target / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    format = raw.get("format") if isinstance(raw, dict) else None
-    return format if isinstance(format, str) else None
-
-
 def _files(target: Path, kind: Kind, config: Mapping[str, Any]) -> dict[str, Path]:
     """Return the data files by part after comparing their sizes."""
     if config["format_version"] == 1:
@@ -198,13 +195,17 @@ def _files(target: Path, kind: Kind, config: Mapping[str, Any]) -> dict[str, Pat
     if not isinstance(stated, dict):
         raise FormatError(f"{target}: {CONFIG} names no files; copy the whole directory")
     for part, one in stated.items():
-        if not isinstance(one, dict) or set(one) != {"file", "sha256", "size"} or not re.fullmatch(kind.parts, part):
+        if (
+            not isinstance(one, dict)
+            or set(one) - {"crc32"} != {"file", "sha256", "size"}
+            or not re.fullmatch(kind.parts, part)
+        ):
             raise FormatError(f"{target}: {CONFIG}, files.{part}: expected file, sha256 and size of a data file")
         if one["file"] != f"{part}-{str(one['sha256'])[:12]}.safetensors" or not kind.is_data(one["file"]):
             raise FormatError(f"{target}: {CONFIG}, files.{part}: {one['file']!r} is not the name of its data file")
         file = target / one["file"]
         facts = os.stat(file)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size != one["size"]:
+        if not stat.S_ISREG(facts.st_mode) or not facts.st_size == one["size"] > 0:
             raise FormatError(
                 f"{file}: damaged: truncated or not safetensors ({facts.st_size} bytes, expected {one['size']}); "
                 "copy it again"
@@ -219,11 +220,18 @@ def _verify(files: Mapping[str, Path], config: Mapping[str, Any]) -> None:
         return
 
     def check(part: str) -> None:
-        if sha256_of(files[part]) != config["files"][part]["sha256"]:
-            raise FormatError(f"{files[part]}: damaged: its content has changed since it was written; copy it again")
+        stated, file = config["files"][part], files[part]
+        same = _crc32(file) == stated["crc32"] if "crc32" in stated else sha256_of(file) == stated["sha256"]
+        if not same:
+            raise FormatError(f"{file}: damaged: its content has changed since it was written; copy it again")
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(check, files))
+
+
+def _crc32(path: Path) -> int:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return zlib.crc32(data)
 
 
 def _sweep(place: Path, kind: Kind) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import builtin_path, read
-from commandv.directories import stated_format
+from commandv.directories import CONFIG
 from commandv.errors import FormatError
 from commandv.interop.control_vectors import is_control_vector, read_control_vector
 from commandv.interop.pyreft import is_pyreft, read_pyreft
@@ -32,7 +33,7 @@ def detect(path: str | Path) -> str:
         raise FormatError(f"{path}: no such file or directory")
     if is_pyreft(path):
         return "pyreft"
-    if (format := stated_format(path)) in ("commandv-profile", "commandv-adapter"):
+    if (format := _stated_format(path)) in ("commandv-profile", "commandv-adapter"):
         return format
     if list(path.glob("keys*.safetensors")) or list(path.glob("layer-*.safetensors")):
         return "commandv-profile"
@@ -71,3 +72,13 @@ def load_adapter(source: str | Path, *, layer: int | None = None) -> Adapter:
     if kind == "control-vector":
         return read_control_vector(Path(source), layer=layer)
     raise FormatError(f"{source}: a profile, not an adapter; open it with load_profile")
+
+
+def _stated_format(target: Path) -> str | None:
+    """Return the format that a directory's `config.json` states, None where it states none."""
+    try:
+        raw = json.loads((target / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    format = raw.get("format") if isinstance(raw, dict) else None
+    return format if isinstance(format, str) else None

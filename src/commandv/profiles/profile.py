@@ -25,6 +25,7 @@ PROFILE = Kind(
     "commandv-profile",
     r"keys|layer-\d{3}",
     lambda config: ["keys", *(f"layer-{int(layer):03d}" for layer in config["layers"])],
+    large=True,
 )
 Rows = Literal["end", "text", "both"]
 Places = Literal["lines", "words"]

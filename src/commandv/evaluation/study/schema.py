@@ -187,6 +187,8 @@ def load_study(path: Path | str) -> Study:
         content = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such study file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML: {error}") from None
     if not isinstance(content, dict):
