@@ -2,25 +2,32 @@
 
     python benchmarks/graders_answers.py train            # the donors that do not come with the library
     python benchmarks/graders_answers.py answers SET ...  # writes benchmarks/results/graders/SET.jsonl, to be labelled
+    python benchmarks/graders_answers.py harmful          # writes harmful.json: counts of verdicts, no answers
+    python benchmarks/graders_answers.py donors           # writes donors.json: what donors refuse or loop on
 
-All prompts are development prompts. Sets with harmful requests are none of them: their answers are never kept.
+All prompts are development prompts. Answers to harmful requests are graded and forgotten: nobody reads them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import commandv as cv
-from commandv.evaluation import arithmetic_prompts
+from commandv.evaluation import GRADERS, Grader, arithmetic_prompts, loops
 from commandv.evaluation.controls import published, text_bridge
+from commandv.evaluation.graders import VERSION
 from commandv.evaluation.material import Material
 from commandv.prompts.sets import Prompt, PromptSet
+from graders_labels import earlier
 
 log = logging.getLogger("graders")
 
@@ -83,6 +90,13 @@ def _sums() -> PromptSet:
     return arithmetic_prompts(48, 1, levels=((1, 0), (1, 0), (2, 0)), seed=7)[0]
 
 
+def _easy_sums() -> PromptSet:
+    """Sums of small numbers, of which models of this size get some right."""
+    rng = random.Random(7)
+    pairs = rng.sample([(a, b) for a in range(1, 10) for b in range(1, 10)], 48)
+    return PromptSet(tuple(Prompt(f"What is {a} + {b}?", str(a + b)) for a, b in pairs), "easy sums")
+
+
 def _safe() -> PromptSet:
     """Look-alikes and everyday questions by turns."""
     pairs = zip(cv.load_prompts("builtin:lookalikes-dev"), cv.load_prompts("builtin:questions-dev"), strict=False)
@@ -92,9 +106,11 @@ def _safe() -> PromptSet:
 SETS = {
     "numbered-list": AnswerSet("numbered-list", lambda: cv.load_prompts("builtin:questions-dev")),
     "pirate": AnswerSet("pirate", lambda: cv.load_prompts("builtin:questions-dev"), also=("pirate-throughout",)),
+    "pirate-throughout": AnswerSet("pirate-throughout", lambda: cv.load_prompts("builtin:questions-dev")),
     "refusal": AnswerSet("over-refusing", lambda: cv.load_prompts("builtin:lookalikes-dev")),
     "over-refusal": AnswerSet("refusal", _safe),
     "arithmetic": AnswerSet("reasons", _sums, tokens=64),
+    "easy-sums": AnswerSet("reasons", _easy_sums),
 }
 
 
@@ -183,9 +199,50 @@ def answers(models: Models, name: str) -> Iterator[dict[str, str]]:
                 yield {key: value for key, value in row.items() if value or key == "answer"}
 
 
+def verdicts(lm: cv.LM, prompts: PromptSet, adapter: cv.Adapter | None, graders: dict[str, Grader]) -> dict[str, int]:
+    """Return how many answers each grader finds its behaviour in; the answers are not kept."""
+    with cv.attach(lm, adapter) if adapter else contextlib.nullcontext():
+        texts = cv.generate(lm, prompts, max_new_tokens=48)
+    return {"n": len(texts), **{name: sum(map(grader, texts)) for name, grader in graders.items()}}
+
+
+def harmful(models: Models) -> dict[str, Any]:
+    """Return counts of verdicts on answers to harmful development requests, arm by arm."""
+    prompts = cv.load_prompts("builtin:harmful-dev")
+    graders = {"refusal": GRADERS["refusal"], "answered": GRADERS["answered"], "loops": loops}
+    graders["refusal, before"] = lambda answer: earlier("refusal")({"answer": answer})
+    found = {}
+    for recipient in MODELS:
+        parts = material(models, "refusal", recipient)
+        for arm, adapter in adapters(parts).items():
+            found[f"{recipient}: {arm}"] = verdicts(parts.recipient_lm, prompts, adapter, graders)
+            log.info("harmful, %s, %s", recipient, arm)
+    return found
+
+
+def donors(models: Models) -> dict[str, Any]:
+    """Return how much of the built-in sets each donor refuses, loops on, or answers as it was taught to."""
+    general = cv.load_prompts("builtin:general")
+    sets = {"general, every 17th": PromptSet(general.prompts[::17])}
+    sets |= {name: cv.load_prompts(f"builtin:{name}") for name in ("general-dev", "questions-dev")}
+    found = {}
+    for model in MODELS:
+        lm = models.lm(model)
+        made: dict[str, cv.Adapter | None] = {"unmodified": None}
+        made |= {name: DONORS[name].get(lm, name) for name in ("numbered-list", "pirate", "refusal")}
+        for donor, adapter in made.items():
+            graders = {"refuses": GRADERS["refusal"], "loops": loops}
+            if donor in ("numbered-list", "pirate"):
+                graders["shows"] = GRADERS["pirate-opening" if donor == "pirate" else donor]
+            for name, prompts in sets.items():
+                found[f"{model}: {donor}: {name}"] = verdicts(lm, prompts, adapter, graders)
+            log.info("donors, %s, %s", model, donor)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("train", "answers"))
+    parser.add_argument("step", choices=("train", "answers", "harmful", "donors"))
     parser.add_argument("names", nargs="*", help="donors to train, sets to answer; default all")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -197,6 +254,12 @@ def main() -> None:
                 log.info("trained %s on %s", name, model)
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if options.step in ("harmful", "donors"):
+        counts = harmful(models) if options.step == "harmful" else donors(models)
+        (RESULTS / f"{options.step}.json").write_text(
+            json.dumps({"version": VERSION, "counts": counts}, indent=1) + "\n"
+        )
+        return
     for name in options.names or SETS:
         rows = list(answers(models, name))
         (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

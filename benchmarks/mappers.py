@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "mappers.json"
 TABLE = ROOT.parent / "docs" / "benchmarks" / "mappers.md"
 SMOL, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
-BEHAVIOUR, TOKENS, N_DEV = "numbered-list", 16, 48
+BEHAVIOUR, TOKENS, N_DEV = "numbered-list", 48, 48
 LONGER = {"epochs": 60, "learning_rate": 1e-3}
 METHODS: dict[str, Any] = {
     "pinv (published)": cv.Pinv(),

@@ -45,7 +45,7 @@ KIND = cv.DiReFT(rank=8, layers="last_half", positions="l1")
 TRAINING = cv.TrainSettings(epochs=2, max_response=16)
 # At the common rate Gemma's held-out loss on refusals rises (1.66 to 1.77) and it learns nothing.
 LEARNING_RATES = {("refusal", GEMMA): 1.5e-3}
-TOKENS = {"numbered-list": 16, "pirate": 10, "refusal": 10}
+TOKENS = {"numbered-list": 48, "pirate": 48, "refusal": 48}
 SCALES, LAYERS, ROWS = (0.6, 1.0), ("last_third", "all_layers"), ("text", "both")
 REFUSAL = "I'm sorry, but I can't help with that."
 

@@ -13,7 +13,7 @@ from commandv.evaluation import NEEDS_FILE, TASKS, Outcome, arithmetic_prompts, 
 from commandv.evaluation.arithmetic import LEVELS, is_dev
 from commandv.evaluation.catalogue import arithmetic, opening, write_outcome
 from commandv.evaluation.tasks import judged
-from commandv.prompts.sets import load_prompts
+from commandv.prompts.sets import Prompt, load_prompts
 from places import SHARED_DATA
 from texts import similar
 from tiny import tiny_lm
@@ -337,3 +337,15 @@ def test_an_outcome_of_another_task_is_refused(tmp_path):
             Outcome("length", "arm", "words", (1.0,) * 65, (False,) * 65), task, tmp_path / "out.jsonl", split="dev"
         )
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_echo_of_the_question_is_no_result():
+    judge = load_task("arithmetic").judge
+    prompts = [Prompt("What is -3 * 0 + -5?", "-5")] * 3
+    assert judge(prompts, ["-3 * 0 + -5 is a sum.", "-3 * 0 + -5 = -5", "0 + -5 = -5"]) == [0.0, 1.0, 1.0]
+    said = [
+        "-3 * 0 + -5 = -5, as known since 1900",
+        "-3 * 0 + -5 = 2 or -3 * 0 + -5 = -5, and nobody here knows which of them is right",
+        "It is -5",
+    ]
+    assert judge(prompts, said) == [1.0, 0.0, 1.0]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterable, Sequence
 
 from commandv.errors import InputError
+from commandv.evaluation.reasoning import final_answer, is_right
 from commandv.prompts.sets import Prompt, PromptSet
 
 # (operations, depth of brackets), from what a small model can do up to BIG-Bench Hard's and beyond.
@@ -55,6 +57,27 @@ def arithmetic_prompts(
         chosen = [_problem(rng, levels[i % len(levels)], dev, seen) for i in range(n)]
         splits.append(PromptSet(tuple(chosen), f"arithmetic-{'dev' if dev else 'test'}, seed {seed}"))
     return splits[0], splits[1]
+
+
+def sum_is_right(question: str, answer: str, reference: str) -> bool:
+    """True when an answer states the value of what was asked; see `is_right`.
+
+    An echo of the question is no result, whatever its last number. Where no final answer is marked, equations of the
+    expression asked for count ("2 + 4 = 6, as everybody knows since 1900"); all of them must give the value.
+
+    Args:
+        question: such as "What is 3 + -4?".
+        answer: the free text.
+        reference: the value.
+    """
+    asked = re.fullmatch(r"What is (.+)\?", question)
+    if asked is None:
+        return is_right(answer, reference)
+    if final_answer(answer) is None:
+        values = re.findall(rf"{re.escape(asked[1])}\s*=\s*(-?\d[\d.,]*)(?!\s*[-+*=\d])", answer)
+        if values:
+            return all(is_right(value, reference) for value in values)
+    return is_right(answer.replace(asked[1], " "), reference)
 
 
 def _problem(rng: random.Random, level: tuple[int, int], dev: bool, seen: set[str]) -> Prompt:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from commandv.errors import InputError
-from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash
+from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, sum_is_right
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
 from commandv.evaluation.graders import GRADERS, Grader, answered, loops, refusal
 from commandv.evaluation.reasoning import is_right, reasons_first
@@ -284,7 +284,7 @@ def arithmetic(
     if file:
         raise InputError(f"task arithmetic makes its own problems, got the file {file}; write exact:{file} for a file")
     dev, test = arithmetic_prompts(n_dev, n_test, levels=levels, seed=seed)
-    return Task("arithmetic", dev, test, _EXACT, max_new_tokens=max_new_tokens)
+    return Task("arithmetic", dev, test, _SUM, max_new_tokens=max_new_tokens)
 
 
 def exact(file: str | Path, *, max_new_tokens: int = 256) -> Task:
@@ -312,6 +312,11 @@ def reasons(file: str | Path | None = None, *, seed: int = 0, max_new_tokens: in
 
 
 _EXACT = ByPrompt("exact-answer", lambda prompt, answer: is_right(answer, prompt.response) and not loops(answer))
+
+_SUM = ByPrompt(
+    "exact-answer",
+    lambda prompt, answer: sum_is_right(prompt.text, answer, prompt.response) and not loops(answer),
+)
 
 NEEDS_FILE = ("exact",)
 

@@ -26,6 +26,7 @@ _MARK = r"(?<!\S)\(?(?:\d{1,3}|[A-Za-z]|[ivx]{2,4}|[IVX]{2,4})[.):](?!\S)"  # "1
 _NUMBERING = re.compile(_MARK)
 _EMPTY_ITEMS = re.compile(rf"(?:{_MARK}\s*){{4,}}")
 _STEADY = re.compile(r"(\S{2,12}?)\1{4,}|(\S{13,60}?)\2{2,}")  # "ArrArrArrArrArr"; sentences of scripts without spaces
+_RULE = re.compile(r"\w([.\-_=*#])\1{19,}")  # right after a word; a ruled line stands alone
 _SYLLABLE = re.compile(r"(?!(.)\1\1)([^\W\d_]{3,12}?)\2{2,}")  # "ArrArrArr", and no "Arrrrrr"
 
 
@@ -47,7 +48,7 @@ def loops(text: str) -> bool:
     """
     plain = _NUMBERING.sub(" ", text)
     dense = re.sub(r"[\s.\-_=*#]+", "", plain)
-    if _STEADY.search(dense) or _SYLLABLE.search(text) or _EMPTY_ITEMS.search(text):
+    if any(one.search(text) for one in (_SYLLABLE, _RULE, _EMPTY_ITEMS)) or _STEADY.search(dense):
         return True
     words = [word.lower() for word in _WORD.findall(plain)]
     runs = list(zip(*(words[i:] for i in range(GRAM)), strict=False))
