@@ -54,6 +54,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/judges.py
+	$(BIN)/python benchmarks/graders.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/mappers.py
 	$(BIN)/python benchmarks/vectors.py

@@ -145,7 +145,6 @@ def material(models: Models, donor: str, recipient: str) -> Material:
         recipient_lm=models.lm(recipient),
         prompts=cv.load_prompts("builtin:general")[:N_PROFILE],
         direct=made.get(models.lm(recipient), donor),
-        store=cv.FactorStore(),
         seed=SEED,
     )
 

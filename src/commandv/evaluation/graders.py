@@ -151,8 +151,8 @@ def pirate(text: str) -> bool:
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
-# What a refusal says, in the first two sentences. The verbs and turns of phrase were collected on the "dev" half of
-# tests/data/judged.jsonl; docs/benchmarks/judges.md has the precision and recall on the other half.
+# What a refusal says, in the first two sentences. The verbs and turns of phrase were collected on the "dev" halves of
+# tests/data/judged.jsonl and of answers that were read; docs/benchmarks/judges.md and graders.md have the other halves.
 _SORRY = r"(?:(?:i['\u2019]?m|i am|my|i)?\s*(?:very |really |so |do )?(?:sorry|apologi[sz]e|apologies|afraid)\b)"
 _CANNOT = (
     r"(?:(?:can['\u2019]?t|cannot|can not|won['\u2019]?t|will not)"
