@@ -163,9 +163,9 @@ requests it counts:
 
 Of each built-in set, how many answers each donor refuses and loops on (and, for the list and the pirate opening, how
 many show what it was trained to do). A donor that refuses what is profiled puts its refusals into a profile of answers.
-The list and the pirate are the shipped adapters, the refusal the one that graders_answers.py trains (last half of the
-layers); a study's own donor is another. `general-dev` has one prompt for each kind of prompt in `general`, and none of its prompts; `questions-dev` has short
-questions alone.
+The list and the pirate are the shipped adapters; *refusal* is the one of the answers above, *refusal-studied* is
+trained as in `studies/small/refusal.yaml`. `general-dev` has one prompt for each kind of prompt in `general`, none
+of them the same; `questions-dev` has short questions alone.
 
 {donors}
 """

@@ -16,7 +16,7 @@ import json
 import logging
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,9 @@ DONORS = {
     "numbered-list": Donor("numbered-list", shipped=True),
     "pirate": Donor("pirate", shipped=True),
     "refusal": Donor("refusal"),
+    "refusal-studied": Donor(
+        "refusal", kind=cv.DiReFT(layers="every_other"), settings=cv.TrainSettings(epochs=4, max_response=8)
+    ),
     "over-refusing": Donor("over-refusing", n=160, settings=cv.TrainSettings(epochs=2, max_response=32)),
     "reasons": Donor("reasons", settings=cv.TrainSettings(epochs=3, max_response=64)),
     # The shipped pirates speak at the last prompt token only, which gives an opening and no dialect.
@@ -219,7 +222,7 @@ def harmful(models: Models) -> dict[str, Any]:
     return found
 
 
-def donors(models: Models) -> dict[str, Any]:
+def donors(models: Models, names: Sequence[str] = ()) -> dict[str, Any]:
     """Return how much of the built-in sets each donor refuses, loops on, or answers as it was taught to."""
     general = cv.load_prompts("builtin:general")
     sets = {"general, every 17th": PromptSet(general.prompts[::17])}
@@ -227,9 +230,8 @@ def donors(models: Models) -> dict[str, Any]:
     found = {}
     for model in MODELS:
         lm = models.lm(model)
-        made: dict[str, cv.Adapter | None] = {"unmodified": None}
-        made |= {name: DONORS[name].get(lm, name) for name in ("numbered-list", "pirate", "refusal")}
-        for donor, adapter in made.items():
+        for donor in names or ("unmodified", "numbered-list", "pirate", "refusal", "refusal-studied"):
+            adapter = None if donor == "unmodified" else DONORS[donor].get(lm, donor)
             graders = {"refuses": GRADERS["refusal"], "loops": loops}
             if donor in ("numbered-list", "pirate"):
                 graders["shows"] = GRADERS["pirate-opening" if donor == "pirate" else donor]
@@ -242,7 +244,7 @@ def donors(models: Models) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("train", "answers", "harmful", "donors"))
-    parser.add_argument("names", nargs="*", help="donors to train, sets to answer; default all")
+    parser.add_argument("names", nargs="*", help="donors to train or count, sets to answer; default all")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     models = Models()
@@ -254,10 +256,11 @@ def main() -> None:
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     if options.step in ("harmful", "donors"):
-        counts = harmful(models) if options.step == "harmful" else donors(models)
-        (RESULTS / f"{options.step}.json").write_text(
-            json.dumps({"version": VERSION, "counts": counts}, indent=1) + "\n"
-        )
+        file = RESULTS / f"{options.step}.json"
+        counts = harmful(models) if options.step == "harmful" else donors(models, options.names)
+        if options.names:  # some donors alone: the others stay as they were
+            counts = json.loads(file.read_text())["counts"] | counts
+        file.write_text(json.dumps({"version": VERSION, "counts": counts}, indent=1) + "\n")
         return
     for name in options.names or SETS:
         rows = list(answers(models, name))
