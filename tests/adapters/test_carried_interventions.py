@@ -23,6 +23,7 @@ from commandv.positions import Positions
 from commandv.profiles.profiling import read_rows
 from commandv.transfer.convert import FourierRidge, Network, Ridge
 from commandv.transfer.fidelity import written
+from commandv.transfer.match import LayerPair
 from commandv.transfer.paste import paste, random_like
 from made_up import adapter_of, both
 from rows import D_X, D_Y, normal, planted
@@ -122,22 +123,18 @@ def test_widths_that_do_not_belong_together_and_carrying_twice_are_refused():
         Carried(inner(6), one.into, one.back)
     with pytest.raises(MismatchError, match="another pair of models"):
         Carried(one.inner, one.into, network(7, 5))
-    with pytest.raises(InputError, match="carried already"):
-        Carried(one, network(5, 6), network(6, 5))
+    with pytest.raises(InputError, match="carrying needs read, bias and write"):
+        cv.link(*both()).carry({4: (one,)}, [LayerPair(4, 6)])
     with pytest.raises(InputError, match="scale=nan"):
         one.scaled(float("nan"))
 
 
 def test_what_needs_matrices_says_that_there_are_none(tmp_path):
     one = carried(6)
-    for name in ("read", "bias", "write"):
-        with pytest.raises(InputError, match="affine fitter"):
-            getattr(one, name)
+    assert not {"read", "bias", "write"} & set(dir(one))
     adapter = Adapter({1: (one,)}, ModelRef("m", "r", 6, 4))
     with pytest.raises(InputError, match="affine fitter"):
         write_control_vector(adapter, tmp_path / "out.gguf")
-    with pytest.raises(InputError, match="affine fitter"):
-        replace(one, positions=Positions(last=3))  # `at` is the way
 
 
 def test_adapters_scale_move_and_count_what_they_hold():
@@ -254,9 +251,9 @@ def edited(config: dict, place: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("interventions.0.kind", "affine", "unknown kind"),
+        ("interventions.0.kind", "affine", "interventions.0.carried: Extra"),
         ("interventions.0.kind", "kernel", "unknown kind 'kernel'"),
-        ("interventions.1.kind", "carried", "unknown kind"),
+        ("interventions.1.kind", "carried", "interventions.1.carried: Field required"),
         ("interventions.0.carried.d_donor", 8, r"the config says float32 \(3, 8\)"),
         ("interventions.0.carried.into.hidden", 13, "the config says float32"),
         ("interventions.0.carried.into.linear", False, "missing or not in the config"),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
-from commandv.adapters.store import _parts
 from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END, Profile
 from commandv.transfer.convert import FITTERS, Pinv, ReducedRank
@@ -62,5 +61,5 @@ def same_tensors(a: Adapter, b: Adapter) -> bool:
         torch.equal(mine, other)
         for layer in a.layers
         for one, two in zip(a.interventions[layer], b.interventions[layer], strict=True)
-        for mine, other in zip(_parts(one).values(), _parts(two).values(), strict=True)
+        for mine, other in zip(one.tensors().values(), two.tensors().values(), strict=True)
     )

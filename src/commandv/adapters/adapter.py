@@ -1,19 +1,20 @@
-"""Adapters: interventions on the residual stream, all of one form.
+"""Adapters: edits of the residual stream by layer, and the form that nearly all of them have.
 
-Every intervention is Delta(h) = act(h Rᵀ + b) W with read R [rank, d_model], bias b [rank], write W [rank, d_model].
+An intervention is Delta(h) = act(h Rᵀ + b) W with read R [rank, d_model], bias b [rank], write W [rank, d_model].
 What constructs them is in `commandv.adapters.kinds`; carrying one through affine converters gives the same form again
-(`commandv.transfer.paste`).
+(`commandv.transfer.fold`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from commandv.adapters.edit import Edit, Spec
 from commandv.errors import InputError
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions
@@ -28,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Intervention:
+class Intervention(Edit):
     """Delta(h) = act(h Rᵀ + b) W, added to the residual stream at some positions.
 
     Attributes:
@@ -39,6 +40,7 @@ class Intervention:
         positions: where it acts.
     """
 
+    kind: ClassVar[str] = "affine"
     read: Tensor
     bias: Tensor
     write: Tensor
@@ -68,19 +70,19 @@ class Intervention:
         """Width of the residual stream."""
         return self.read.shape[-1]
 
-    def delta(self, h: Tensor) -> Tensor:
-        """Return what is added to `h` [..., d_model], in the same shape."""
-        return ACTIVATIONS[self.activation](h @ self.read.T + self.bias) @ self.write
-
-    @property
-    def n_parameters(self) -> int:
-        """Numbers it holds."""
-        return self.read.numel() + self.bias.numel() + self.write.numel()
-
     @property
     def write_norm(self) -> float:
         """Norm of W."""
         return float(self.write.norm())
+
+    @property
+    def writes(self) -> Tensor:
+        """W."""
+        return self.write
+
+    def delta(self, h: Tensor) -> Tensor:
+        """Return what is added to `h` [..., d_model], in the same shape."""
+        return ACTIVATIONS[self.activation](torch.nn.functional.linear(h, self.read, self.bias)) @ self.write
 
     def scaled(self, scale: float) -> Intervention:
         """Return it with its delta multiplied."""
@@ -90,14 +92,59 @@ class Intervention:
         """Return it acting elsewhere."""
         return replace(self, positions=positions)
 
-    @property
-    def writes(self) -> Tensor:
-        """Rows [k, d_model] in whose span all its deltas lie."""
-        return self.write
-
     def turned(self, turn: Callable[[Tensor], Tensor]) -> Intervention:
         """Return it with its delta turned, Delta(h) Q, for `turn`: rows [k, d_model] -> rows Q."""
         return replace(self, write=turn(self.write))
+
+    def to(self, device: torch.device) -> Intervention:
+        """Return it on another device."""
+        return replace(self, read=self.read.to(device), bias=self.bias.to(device), write=self.write.to(device))
+
+    @property
+    def group(self) -> Hashable:
+        """Positions and activation: what agrees in them stacks."""
+        return self.kind, self.positions, self.activation
+
+    def joined(self, others: Sequence[Intervention]) -> Intervention:
+        """Return one intervention, float32, that adds what this one and others of its group add."""
+        many = (self, *others)
+        read, bias, write = (
+            torch.cat(parts).float() for parts in zip(*(one.tensors().values() for one in many), strict=True)
+        )
+        return replace(self, read=read, bias=bias, write=write)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return R, b and W by name."""
+        return {"read": self.read, "bias": self.bias, "write": self.write}
+
+    @classmethod
+    def shapes(cls, spec: Spec, d_model: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that belong to a spec, by name."""
+        return {"read": (spec.rank, d_model), "bias": (spec.rank,), "write": (spec.rank, d_model)}
+
+    @classmethod
+    def from_tensors(cls, spec: Spec, tensors: Mapping[str, Tensor]) -> Intervention:
+        """Return the intervention that a spec and its tensors describe; see `Edit`."""
+        own = {name: tensors[name] for name in ("read", "bias", "write")}
+        return cls(**own, activation=spec.activation, positions=Positions.parse(spec.positions))
+
+
+def low_rank(one: Edit, what: str) -> Intervention:
+    """Return an edit as one that has read, bias and write of its own.
+
+    Args:
+        one: any.
+        what: what needs them, for the message.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    if not isinstance(one, Intervention):
+        raise InputError(
+            f"{what} needs read, bias and write, which an intervention that goes through converters that are not "
+            "affine has none of: it can be attached, scaled and saved in our format; use an affine fitter"
+        )
+    return one
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +159,7 @@ class Adapter:
         provenance: JSON-able facts about how it was made.
     """
 
-    interventions: Mapping[int, tuple[Intervention, ...]]
+    interventions: Mapping[int, tuple[Edit, ...]]
     model: ModelRef
     name: str = "adapter"
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -153,7 +200,7 @@ class Adapter:
         """Numbers it holds."""
         return sum(one.n_parameters for many in self.interventions.values() for one in many)
 
-    def map(self, change: Callable[[Intervention], Intervention], **fields: Any) -> Adapter:
+    def map(self, change: Callable[[Edit], Edit], **fields: Any) -> Adapter:
         """Return an adapter with every intervention changed, and other fields replaced."""
         changed = {layer: tuple(change(one) for one in many) for layer, many in self.interventions.items()}
         return replace(self, interventions=changed, **fields)

@@ -6,14 +6,14 @@ import contextlib
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
-from commandv.adapters.carried import Carried
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.edit import Edit
 from commandv.errors import InputError, MismatchError
 from commandv.models.load import LM
 from commandv.positions import Positions
@@ -214,32 +214,16 @@ class _Tap:
         del self.model.__dict__["generate"], self.model.__dict__[_TAP]
 
 
-class _Edit:
-    """Interventions of one layer that share positions and activation, stacked into one."""
+class _Live:
+    """An edit where the stream is."""
 
-    def __init__(self, members: list[Intervention], scale: float) -> None:
-        self.positions = members[0].positions
-        self.activation = ACTIVATIONS[members[0].activation]
-        self.read = torch.cat([one.read for one in members]).float().T
-        self.bias = torch.cat([one.bias for one in members]).float()
-        self.write = torch.cat([one.write for one in members]).float() * scale
+    def __init__(self, edit: Edit) -> None:
+        self.positions, self.edit, self.device = edit.positions, edit, edit.device
 
     def delta(self, h: Tensor) -> Tensor:
-        if self.read.device != h.device:
-            self.read, self.bias, self.write = (t.to(h.device) for t in (self.read, self.bias, self.write))
-        return (self.activation(torch.addmm(self.bias, h.float(), self.read)) @ self.write).to(h.dtype)
-
-
-class _CarriedEdit:
-    """One intervention that is carried through converters which are not affine; it cannot be stacked."""
-
-    def __init__(self, one: Carried, scale: float) -> None:
-        self.positions, self.one = one.positions, one.scaled(scale)
-
-    def delta(self, h: Tensor) -> Tensor:
-        if self.one.into.mean.device != h.device:
-            self.one = self.one.to(h.device)
-        return self.one.delta(h)
+        if self.device != h.device:
+            self.edit, self.device = self.edit.to(h.device), h.device
+        return self.edit.delta(h.float()).to(h.dtype)
 
 
 class _Places:
@@ -256,17 +240,14 @@ class _Places:
         return self._moved[device]
 
 
-def _group(interventions: tuple[Intervention, ...], scale: float) -> list[_Edit | _CarriedEdit]:
-    groups: dict[tuple[Positions, str], list[Intervention]] = defaultdict(list)
-    carried = [one for one in interventions if isinstance(one, Carried)]
-    for one in interventions:
-        if not isinstance(one, Carried):
-            groups[one.positions, one.activation].append(one)
-    folded = [_Edit(members, scale) for members in groups.values()]
-    return [*folded, *(_CarriedEdit(one, scale) for one in carried)]
+def _group(edits: tuple[Edit, ...], scale: float) -> list[_Live]:
+    groups: dict[Hashable, list[Edit]] = defaultdict(list)
+    for one in edits:
+        groups[one.group].append(one)
+    return [_Live(first.joined(others).scaled(scale)) for first, *others in groups.values()]
 
 
-def _edit_hook(live: list[tuple[_Edit | _CarriedEdit, _Places]]) -> Callable[[nn.Module, Any, Any], Any]:
+def _edit_hook(live: list[tuple[_Live, _Places]]) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
         changed = h

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import NoReturn
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import pydantic
 import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
-from commandv.adapters.network import Network
+from commandv.adapters.edit import Edit, Spec
+from commandv.adapters.network import Network, shapes
 from commandv.errors import InputError, MismatchError
 from commandv.positions import Positions
 
 
-class Carried(Intervention):
+class _NetworkSpec(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    activation: str
+    hidden: int
+    linear: bool
+
+    @classmethod
+    def of(cls, net: Network) -> _NetworkSpec:
+        return cls(activation=net.activation, hidden=len(net.shift), linear=net.linear is not None)
+
+
+class _Through(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    d_donor: int
+    into: _NetworkSpec
+    back: _NetworkSpec
+    scale: float
+
+
+class CarriedSpec(Spec):
+    """The spec of what is carried, and what it is carried through."""
+
+    carried: _Through
+
+
+@dataclass(frozen=True, eq=False)
+class Carried(Edit):
     """Delta(h) = s · [back(into(h) + Delta_D(into(h))) - back(into(h))]: a difference is carried, not a state.
 
     Where the donor's intervention changes nothing, exactly nothing is added: both calls of `back` are then the same.
-    It is an intervention without matrices of its own; whatever asks for them (exporting, folding once more) is told
-    so by an `InputError`.
+    It has no matrices of its own; whatever needs them (exporting, folding once more) says so.
 
     Source: converters that are not affine are those of arXiv 2503.04429, which maps states; carrying the difference
     is ours, and what folding does where they are affine.
@@ -32,37 +59,36 @@ class Carried(Intervention):
         scale: s.
     """
 
+    kind: ClassVar[str] = "carried"
+    spec_type: ClassVar[type[Spec]] = CarriedSpec
     inner: Intervention
     into: Network
     back: Network
-    scale: float
+    scale: float = 1.0
 
-    def __init__(self, inner: Intervention, into: Network, back: Network, scale: float = 1.0) -> None:
-        if isinstance(inner, Carried):
-            raise InputError("an intervention that is carried already; carry the donor's own adapter instead")
-        widths = (into.d_x, into.d_y, back.d_x, back.d_y)
-        if widths != (into.d_x, inner.d_model, inner.d_model, into.d_x):
+    def __post_init__(self) -> None:
+        into, back, inner = self.into, self.back, self.inner
+        if (into.d_x, into.d_y, back.d_x, back.d_y) != (into.d_x, inner.d_model, inner.d_model, into.d_x):
             raise MismatchError(
-                f"an intervention of width {inner.d_model} between converters {widths[0]} -> {widths[1]} and "
-                f"{widths[2]} -> {widths[3]}; they belong to another pair of models"
+                f"an intervention of width {inner.d_model} between converters {into.d_x} -> {into.d_y} and "
+                f"{back.d_x} -> {back.d_y}; they belong to another pair of models"
             )
-        if not torch.isfinite(torch.tensor(scale)):
-            raise InputError(f"scale={scale}: expected a finite number")
-        inner = replace(inner, read=inner.read.float(), bias=inner.bias.float(), write=inner.write.float())
-        for name, value in {"inner": inner, "into": into, "back": back, "scale": float(scale)}.items():
-            object.__setattr__(self, name, value)
+        if not torch.isfinite(torch.tensor(self.scale)):
+            raise InputError(f"scale={self.scale}: expected a finite number")
+        plain = replace(inner, read=inner.read.float(), bias=inner.bias.float(), write=inner.write.float())
+        object.__setattr__(self, "inner", plain)
 
     def __repr__(self) -> str:
         how = f"{self.into.activation}, {len(self.into.shift)} and {len(self.back.shift)} hidden units"
         return f"Carried(rank {self.rank}, {self.inner.d_model} -> {self.d_model} by {how}, scale {self.scale:g})"
 
     @property
-    def activation(self) -> str:
+    def activation(self) -> str:  # type: ignore[override]
         """The inner intervention's."""
         return self.inner.activation
 
     @property
-    def positions(self) -> Positions:
+    def positions(self) -> Positions:  # type: ignore[override]
         """The inner intervention's."""
         return self.inner.positions
 
@@ -77,15 +103,14 @@ class Carried(Intervention):
         return self.into.d_x
 
     @property
-    def n_parameters(self) -> int:
-        """Numbers it holds, both converters included."""
-        maps = [value for one in (self.into, self.back) for value in one.tensors().values()]
-        return self.inner.n_parameters + sum(value.numel() for value in maps)
-
-    @property
     def write_norm(self) -> float:
         """Norm of what is written, in the donor, times the scale."""
         return abs(self.scale) * self.inner.write_norm
+
+    @property
+    def writes(self) -> Tensor:
+        """Rows [k, d_model] in whose span all its deltas lie."""
+        return self.back.writes
 
     def delta(self, h: Tensor) -> Tensor:
         """Return what is added to `h` [..., d_model], in the same shape; computed in float32."""
@@ -94,50 +119,65 @@ class Carried(Intervention):
 
     def scaled(self, scale: float) -> Carried:
         """Return it with its delta multiplied."""
-        return Carried(self.inner, self.into, self.back, scale * self.scale)
+        return replace(self, scale=float(scale * self.scale))
 
     def at(self, positions: Positions) -> Carried:
         """Return it acting elsewhere."""
-        return Carried(self.inner.at(positions), self.into, self.back, self.scale)
-
-    @property
-    def writes(self) -> Tensor:
-        """Rows [k, d_model] in whose span all its deltas lie."""
-        return self.back.writes
+        return replace(self, inner=self.inner.at(positions))
 
     def turned(self, turn: Callable[[Tensor], Tensor]) -> Carried:
         """Return it with its delta turned, Delta(h) Q, for `turn`: rows [k, d_model] -> rows Q."""
-        return Carried(self.inner, self.into, self.back.turned(turn), self.scale)
+        return replace(self, back=self.back.turned(turn))
 
     def to(self, device: torch.device) -> Carried:
         """Return it on another device."""
-        parts = {name: getattr(self.inner, name).to(device) for name in ("read", "bias", "write")}
-        return Carried(replace(self.inner, **parts), self.into.to(device), self.back.to(device), self.scale)
+        return replace(self, inner=self.inner.to(device), into=self.into.to(device), back=self.back.to(device))
 
-    def _no_matrices(self) -> NoReturn:
-        raise InputError(
-            "an intervention that goes through converters which are not affine has no read, bias and write of its "
-            "own: it can be attached, scaled and saved in our format; paste with an affine fitter for anything else"
-        )
+    @property
+    def group(self) -> Hashable:
+        """Itself: it cannot be stacked."""
+        return self
 
-    read = property(_no_matrices)
-    bias = property(_no_matrices)
-    write = property(_no_matrices)
+    def joined(self, others: Sequence[Carried]) -> Carried:
+        """Return itself; there are no others of its group."""
+        return self
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the inner intervention's tensors, and those of both converters, by name."""
+        sides = {"into": self.into, "back": self.back}
+        maps = {f"{side}.{part}": value for side, net in sides.items() for part, value in net.tensors().items()}
+        return {**self.inner.tensors(), **maps}
 
-def low_rank(one: Intervention, what: str) -> Intervention:
-    """Return an intervention that has read, bias and write of its own.
+    def facts(self) -> dict[str, Any]:
+        """Return what it is, for people."""
+        return {**super().facts(), "through": repr(self)}
 
-    Args:
-        one: any.
-        what: what needs them, for the message.
+    def spec(self, layer: int) -> CarriedSpec:
+        """Return what a file says of it, acting on a layer."""
+        into, back = _NetworkSpec.of(self.into), _NetworkSpec.of(self.back)
+        through = _Through(d_donor=self.inner.d_model, into=into, back=back, scale=self.scale)
+        return CarriedSpec(**dict(super().spec(layer)), carried=through)
 
-    Raises:
-        InputError: it goes through converters that are not affine.
-    """
-    if isinstance(one, Carried):
-        raise InputError(
-            f"{what} needs read, bias and write, which an intervention that goes through converters that are not "
-            "affine has none of: it can be attached, scaled and saved in our format; use an affine fitter"
-        )
-    return one
+    @classmethod
+    def shapes(cls, spec: CarriedSpec, d_model: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that belong to a spec, by name."""
+        d_donor, into, back = spec.carried.d_donor, spec.carried.into, spec.carried.back
+        of_into = shapes(d_model, d_donor, into.hidden, into.linear)
+        of_back = shapes(d_donor, d_model, back.hidden, back.linear)
+        return {
+            **Intervention.shapes(spec, d_donor),
+            **{f"into.{part}": shape for part, shape in of_into.items()},
+            **{f"back.{part}": shape for part, shape in of_back.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, spec: CarriedSpec, tensors: Mapping[str, Tensor]) -> Carried:
+        """Return the edit that a spec and its tensors describe; see `Edit`."""
+
+        def network(side: str, net: _NetworkSpec) -> Network:
+            start = f"{side}."
+            own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            return Network.from_tensors(own, net.activation)
+
+        into, back = network("into", spec.carried.into), network("back", spec.carried.back)
+        return cls(Intervention.from_tensors(spec, tensors), into, back, spec.carried.scale)

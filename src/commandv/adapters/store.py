@@ -7,7 +7,7 @@ import importlib.resources
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import safetensors.torch
@@ -16,39 +16,19 @@ from pydantic_core import PydanticSerializationError
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
-from commandv.adapters.network import Network, shapes
+from commandv.adapters.edit import Edit, Spec
 from commandv.directories import VERSION, Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
-from commandv.positions import Positions
 
+EDITS: dict[str, type[Edit]] = {cls.kind: cls for cls in (Intervention, Carried)}
 ADAPTER = Kind("commandv-adapter", "tensors", lambda _config: ["tensors"])
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
 class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
-
-
-class _NetworkSpec(_Strict):
-    activation: str
-    hidden: int
-    linear: bool
-
-
-class _CarriedSpec(_Strict):
-    d_donor: int
-    into: _NetworkSpec
-    back: _NetworkSpec
-    scale: float
-
-
-class _InterventionSpec(_Strict):
-    layer: int
-    kind: str
-    rank: int
-    activation: str
-    positions: str
-    carried: _CarriedSpec | None = None
 
 
 class _ModelSpec(_Strict):
@@ -80,7 +60,7 @@ class _Config(_Strict):
     commandv: str
     name: str
     model: _ModelSpec
-    interventions: list[_InterventionSpec]
+    interventions: list[dict[str, Any]]
     provenance: dict[str, Any]
     files: dict[str, _FileSpec] = {}  # none in version 1
 
@@ -95,13 +75,13 @@ def save(adapter: Adapter, path: str | Path) -> Path:
     if not str(path):
         raise InputError("save to '': expected a directory, '.' for the current one")
     path = Path(path)
-    specs: list[_InterventionSpec] = []
+    specs: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     for layer in adapter.layers:
         for one in adapter.interventions[layer]:
             number = len(specs)
-            specs.append(_spec(layer, one))
-            for part, value in _parts(one).items():
+            specs.append(one.spec(layer).model_dump())
+            for part, value in one.tensors().items():
                 # A copy each, because safetensors refuses tensors that share memory.
                 tensors[f"{number}.{part}"] = torch.clone(
                     value.detach().float().cpu(), memory_format=torch.contiguous_format
@@ -134,14 +114,7 @@ def read(path: str | Path) -> Adapter:
 
 
 def _opened(raw: dict[str, Any], files: dict[str, Path], path: Path) -> Adapter:
-    try:
-        config = _Config.model_validate(raw)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise FormatError(
-            f"{path}: config.json, {place}: {first['msg']}; written by a newer commandv, or tampered with"
-        ) from error
+    config = _validated(_Config, raw, path)
     if set(files) != {"tensors"}:
         raise FormatError(f"{path}: config.json names the data files {sorted(files)}, expected tensors")
     try:
@@ -151,72 +124,33 @@ def _opened(raw: dict[str, Any], files: dict[str, Path], path: Path) -> Adapter:
     return _build(config, tensors, path)
 
 
-def _spec(layer: int, one: Intervention) -> _InterventionSpec:
-    common: dict[str, Any] = {
-        "layer": layer, "rank": one.rank, "activation": one.activation, "positions": str(one.positions)
-    }  # fmt: skip
-    if not isinstance(one, Carried):
-        return _InterventionSpec(kind="affine", **common)
-    into, back = (
-        _NetworkSpec(activation=net.activation, hidden=len(net.shift), linear=net.linear is not None)
-        for net in (one.into, one.back)
-    )
-    carried = _CarriedSpec(d_donor=one.inner.d_model, into=into, back=back, scale=one.scale)
-    return _InterventionSpec(kind="carried", carried=carried, **common)
+def _spec(raw: dict[str, Any], path: Path, number: int) -> Spec:
+    kind = raw.get("kind")
+    if not isinstance(kind, str) or kind not in EDITS:
+        raise FormatError(f"{path}: intervention {number} is of the unknown kind {kind!r}; upgrade commandv")
+    return _validated(EDITS[kind].spec_type, raw, path, "interventions", number)
 
 
-def _parts(one: Intervention) -> dict[str, torch.Tensor]:
-    """Return the tensors of an intervention by name."""
-    if not isinstance(one, Carried):
-        return {part: getattr(one, part) for part in ("read", "bias", "write")}
-    networks = {"into": one.into, "back": one.back}
-    maps = {f"{side}.{part}": value for side, net in networks.items() for part, value in net.tensors().items()}
-    return {**_parts(one.inner), **maps}
-
-
-def _shapes(spec: _InterventionSpec, d_model: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that an intervention's tensors must have, by name."""
-    d_inner = spec.carried.d_donor if spec.carried else d_model
-    out: dict[str, tuple[int, ...]] = {
-        "read": (spec.rank, d_inner), "bias": (spec.rank,), "write": (spec.rank, d_inner)
-    }  # fmt: skip
-    if spec.carried:
-        for side, net, widths in (
-            ("into", spec.carried.into, (d_model, d_inner)),
-            ("back", spec.carried.back, (d_inner, d_model)),
-        ):
-            out |= {f"{side}.{part}": shape for part, shape in shapes(*widths, net.hidden, net.linear).items()}
-    return out
-
-
-def _intervention(spec: _InterventionSpec, parts: dict[str, torch.Tensor]) -> Intervention:
-    made = Intervention(
-        **{part: parts[part] for part in ("read", "bias", "write")},
-        activation=spec.activation,
-        positions=Positions.parse(spec.positions),
-    )
-    if spec.carried is None:
-        return made
-
-    def network(side: str, net: _NetworkSpec) -> Network:
-        own = {part.removeprefix(f"{side}."): value for part, value in parts.items() if part.startswith(f"{side}.")}
-        return Network.from_tensors(own, net.activation)
-
-    into, back = network("into", spec.carried.into), network("back", spec.carried.back)
-    return Carried(made, into, back, spec.carried.scale)
+def _validated(model: type[Model], raw: Any, path: Path, *place: str | int) -> Model:
+    try:
+        return model.model_validate(raw)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (*place, *first["loc"])))
+        raise FormatError(
+            f"{path}: config.json, {where}: {first['msg']}; written by a newer commandv, or tampered with"
+        ) from error
 
 
 def _build(config: _Config, tensors: dict[str, torch.Tensor], path: Path) -> Adapter:
-    interventions: dict[int, tuple[Intervention, ...]] = {}
-    for number, spec in enumerate(config.interventions):
-        if spec.kind not in ("affine", "carried") or (spec.kind == "carried") != (spec.carried is not None):
-            raise FormatError(f"{path}: intervention {number} is of the unknown kind {spec.kind!r}; upgrade commandv")
-    layouts = [_shapes(spec, config.model.d_model) for spec in config.interventions]
+    interventions: dict[int, tuple[Edit, ...]] = {}
+    specs = [_spec(one, path, i) for i, one in enumerate(config.interventions)]
+    layouts = [EDITS[spec.kind].shapes(spec, config.model.d_model) for spec in specs]
     expected = {f"{number}.{part}" for number, layout in enumerate(layouts) for part in layout}
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise FormatError(f"{path}: tensors {odd[:4]} are missing or not in the config")
-    for number, (spec, layout) in enumerate(zip(config.interventions, layouts, strict=True)):
+    for number, (spec, layout) in enumerate(zip(specs, layouts, strict=True)):
         parts = {part: tensors[f"{number}.{part}"] for part in layout}
         for part, shape in layout.items():
             if tuple(parts[part].shape) != shape or parts[part].dtype != torch.float32:
@@ -225,7 +159,7 @@ def _build(config: _Config, tensors: dict[str, torch.Tensor], path: Path) -> Ada
                     f"the config says float32 {shape}"
                 )
         try:
-            made = _intervention(spec, parts)
+            made = EDITS[spec.kind].from_tensors(spec, parts)
         except ValueError as error:
             raise FormatError(f"{path}: intervention {number}: {error}") from error
         interventions[spec.layer] = (*interventions.get(spec.layer, ()), made)

@@ -7,7 +7,6 @@ import platform
 import shutil
 from typing import Any, NamedTuple
 
-from commandv.adapters.carried import Carried
 from commandv.interop.load import detect, load_adapter
 from commandv.profiles.profile import END, load_profile
 
@@ -36,18 +35,7 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
             "prompts": one.prompts,
         }
     adapter = load_adapter(source, layer=layer)
-    interventions = [
-        {
-            "layer": at,
-            "rank": one.rank,
-            "activation": one.activation,
-            "positions": str(one.positions),
-            "write_norm": round(one.write_norm, 4),
-            **({"through": repr(one)} if isinstance(one, Carried) else {}),
-        }
-        for at in adapter.layers
-        for one in adapter.interventions[at]
-    ]
+    interventions = [{"layer": at, **one.facts()} for at in adapter.layers for one in adapter.interventions[at]]
     stated = ("convention", "model_hint") if kind == "control-vector" else ()
     return {
         "what": kind,

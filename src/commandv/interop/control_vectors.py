@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.adapter import Adapter, Intervention, low_rank
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.files import writing
@@ -238,7 +238,8 @@ def _direction(adapter: Adapter, layer: int) -> Tensor:
     if layer == 0:
         raise InputError(f"{what} acts, and llama.cpp never adds a direction after the first block")
     total = torch.zeros(adapter.d_model)
-    for one in adapter.interventions[layer]:
+    for edit in adapter.interventions[layer]:
+        one = low_rank(edit, "a control vector")
         if reason := _refusal(one):
             raise InputError(f"{what} {reason}")
         total += (one.bias.detach().float() @ one.write.detach().float()).cpu()

@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, Intervention
-from commandv.adapters.carried import low_rank
+from commandv.adapters.adapter import Adapter, Intervention, low_rank
 from commandv.errors import InputError
 from commandv.steering.methods import Probe
 from commandv.steering.reading import profile_stream

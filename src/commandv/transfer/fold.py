@@ -18,6 +18,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
 from commandv.adapters.carried import Carried
+from commandv.adapters.edit import Edit
 from commandv.errors import InputError
 from commandv.transfer.convert import Converter
 
@@ -25,7 +26,7 @@ from commandv.transfer.convert import Converter
 class Passage(NamedTuple):
     """One layer's interventions in the recipient, and what the fits of reading and writing chose."""
 
-    edits: tuple[Intervention, ...]
+    edits: tuple[Edit, ...]
     read: dict[str, Any]
     write: dict[str, Any]
 

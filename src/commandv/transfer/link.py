@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.adapter import Adapter, low_rank
+from commandv.adapters.edit import Edit
 from commandv.errors import InputError
 from commandv.profiles.profile import END, Profile, Rows, paired_rows
 from commandv.transfer.convert import Converter, Ridge
@@ -156,18 +157,21 @@ class Link:
             )
         return pairs
 
-    def carry(
-        self, edits: Mapping[int, Sequence[Intervention]], pairs: Sequence[LayerPair]
-    ) -> dict[LayerPair, Passage]:
+    def carry(self, edits: Mapping[int, Sequence[Edit]], pairs: Sequence[LayerPair]) -> dict[LayerPair, Passage]:
         """Carry interventions of the donor's layers into the recipient, pair by pair.
 
         Args:
             edits: donor layer -> interventions.
             pairs: where they go.
+
+        Raises:
+            InputError: what has been carried through converters that are not affine already, rows that are all the
+                same or not finite, or a fit that finds nothing.
         """
 
         def one(pair: LayerPair) -> Passage:
-            return carried(edits[pair.donor], lambda: self.into(pair), lambda: self.back(pair), self.recipient.d_model)
+            many = [low_rank(edit, "carrying") for edit in edits[pair.donor]]
+            return carried(many, lambda: self.into(pair), lambda: self.back(pair), self.recipient.d_model)
 
         return dict(zip(pairs, parallel(one, pairs), strict=True))
 
@@ -184,7 +188,7 @@ class Link:
         if not np.isfinite(scale):
             raise InputError(f"scale={scale}: expected a finite number")
         pairs = self.layer_pairs(adapter.layers, match=match, allowed=layers)
-        interventions: dict[int, tuple[Intervention, ...]] = {}
+        interventions: dict[int, tuple[Edit, ...]] = {}
         facts = []
         for pair, passage in self.carry(adapter.interventions, pairs).items():
             scaled = (one.scaled(scale) for one in passage.edits)
@@ -232,7 +236,7 @@ class Link:
 
         def measured(pair: LayerPair) -> Fidelity:
             read, write = (self.rows(side, pair, held_out=True)[:2] for side in ("read", "write"))
-            many = adapter.interventions[pair.donor]
+            many = [low_rank(edit, "fidelity") for edit in adapter.interventions[pair.donor]]
             return layer_fidelity(pair, self.into(pair), self.back(pair), read=read, write=write, many=many)
 
         return parallel(measured, pairs)

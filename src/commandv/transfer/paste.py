@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.edit import Edit
 from commandv.profiles.profile import Profile, Rows
 from commandv.transfer.convert import Ridge
 from commandv.transfer.convert.fitters import AnyFitter
@@ -117,7 +118,7 @@ def random_like(adapter: Adapter, seed: int) -> Adapter:
         drawn = torch.linalg.qr(torch.randn(adapter.d_model, n, generator=generator, dtype=torch.float64))
         return drawn.Q * drawn.R.diagonal().sign()  # LAPACK's own signs favour half of the space
 
-    def turn(many: tuple[Intervention, ...]) -> tuple[Intervention, ...]:
+    def turn(many: tuple[Edit, ...]) -> tuple[Edit, ...]:
         # One turn of all that is written at a layer, by an orthonormal basis of it and as many random directions.
         basis = torch.linalg.qr(torch.cat([one.writes for one in many]).double().T).Q
         drawn = uniform(basis.shape[1])
