@@ -8,6 +8,7 @@ from .adapters.adapter import (
 )
 from .adapters.attach import attach as attach
 from .adapters.carried import Carried as Carried
+from .adapters.edit import Edit as Edit
 from .adapters.kinds import (
     ablation as ablation,
 )
