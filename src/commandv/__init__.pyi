@@ -45,6 +45,21 @@ from .evaluation import validate_mapper as validate_mapper
 from .interop.load import load_adapter as load_adapter
 from .models.encoding import encode as encode
 from .models.generation import generate as generate
+from .models.layers import (
+    all_layers as all_layers,
+)
+from .models.layers import (
+    every_other as every_other,
+)
+from .models.layers import (
+    last_half as last_half,
+)
+from .models.layers import (
+    last_third as last_third,
+)
+from .models.layers import (
+    middle_third as middle_third,
+)
 from .models.load import LM as LM
 from .models.load import load_model as load_model
 from .models.load import wrap_model as wrap_model
@@ -150,25 +165,10 @@ from .transfer.fidelity import Fidelity as Fidelity
 from .transfer.link import Link as Link
 from .transfer.link import link as link
 from .transfer.match import (
-    all_layers as all_layers,
-)
-from .transfer.match import (
-    every_other as every_other,
-)
-from .transfer.match import (
     explicit as explicit,
 )
 from .transfer.match import (
-    last_half as last_half,
-)
-from .transfer.match import (
-    last_third as last_third,
-)
-from .transfer.match import (
     lowest_error as lowest_error,
-)
-from .transfer.match import (
-    middle_third as middle_third,
 )
 from .transfer.match import (
     nearest as nearest,

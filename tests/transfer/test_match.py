@@ -1,4 +1,4 @@
-"""Which layer goes where, and which layers a choice names."""
+"""Which layer goes where."""
 
 from __future__ import annotations
 
@@ -11,16 +11,7 @@ from hypothesis import strategies as st
 from commandv.errors import InputError
 from commandv.models.identity import ModelRef
 from commandv.profiles.profile import Profile
-from commandv.transfer.match import (
-    LAYER_CHOICES,
-    choose_layers,
-    covering,
-    explicit,
-    last_third,
-    lowest_error,
-    nearest,
-    proportional,
-)
+from commandv.transfer.match import covering, explicit, lowest_error, nearest, proportional
 
 
 def deep(n_layers: int) -> Profile:
@@ -91,45 +82,6 @@ def test_explicit_map_refuses_what_it_cannot_follow(pairs, message):
         explicit(pairs)(deep(6), deep(6), [3])
 
 
-@pytest.mark.parametrize(
-    ("choice", "expected"),
-    [
-        ("all_layers", list(range(12))),
-        ("last_third", [8, 9, 10, 11]),
-        ("last_half", [6, 7, 8, 9, 10, 11]),
-        ("middle_third", [4, 5, 6, 7]),
-        ("every_other", [0, 2, 4, 6, 8, 10]),
-        ("7,3, 3", [3, 7]),
-        ([11, 0, 11], [0, 11]),
-        (last_third, [8, 9, 10, 11]),
-    ],
-)
-def test_layer_choices(choice, expected):
-    assert choose_layers(choice, 12) == expected
-
-
-@pytest.mark.parametrize("name", LAYER_CHOICES)
-@pytest.mark.parametrize("n_layers", [1, 2, 3, 5, 28])
-def test_every_choice_finds_layers_in_a_model_of_any_depth(name, n_layers):
-    assert set(choose_layers(name, n_layers)) <= set(range(n_layers))
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        ("last_quarter", "or one of all_layers"),
-        ("3,,4", "layer numbers"),
-        ([12], r"\[12\]: expected some among 0 .. 11"),
-        ("-1", r"\[-1\]"),
-        ([], r"\[\]: expected some"),
-        (lambda n: [n], r"\[12\]"),
-    ],
-)
-def test_choices_of_layers_that_do_not_exist_are_refused(choice, message):
-    with pytest.raises(InputError, match=message):
-        choose_layers(choice, 12)
-
-
 @pytest.mark.parametrize(("donor", "recipient"), [(30, 18), (18, 30), (12, 12)])
 def test_covering_gives_every_recipient_layer_one_donor_layer_at_its_depth(donor, recipient):
     pairs = covering(deep(donor), deep(recipient), range(donor))
@@ -137,11 +89,3 @@ def test_covering_gives_every_recipient_layer_one_donor_layer_at_its_depth(donor
     assert all(abs(pair.donor / donor - pair.recipient / recipient) < 1 / donor for pair in pairs)
     some = covering(deep(donor), deep(recipient), [0, 1])
     assert {pair.donor for pair in some} <= {0, 1}
-
-
-def test_a_layer_by_its_depth():
-    assert choose_layers("50%", 30) == [15]
-    assert choose_layers("0%", 30) == [0]
-    assert choose_layers("100%", 30) == [29]
-    with pytest.raises(InputError, match="a depth like '60%'"):
-        choose_layers("half%", 30)

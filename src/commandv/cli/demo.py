@@ -20,13 +20,14 @@ from commandv.errors import InputError
 from commandv.evaluation import Score, drift, load_task, measure, reply_log_probs
 from commandv.interop.load import load_adapter
 from commandv.models.generation import generate
+from commandv.models.layers import all_layers
 from commandv.models.load import LM, load_model
 from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import PromptSet, load_prompts
 from commandv.transfer.convert import Pinv
 from commandv.transfer.link import Link
-from commandv.transfer.match import all_layers, nearest
+from commandv.transfer.match import nearest
 from commandv.transfer.paste import random_like
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from commandv.adapters.adapter import Adapter
 from commandv.errors import InputError
 from commandv.evaluation.calibration import calibrate
 from commandv.evaluation.tasks import Task, measure
+from commandv.models.layers import LayerChoice, choose_layers
 from commandv.models.load import LM
 from commandv.prompts.sets import PromptSet
-from commandv.transfer.match import LayerChoice, choose_layers
 
 DEPTH = 0.8  # share of the depth beyond which a layer is too near to the output to be a choice
 BUDGET = 0.1  # nats per token

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.errors import InputError
+from commandv.models.layers import LayerChoice, all_layers, choose_layers
 from commandv.models.load import LM
 from commandv.positions import EVERYWHERE, Positions
 from commandv.profiles.profile import END, Profile, Rows
@@ -20,7 +21,7 @@ from commandv.steering.carrying import Rescale
 from commandv.transfer.convert import Fitter, Ridge
 from commandv.transfer.convert.kept import Kept
 from commandv.transfer.link import Link
-from commandv.transfer.match import LayerChoice, Matcher, all_layers, choose_layers, covering, nearest, proportional
+from commandv.transfer.match import Matcher, covering, nearest, proportional
 from commandv.transfer.paste import random_like
 
 

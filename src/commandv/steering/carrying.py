@@ -15,10 +15,11 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention, low_rank
 from commandv.errors import InputError
+from commandv.models.layers import LayerChoice, all_layers
 from commandv.steering.methods import Probe
 from commandv.steering.reading import profile_stream
 from commandv.transfer.link import Link
-from commandv.transfer.match import LayerChoice, LayerPair, Matcher, all_layers, proportional
+from commandv.transfer.match import LayerPair, Matcher, proportional
 
 Rescale = Literal["norm share"]
 

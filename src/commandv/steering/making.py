@@ -13,13 +13,13 @@ from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import ablation, steering_vector
 from commandv.errors import InputError
 from commandv.models.identity import ModelRef, require_own
+from commandv.models.layers import LayerChoice, choose_layers
 from commandv.models.load import LM
 from commandv.positions import EVERYWHERE, Positions, as_positions
 from commandv.profiles.profile import Profile
 from commandv.steering.contrast import Contrast
 from commandv.steering.methods import METHODS, Method, Probe, fit_probe
 from commandv.steering.reading import Reading, Stream, Triggers, profile_stream, read_contrast
-from commandv.transfer.match import LayerChoice, choose_layers
 
 # -- ways to apply a direction ------------------------------------------------------------------------------------
 

@@ -29,13 +29,13 @@ from commandv.errors import FormatError, InputError
 from commandv.files import digest, require_file, tidy, write_bytes
 from commandv.models.encoding import pad
 from commandv.models.identity import identity, require_own
+from commandv.models.layers import LayerChoice, choose_layers, every_other
 from commandv.models.load import LM
 from commandv.positions import Positions, as_positions
 from commandv.profiles.profiling import read_rows
 from commandv.progress import track
 from commandv.prompts.sets import PromptSet
 from commandv.training.examples import Example, read_examples, reply_loss
-from commandv.transfer.match import LayerChoice, choose_layers, every_other
 
 log = logging.getLogger(__name__)
 

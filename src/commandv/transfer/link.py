@@ -15,13 +15,14 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter, low_rank
 from commandv.adapters.edit import Edit
 from commandv.errors import InputError
+from commandv.models.layers import LayerChoice, choose_layers, last_third
 from commandv.profiles.profile import END, Profile, Rows, paired_rows
 from commandv.transfer.convert import Converter, Ridge
 from commandv.transfer.convert.fitters import AnyFitter, fitted, fitter_settings
 from commandv.transfer.convert.kept import Kept
 from commandv.transfer.fidelity import Fidelity, layer_fidelity
 from commandv.transfer.fold import Passage, carried
-from commandv.transfer.match import LayerChoice, LayerPair, Matcher, choose_layers, last_third, proportional
+from commandv.transfer.match import LayerPair, Matcher, proportional
 from commandv.transfer.workers import parallel
 
 HOLDOUT = 0.1  # share of the prompts that no converter sees, so that fidelity can be told

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.edit import Edit
+from commandv.models.layers import LayerChoice, last_third
 from commandv.profiles.profile import Profile, Rows
 from commandv.transfer.convert import Ridge
 from commandv.transfer.convert.fitters import AnyFitter
 from commandv.transfer.fidelity import Fidelity
 from commandv.transfer.link import HOLDOUT, Link
-from commandv.transfer.match import LayerChoice, Matcher, last_third, proportional
+from commandv.transfer.match import Matcher, proportional
 
 
 def paste(

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from commandv.models.layers import choose_layers
 from commandv.positions import as_positions
 from commandv.steering import APPLICATIONS, METHODS
 from commandv.training.train import TRAINABLE
 from commandv.transfer.convert import FITTERS
-from commandv.transfer.match import MATCHERS, choose_layers
+from commandv.transfer.match import MATCHERS
 
 
 def plain_name(name: str) -> str:

@@ -25,12 +25,12 @@ from commandv.evaluation.tasks import Task, answered, judged
 from commandv.files import cache_dir, digest, file_name, remove
 from commandv.interop.load import load_adapter
 from commandv.models.identity import identity
+from commandv.models.layers import choose_layers
 from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import load_prompts
 from commandv.steering import directions, from_directions, load_contrast
 from commandv.training.train import TRAINABLE, TrainSettings, train
-from commandv.transfer.match import choose_layers
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,72 @@
+"""Choices of a model's layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from commandv.errors import InputError
+
+LayerChoice = Callable[[int], list[int]]
+
+
+def all_layers(n_layers: int) -> list[int]:
+    """Every layer."""
+    return list(range(n_layers))
+
+
+def last_third(n_layers: int) -> list[int]:
+    """The last third of the layers, where pasted adapters compound least."""
+    return list(range(n_layers - max(1, n_layers // 3), n_layers))
+
+
+def last_half(n_layers: int) -> list[int]:
+    """The last half of the layers."""
+    return list(range(n_layers - max(1, n_layers // 2), n_layers))
+
+
+def middle_third(n_layers: int) -> list[int]:
+    """The middle third of the layers."""
+    return list(range(n_layers // 3, n_layers - n_layers // 3))
+
+
+def every_other(n_layers: int) -> list[int]:
+    """Layers 0, 2, 4, ...: where the paper trains its adapters."""
+    return list(range(0, n_layers, 2))
+
+
+LAYER_CHOICES: dict[str, LayerChoice] = {
+    "all_layers": all_layers,
+    "last_third": last_third,
+    "last_half": last_half,
+    "middle_third": middle_third,
+    "every_other": every_other,
+}
+
+
+def choose_layers(choice: LayerChoice | str | Iterable[int], n_layers: int) -> list[int]:
+    """Return the layers that a choice names: a function, a name in `LAYER_CHOICES`, or the layers themselves.
+
+    A choice in words may also be numbers, `"4,8,12"`, or a depth, `"60%"`: the one layer that ends there or beyond.
+
+    Raises:
+        InputError: an unknown name, or a layer that does not exist.
+    """
+    if isinstance(choice, str):
+        if depth := re.fullmatch(r"(\d+)%", choice):
+            choice = [min(n_layers - 1, n_layers * int(depth[1]) // 100)]
+        elif choice not in LAYER_CHOICES:
+            try:
+                choice = [int(part) for part in choice.split(",")]
+            except ValueError:
+                raise InputError(
+                    f"layers {choice!r}: expected layer numbers like '4,8,12', a depth like '60%' or one of "
+                    f"{', '.join(LAYER_CHOICES)}"
+                ) from None
+        else:
+            choice = LAYER_CHOICES[choice]
+    chosen = choice(n_layers) if callable(choice) else [int(layer) for layer in choice]
+    outside = [layer for layer in chosen if not 0 <= layer < n_layers]
+    if outside or not chosen:
+        raise InputError(f"layers {outside or chosen}: expected some among 0 .. {n_layers - 1}")
+    return sorted(set(chosen))
