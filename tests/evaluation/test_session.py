@@ -45,6 +45,9 @@ def test_arms_price_and_notes(lm, folder):
     assert rows[0].score.n == 4
     assert rows[1].adjusted is not None
     assert set(found.price) == {ADAPTED, "random"}
+    assert {arm: score.n for arm, score in found.loops.items()} == {UNMODIFIED: 4, ADAPTED: 4, "random": 4}
+    assert "loops" in [column.header for column in found.tables()[0].columns]
+    assert found.as_dict()["loops"][UNMODIFIED]["name"] == "loops"
     assert "text-bridge" in found.notes[0]
     assert json.dumps(found.as_dict())
 

@@ -92,6 +92,8 @@ def test_a_run_measures_every_arm(content, tmp_path):
     assert [arm.method for arm in cell.arms] == ["unmodified", *ARMS, "error-map", "donor"]
     for arm in cell.arms:
         assert len(arm.labels["pirate:questions"]) == 4
+        assert len(arm.price["loops"]) == 4
+        assert set(arm.price["loops"]) <= {0.0, 1.0}
         assert len(arm.price.get("kl", [])) == (0 if arm.method == "unmodified" else 2)
     assert {point.method for point in cell.curve} == {"pasted", "pinv", "text-bridge"}
     assert sum(point.chosen for point in cell.curve) == 3
