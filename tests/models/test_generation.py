@@ -128,3 +128,15 @@ def test_answers_that_would_leave_the_context_are_refused():
     cv.generate(lm, PROMPTS[3:], max_new_tokens=64 - longest)
     with pytest.raises(InputError, match="make 65, the context of tiny-gpt2 is 64"):
         cv.generate(lm, PROMPTS[3:], max_new_tokens=65 - longest)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_earlier_turns_come_before_the_prompt(chat):
+    lm = tiny.tiny_lm(chat=chat)
+    turns = [("What is tea?", "Boiled leaves."), ("And the river?", "It runs.")]
+    alone, after = encode(lm, "Read the book."), encode(lm, "Read the book.", turns=turns)
+    text = lm.tokenizer.decode(after.ids)
+    places = [text.index(one) for one in ("What is tea?", "Boiled leaves.", "And the river?", "It runs.", "Read the")]
+    assert places == sorted(places)
+    assert [end for end in after.text_ends if end >= 0] == [end for end in alone.text_ends if end >= 0]
+    assert cv.generate(lm, ["Read the book."], max_new_tokens=3, turns=turns) != [""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from commandv.errors import InputError
 from commandv.models.identity import evaluating
 from commandv.models.load import LM
 from commandv.models.template import MARK, render, stop_tokens
+
+Turns: TypeAlias = Sequence[tuple[str, str]]
+"""Earlier turns of a conversation: (what the user said, what was answered)."""
 
 
 class Encoded(NamedTuple):
@@ -44,15 +47,20 @@ def pad_token(lm: LM) -> int:
     return next((one for one in wanted if one is not None and one < known), 0)
 
 
-def format_prompt(lm: LM, prompt: str) -> str:
-    """Return the text that the model sees for one user turn, up to where its reply starts.
+def format_prompt(lm: LM, prompt: str, turns: Turns = ()) -> str:
+    """Return the text that the model sees for one user turn after earlier ones, up to where its reply starts.
 
     Raises:
         InputError: the prompt is empty, or the chat template refuses it.
     """
     if not prompt.strip():
         raise InputError("an empty prompt; give it a text")
-    return render(lm, [{"role": "user", "content": prompt}])
+    if turns and not lm.chat:  # the plain format is one question and its answer, again and again
+        before = (f"{format_prompt(lm, asked)} {answer.strip()}\n" for asked, answer in turns)
+        return "".join(before) + format_prompt(lm, prompt)
+    both = ("user", "assistant")
+    earlier = [{"role": role, "content": text} for turn in turns for role, text in zip(both, turn, strict=True)]
+    return render(lm, [*earlier, {"role": "user", "content": prompt}])
 
 
 def encode_conversation(lm: LM, turns: Sequence[Mapping[str, str]]) -> list[int]:
@@ -67,7 +75,9 @@ def encode_conversation(lm: LM, turns: Sequence[Mapping[str, str]]) -> list[int]
     return [*_missing_opening(lm, ids), *ids]
 
 
-def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = None) -> Encoded:
+def encode(
+    lm: LM, prompt: str, response: str = "", *, max_length: int | None = None, turns: Turns = ()
+) -> Encoded:
     """Format and tokenise one prompt (and the reply to it), with one BOS.
 
     A prompt that is too long loses its *beginning*; the template around it and the prompt's end stay, so that the
@@ -79,13 +89,14 @@ def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = 
         response: the reply, which follows at once.
         max_length: longest result in tokens, at most the model's context. Default: the context, and a longer prompt
             is an error.
+        turns: earlier turns, which count as part of the prompt's template.
 
     Raises:
         InputError: empty prompt, a prompt longer than the context, or a `max_length` too small for the template.
     """
     if max_length is not None and max_length < 1:
         raise InputError(f"max_length={max_length}: expected 1 or more")
-    encoded = _encode(lm, prompt, response)
+    encoded = _encode(lm, prompt, response, turns)
     limit = min((n for n in (max_length, lm.context_length) if n is not None), default=None)
     if limit is None or len(encoded.ids) <= limit:
         return encoded
@@ -97,22 +108,22 @@ def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = 
     offsets = lm.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     drop = len(encoded.ids) - limit
     while drop < len(offsets):
-        shorter = _encode(lm, prompt[offsets[drop][0] :].lstrip(), response)
+        shorter = _encode(lm, prompt[offsets[drop][0] :].lstrip(), response, turns)
         if len(shorter.ids) <= limit:
             return shorter
         drop += len(shorter.ids) - limit
     raise InputError(f"a max_length of {limit} leaves no room for the prompt beside the template and the reply")
 
 
-def _encode(lm: LM, prompt: str, response: str) -> Encoded:
-    before = format_prompt(lm, prompt)
+def _encode(lm: LM, prompt: str, response: str, turns: Turns) -> Encoded:
+    before = format_prompt(lm, prompt, turns)
     ids, offsets = _tokens(lm, before)
     n_prompt = len(ids)
     if response:
         more, places = _reply(lm, before, ids, response)
         ids, offsets = [*ids, *more], [*[(0, 0)] * n_prompt, *places]
     text = response or prompt.strip()
-    start = 0 if response else _text_start(lm, before, text)
+    start = 0 if response else _text_start(lm, before, text, turns)
     stop = start + len(text)
     inside = start >= 0  # a template that rewrites the user's words leaves no text to index
     ends = [end - start if inside and start < end <= stop else -1 for _, end in offsets]
@@ -157,12 +168,12 @@ def _missing_opening(lm: LM, ids: list[int]) -> list[int]:
     return [] if ids[:1] == first[:1] else first
 
 
-def _text_start(lm: LM, formatted: str, text: str) -> int:
+def _text_start(lm: LM, formatted: str, text: str, turns: Turns) -> int:
     """Return where the user's words begin in a formatted prompt, -1 when the template rewrites them.
 
     A marked prompt tells it, because words like "user" or "Answer" are in the templates too.
     """
-    head = format_prompt(lm, MARK).find(MARK)
+    head = format_prompt(lm, MARK, turns).find(MARK)
     return formatted.find(text, head) if head >= 0 else -1
 
 

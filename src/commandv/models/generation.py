@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from commandv.errors import InputError
-from commandv.models.encoding import encode, pad, pad_token
+from commandv.models.encoding import Turns, encode, pad, pad_token
 from commandv.models.identity import evaluating
 from commandv.models.load import LM
 from commandv.models.prefix import shared_prefix
@@ -24,6 +24,7 @@ def generate(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     max_length: int | None = None,
+    turns: Turns = (),
 ) -> list[str]:
     """Answer each prompt greedily; the model's own sampling settings are left aside.
 
@@ -33,6 +34,7 @@ def generate(
         max_new_tokens: longest answer in tokens.
         batch_size: prompts per batch; prompts of similar length go together.
         max_length: cut longer prompts at their beginning to so many tokens; see `commandv.models.encoding.encode`.
+        turns: earlier turns of the conversation in which each prompt is asked.
 
     Returns:
         The answers in the order of the prompts, without special tokens; a plain-format answer ends where the model
@@ -41,7 +43,7 @@ def generate(
     texts = as_prompts(prompts).texts
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: expected 1 or more")
-    rows = [encode(lm, text, max_length=max_length).ids for text in texts]
+    rows = [encode(lm, text, max_length=max_length, turns=turns).ids for text in texts]
     longest = max(map(len, rows)) + max_new_tokens
     if lm.context_length is not None and longest > lm.context_length:
         raise InputError(
