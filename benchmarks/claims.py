@@ -12,10 +12,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from commandv.evaluation.comparison import difference, pooled
 from commandv.evaluation.report.findings import groups
 from commandv.evaluation.results import Cell, load_run
-from commandv.evaluation.scores import Score
+from commandv.evaluation.scores import Score, pooled
+from commandv.evaluation.statistics import difference
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "studies" / "results"

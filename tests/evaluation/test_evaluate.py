@@ -221,5 +221,5 @@ def test_rates_have_wilson_intervals(hits, n, low, high):
 
 
 def test_rate_of_nothing_is_refused():
-    with pytest.raises(InputError, match="no outcomes"):
+    with pytest.raises(InputError, match="no labels"):
         rate("empty", [])

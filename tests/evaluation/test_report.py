@@ -10,9 +10,9 @@ import pytest
 import runs
 from commandv.errors import FormatError, InputError
 from commandv.evaluation import rate
-from commandv.evaluation.comparison import compare
 from commandv.evaluation.report import curves, findings, wording, write_report
 from commandv.evaluation.results import Arm, Cell, Point, Sample, load_run, save_cell, save_head
+from commandv.evaluation.statistics import compare
 
 NASTY = "<script>alert(1)</script> | `code` *bold* [x](javascript:y) & </table>\nsecond line"
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
@@ -301,8 +301,8 @@ def test_arm_missing_in_some_seeds():
     cells = [made(BASE, seed=seed) for seed in range(3)]
     cells[2] = cells[2].model_copy(update={"arms": [arm for arm in cells[2].arms if arm.method != "direct"]})
     table = one_table(cells)
-    assert table.row("direct").found.score.n == 2 * runs.N_TEST
-    assert table.row("pasted").found.score.n == 3 * runs.N_TEST
+    assert table.row("direct").found.score.n == runs.N_TEST  # prompts; the third seed has none of it
+    assert table.row("pasted").found.score.n == runs.N_TEST
     assert table.verdict.word == findings.CROSSES
     assert "Measured with some seeds only: direct." in wording.table_notes(table)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from commandv.evaluation.comparison import Comparison
 from commandv.evaluation.scores import Score
+from commandv.evaluation.statistics import Comparison
 
 
 def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -20,16 +20,6 @@ from commandv.evaluation.choices import (
     multiple_choice,
 )
 from commandv.evaluation.choosing import Choice, choose_layer
-from commandv.evaluation.comparison import (
-    Comparison,
-    compare,
-    difference,
-    holm,
-    kappa,
-    paired_p,
-    pooled,
-    recovered_fraction,
-)
 from commandv.evaluation.endpoint import Endpoint, Usage
 from commandv.evaluation.formats import (
     FORMATS,
@@ -64,7 +54,16 @@ from commandv.evaluation.reasoning import (
     reasons_first,
     words_before_answer,
 )
-from commandv.evaluation.scores import Score, mean, rate
+from commandv.evaluation.scores import Score, mean, pooled, rate
+from commandv.evaluation.statistics import (
+    Comparison,
+    compare,
+    difference,
+    holm,
+    kappa,
+    paired_p,
+    recovered_fraction,
+)
 from commandv.evaluation.tasks import ByText, Judge, Outcome, Split, Task, measure
 from commandv.evaluation.validation import Trial, Validation, validate_mapper
 

@@ -12,11 +12,11 @@ from rich.table import Table
 from commandv.adapters.adapter import Adapter
 from commandv.cli.tables import comparison_table
 from commandv.evaluation.catalogue import load_task, write_outcome
-from commandv.evaluation.comparison import Comparison, compare, kappa
 from commandv.evaluation.controls import CONTROLS
 from commandv.evaluation.judges import load_judge
 from commandv.evaluation.price import drift, reply_log_probs
 from commandv.evaluation.scores import Score
+from commandv.evaluation.statistics import Comparison, compare, kappa
 from commandv.evaluation.tasks import Outcome, Task, measure
 from commandv.models.load import LM
 from commandv.prompts.sets import load_prompts

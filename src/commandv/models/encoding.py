@@ -75,9 +75,7 @@ def encode_conversation(lm: LM, turns: Sequence[Mapping[str, str]]) -> list[int]
     return [*_missing_opening(lm, ids), *ids]
 
 
-def encode(
-    lm: LM, prompt: str, response: str = "", *, max_length: int | None = None, turns: Turns = ()
-) -> Encoded:
+def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = None, turns: Turns = ()) -> Encoded:
     """Format and tokenise one prompt (and the reply to it), with one BOS.
 
     A prompt that is too long loses its *beginning*; the template around it and the prompt's end stay, so that the

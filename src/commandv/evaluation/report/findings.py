@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from commandv.errors import InputError
-from commandv.evaluation.comparison import Comparison, compare, difference, holm, paired_p, pooled
 from commandv.evaluation.results import Arm, Cell, Run
-from commandv.evaluation.scores import Score, geometric_mean, mean
+from commandv.evaluation.scores import Score, geometric_mean, mean, pooled
+from commandv.evaluation.statistics import Comparison, compare, difference, holm, paired_p
 
 UNMODIFIED, PASTED, RANDOM, DIRECT, DONOR = "unmodified", "pasted", "random", "direct", "donor"
 ORDER = (UNMODIFIED, PASTED, "pinv", RANDOM, "shuffled", "mean-ablation", "text-bridge", DIRECT, DONOR)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats import inter_rater, proportion
 
 from commandv.errors import InputError
 from commandv.evaluation import (
@@ -35,31 +36,32 @@ def table(wins: int, losses: int, both: int, neither: int) -> tuple[list[list[fl
 # Two arms
 
 
-@pytest.mark.parametrize("cells", [(9, 1, 5, 5), (1, 9, 0, 3), (0, 0, 4, 4), (30, 18, 2, 0)])
-def test_mcnemar_is_statsmodels(cells: tuple[int, int, int, int]) -> None:
-    contingency = pytest.importorskip("statsmodels.stats.contingency_tables")
-    wins, losses, both, neither = cells
-    expected = contingency.mcnemar([[both, wins], [losses, neither]], exact=True).pvalue
-    assert paired_p(*table(*cells), "rate") == pytest.approx(min(expected, 1.0))
-
-
-def test_few_prompts_are_flipped_in_every_way() -> None:
+def test_the_p_value_of_means_is_the_paired_t() -> None:
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 9))
-    expected = stats.permutation_test((a - b,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
-    assert paired_p([a.tolist()], [b.tolist()], "words") == pytest.approx(expected)
+    a, b = rng.normal(size=(2, 15))
+    assert paired_p([a.tolist()], [b.tolist()], "words") == pytest.approx(stats.ttest_rel(a, b).pvalue)
 
 
-def test_many_prompts_are_flipped_at_random() -> None:
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(size=(2, 80))
-    b = b - 0.2
-    assert paired_p([a.tolist()], [b.tolist()], "words") == pytest.approx(stats.ttest_rel(a, b).pvalue, abs=0.02)
+@given(grids(BITS, 2), st.sampled_from(["rate", "words"]))
+@quick
+def test_p_is_below_the_level_where_the_interval_leaves_out_nothing(grid: list[list[list[float]]], unit: str) -> None:
+    score, p = difference("d", *grid, unit), paired_p(*grid, unit)
+    if math.isfinite(score.low) and abs(p - 0.05) > 1e-6:
+        assert (p < 0.05) == (score.low > 0 or score.high < 0)
 
 
-def test_flips_of_labels_are_mcnemar() -> None:
-    a, b = table(8, 2, 3, 3)
-    assert paired_p(a, b, "words") == pytest.approx(paired_p(a, b, "rate"))
+def test_what_differs_on_no_prompt_differs_not() -> None:
+    assert paired_p([[1.0, 0.0]], [[1.0, 0.0]], "rate") == 1
+    assert paired_p([[1.0]], [[3.0]], "words") == 1  # one prompt tells nothing
+    assert paired_p([[2.0, 2.0]], [[1.0, 1.0]], "words") < 1e-9  # the same difference everywhere
+
+
+@pytest.mark.parametrize("cells", [(9, 1, 5, 5), (30, 18, 2, 0), (12, 0, 20, 16)])
+def test_one_seed_agrees_with_mcnemar(cells: tuple[int, int, int, int]) -> None:
+    """Newcombe's interval, which p comes from, is no exact test, but near to one."""
+    wins, losses, _, _ = cells
+    exact = stats.binomtest(wins, wins + losses).pvalue
+    assert paired_p(*table(*cells), "rate") == pytest.approx(exact, abs=0.06)
 
 
 @given(grids(BITS, 2), st.randoms(use_true_random=False), st.sampled_from(["rate", "words"]))
@@ -90,11 +92,11 @@ def skewed(rng: np.random.Generator, seeds: int) -> list[list[float]]:
 
 Draw = Callable[[np.random.Generator, int], list[list[float]]]
 NULLS = [
-    pytest.param(binary, "rate", 1, False, id="mcnemar"),
-    pytest.param(binary, "rate", 3, True, id="rates over seeds"),
+    pytest.param(binary, "rate", 1, True, id="rates"),
+    pytest.param(binary, "rate", 3, False, id="rates over seeds"),
     pytest.param(normal, "nats", 1, True, id="means of few prompts"),
     pytest.param(skewed, "words", 1, True, id="skewed means"),
-    pytest.param(skewed, "words", 2, True, id="means over seeds"),
+    pytest.param(skewed, "words", 2, False, id="means over seeds"),
 ]
 
 
@@ -102,7 +104,7 @@ NULLS = [
 def test_nothing_is_found_where_nothing_is(draw: Draw, unit: str, seeds: int, exact: bool) -> None:
     rng = np.random.default_rng(11)
     rejected = sum(paired_p(draw(rng, seeds), draw(rng, seeds), unit) <= 0.05 for _ in range(REPEATS))
-    # 99.9 % of binomial samples at the nominal rate; McNemar's exact test is discrete and may stay below.
+    # 99.9 % of binomial samples at the nominal rate; with seeds that do not differ the test rejects less often.
     assert rejected <= stats.binom.ppf(0.9995, REPEATS, 0.05)
     assert not exact or rejected >= stats.binom.ppf(0.0005, REPEATS, 0.05)
 
@@ -114,7 +116,8 @@ def test_an_effect_is_found(unit: str, seeds: int) -> None:
     b, a = (level + shift + rng.normal(size=(seeds, 60)) for shift in (0.0, 1.0))
     if unit == "rate":
         a, b = (a > 0).astype(float), (b > 0).astype(float)
-    assert paired_p(a.tolist(), b.tolist(), unit) < 0.01
+    # Three seeds say little of other seeds, so that an effect over both is less sure than one over prompts alone.
+    assert paired_p(a.tolist(), b.tolist(), unit) < (0.01 if seeds == 1 else 0.05)
     effect = difference("effect", a.tolist(), b.tolist(), unit)
     assert effect.low > 0
     assert effect.value == pytest.approx(a.mean() - b.mean())
@@ -131,7 +134,6 @@ def test_the_difference_of_means_is_the_paired_t() -> None:
 
 
 def test_the_difference_of_uncorrelated_rates_is_newcombes() -> None:
-    proportion = pytest.importorskip("statsmodels.stats.proportion")
     a, b = table(wins=8, losses=2, both=4, neither=4)  # 4 * 4 = 8 * 2: no correlation
     expected = proportion.confint_proportions_2indep(12, 18, 6, 18, method="newcomb", compare="diff")
     score = difference("d", a, b, "rate")
@@ -171,10 +173,8 @@ def test_no_judgment_leaves_the_pair_out() -> None:
 # Several tests
 
 
-def test_holm_is_statsmodels() -> None:
-    multitest = pytest.importorskip("statsmodels.stats.multitest")
-    p = [0.01, 0.04, 0.03, 0.005, 0.5, 0.04]
-    assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
     with pytest.raises(InputError, match="leave out"):
         holm([0.1, NAN])
@@ -271,7 +271,7 @@ def test_compare_makes_the_table() -> None:
     assert rows["pasted"].score == pooled("pasted", labels["pasted"], "rate")
     assert rows["pasted"].difference == difference("pasted", labels["pasted"], labels["unmodified"], "rate")
     assert rows["pasted"].adjusted is not None
-    assert rows["pasted"].adjusted < 0.01
+    assert rows["pasted"].adjusted < 0.05
     assert rows["random"].adjusted is not None
     assert rows["random"].adjusted > 0.05
     expected = recovered_fraction(labels["pasted"], labels["unmodified"], labels["direct"], "rate", "more")
@@ -305,12 +305,11 @@ def test_arms_that_cannot_be_compared(arms: dict[str, list[list[float]]], messag
 
 
 def test_kappa_is_statsmodels() -> None:
-    rater = pytest.importorskip("statsmodels.stats.inter_rater")
     rng = np.random.default_rng(10)
     a = rng.integers(0, 3, 60).astype(float)
     b = np.where(rng.random(60) < 0.7, a, rng.integers(0, 3, 60))
     counts = np.array([[int(((a == i) & (b == j)).sum()) for j in range(3)] for i in range(3)])
-    expected = rater.cohens_kappa(counts)
+    expected = inter_rater.cohens_kappa(counts)
     value, n = kappa([*a, NAN, 1.0, 0.0], [*b, 1.0, NAN, None])
     assert value == pytest.approx(expected.kappa)
     assert n == 60
