@@ -146,10 +146,10 @@ def test_a_failed_cell_is_told_by_the_exit_code(monkeypatch, capsys, folder, tmp
 name: broken
 prompts: {folder / "rows.jsonl"}
 text: null
-models: {{one: {{id: {folder / "model"}, rotate: 8}}}}
+models: {{one: {{id: {folder / "model"}}}}}
 pairs: [[one, one]]
-behaviours: {{pirate: {{task: "pirate:{folder / "rows.jsonl"}", adapters: {{one: {folder / "adapter"}}}}}}}
+behaviours: {{pirate: {{task: "pirate:{folder / "rows.jsonl"}", adapters: {{one: {folder / "nowhere"}}}}}}}
 """)
     code, printed = run(monkeypatch, capsys, "study", file, "-o", tmp_path / "out", "--json")
     assert code == 1
-    assert "width 8 is below" in json.loads(printed.out)["failed"][0]
+    assert "nowhere" in json.loads(printed.out)["failed"][0]
