@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.files import LOCK, TRIES, exclusive, is_temporary, put, real, sha256_of, storage_errors, sync
+from commandv.reading import read_json
 
 CONFIG = "config.json"
 VERSION = 2  # of directories of ours; 1 had data files of fixed names without hashes
@@ -170,8 +171,8 @@ def read_config(target: Path, kind: Kind) -> dict[str, Any]:
         FormatError: not of this kind, or of an unknown version.
     """
     try:
-        raw = json.loads((target / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        raw = read_json(target / CONFIG)
+    except FormatError as error:
         raise FormatError(f"{target}: not a {kind.format}: cannot read {CONFIG} ({error})") from error
     if not isinstance(raw, dict):
         raise FormatError(f"{target}: not a {kind.format}: {CONFIG} holds a {type(raw).__name__}, expected an object")
@@ -187,7 +188,11 @@ def read_config(target: Path, kind: Kind) -> dict[str, Any]:
 def _files(target: Path, kind: Kind, config: Mapping[str, Any]) -> dict[str, Path]:
     """Return the data files by part after comparing their sizes."""
     if config["format_version"] == 1:
-        found = {part: target / f"{part}.safetensors" for part in kind.first(config)}
+        try:
+            parts = [part for part in kind.first(config) if re.fullmatch(kind.parts, part)]
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise FormatError(f"{target}: {CONFIG} is not that of a {kind.format} ({error})") from error
+        found = {part: target / f"{part}.safetensors" for part in parts}
         for file in found.values():
             os.stat(file)
         return found

@@ -9,6 +9,8 @@ import torch
 
 from commandv.errors import InputError
 
+MOST = 9_999_999  # tokens
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -27,6 +29,8 @@ class Positions:
     everywhere: bool = False
 
     def __post_init__(self) -> None:
+        if max(self.first, self.last, self.generated) > MOST:
+            raise InputError(f"positions of more than {MOST} tokens; no model reads so many. Use 'all' for every token")
         if min(self.first, self.last, self.generated) < 0 or not (
             self.first or self.last or self.generated or self.everywhere
         ):
@@ -43,9 +47,9 @@ class Positions:
             return cls(everywhere=True)
         counts = {"f": 0, "l": 0, "g": 0}
         for part in text.split("+"):
-            match = re.fullmatch(r"([flg])(\d+)", part.strip())
+            match = re.fullmatch(r"([flg])(\d{1,7})", part.strip())
             if not match or counts[match[1]]:
-                raise InputError(f"positions {text!r}: expected parts like 'l1', 'f3+l5', 'g5', or 'all'")
+                raise InputError(f"positions {text[:40]!r}: expected parts like 'l1', 'f3+l5', 'g5', or 'all'")
             counts[match[1]] = int(match[2])
         return cls(counts["f"], counts["l"], counts["g"])
 

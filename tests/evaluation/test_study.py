@@ -367,7 +367,7 @@ def test_direct_is_left_out_only_by_an_explicit_word(content, tmp_path):
 
 
 def test_files_that_are_no_study(tmp_path):
-    with pytest.raises(InputError, match="no such study"):
+    with pytest.raises(InputError, match="no such file"):
         load_study(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="cannot be read"):
         load_study(tmp_path)

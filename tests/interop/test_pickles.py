@@ -15,7 +15,7 @@ import torch
 import commandv as cv
 import foreign
 from commandv.errors import FormatError
-from commandv.interop.pickles import load_tensors
+from commandv.tensors import read_torch
 from foreign import D, weights
 
 seed, pyreft = foreign.seed, foreign.pyreft
@@ -81,7 +81,7 @@ def test_damaged_torch_files_never_raise_anything_else(as_zip, tmp_path):
         for case in cases:
             file.write_bytes(case)
             try:
-                load_tensors(file)
+                read_torch(file)
             except FormatError:
                 refused += 1
     assert refused > len(whole) // 7

@@ -6,7 +6,8 @@ import transformers
 
 import commandv as cv
 import tiny
-from commandv.errors import InputError
+from commandv.errors import InputError, ModelError
+from commandv.evaluation.price import drift
 from commandv.models.encoding import encode, pad
 from commandv.models.generation import batches
 
@@ -140,3 +141,40 @@ def test_earlier_turns_come_before_the_prompt(chat):
     assert places == sorted(places)
     assert [end for end in after.text_ends if end >= 0] == [end for end in alone.text_ends if end >= 0]
     assert cv.generate(lm, ["Read the book."], max_new_tokens=3, turns=turns) != [""]
+
+
+# -- numbers that overflow ---------------------------------------------------------------------------------------------
+
+
+def pushed(lm, size: float, layer: int = 2):
+    one = cv.steering_vector(torch.full((lm.d_model,), size))
+    return cv.Adapter({layer: one}, lm.ref, "push").at(cv.Positions.parse("all"))
+
+
+def test_states_that_overflow_stop_generation_and_name_layer_and_prompt():
+    lm = tiny.tiny_lm(dtype=torch.float16)
+    assert all(cv.generate(lm, ["tea?", "Why does Venus spin?"], max_new_tokens=2))
+    with cv.attach(lm, pushed(lm, 7e4)), pytest.raises(ModelError, match=r"output of layer 2 for prompt [12]\."):
+        cv.generate(lm, ["tea?", "Why does Venus spin?"], max_new_tokens=4)
+    broken = tiny.tiny_lm()
+    broken.blocks[1].mlp.down_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(ModelError, match=r"output of layer 1 for prompt 1\."):
+        cv.generate(broken, ["tea?"], max_new_tokens=2)
+
+
+def test_states_that_overflow_stop_measuring():
+    lm = tiny.tiny_lm(dtype=torch.float16)
+    passages = cv.load_prompts("builtin:text")[:2]
+    with pytest.raises(ModelError, match=r"output of layer 2 for prompt [12]\."):
+        drift(lm, passages, pushed(lm, 7e4))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e30, -1e30, 10**400])
+def test_scales_that_overflow_are_refused(scale):
+    lm = tiny.tiny_lm()
+    adapter = tiny.random_adapter(lm)
+    for use in (lambda: cv.attach(lm, adapter, scale=scale), lambda: adapter.scaled(scale)):
+        with pytest.raises(InputError, match=r"scale=.*finite number"):
+            use()
+    with pytest.raises(InputError, match="numbers beyond"):
+        cv.attach(lm, pushed(lm, 1e10), scale=1e10)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from commandv.adapters.edit import Edit, Spec
+from commandv.adapters.edit import MOST_LAYERS, Edit, Spec, require_numbers, require_scale
 from commandv.errors import InputError
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions
@@ -57,8 +57,7 @@ class Intervention(Edit):
                 "expected [rank, d_model], [rank], [rank, d_model]"
             )
         for name in ("read", "bias", "write"):
-            if not torch.isfinite(getattr(self, name)).all():
-                raise InputError(f"intervention: {name} holds NaN or infinity; the file or its training is broken")
+            require_numbers(getattr(self, name), f"intervention: {name}")
 
     @property
     def rank(self) -> int:
@@ -171,7 +170,9 @@ class Adapter:
         if len(widths) > 1 or (self.model.d_model and widths != {self.model.d_model}):
             raise InputError(f"{self.name}: interventions of width {sorted(widths)} for d_model {self.model.d_model}")
         for layer in self.interventions:
-            if layer < 0 or (self.model.n_layers and layer >= self.model.n_layers):
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise InputError(f"{self.name}: layer {layer!r}, expected a whole number")
+            if not 0 <= layer <= MOST_LAYERS or (self.model.n_layers and layer >= self.model.n_layers):
                 known = f"0 .. {self.model.n_layers - 1}" if self.model.n_layers else "0 and up"
                 raise InputError(f"{self.name}: layer {layer} is outside {known}")
 
@@ -206,7 +207,12 @@ class Adapter:
         return replace(self, interventions=changed, **fields)
 
     def scaled(self, scale: float) -> Adapter:
-        """Return the adapter with its deltas multiplied by `scale`."""
+        """Return the adapter with its deltas multiplied by `scale`.
+
+        Raises:
+            InputError: not a finite number, or one that makes the deltas overflow.
+        """
+        require_scale(scale)
         return self.map(lambda one: one.scaled(scale))
 
     def at(self, positions: Positions) -> Adapter:

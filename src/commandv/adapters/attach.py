@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.edit import Edit
+from commandv.adapters.edit import Edit, require_scale
 from commandv.errors import InputError, MismatchError
 from commandv.models.load import LM
 from commandv.positions import Positions
@@ -49,8 +49,9 @@ def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None
             f"adapter {adapter.name}: width {adapter.d_model}, layers up to {adapter.layers[-1]}; {lm.id} has width "
             f"{lm.d_model} and layers 0 .. {lm.n_layers - 1}. paste() carries an adapter between models"
         )
-    if not torch.isfinite(torch.tensor(scale)):
-        raise InputError(f"scale={scale}: expected a finite number")
+    require_scale(scale)
+    if scale not in (0.0, 1.0):
+        adapter.scaled(scale)  # says so where the deltas overflow
     return Attachment(lm, adapter, scale, n_prompt)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
-from commandv.adapters.edit import Edit, Spec
+from commandv.adapters.edit import Edit, Spec, require_scale
 from commandv.adapters.network import Network, shapes
-from commandv.errors import InputError, MismatchError
+from commandv.errors import MismatchError
 from commandv.positions import Positions
 
 
@@ -73,8 +73,7 @@ class Carried(Edit):
                 f"an intervention of width {inner.d_model} between converters {into.d_x} -> {into.d_y} and "
                 f"{back.d_x} -> {back.d_y}; they belong to another pair of models"
             )
-        if not torch.isfinite(torch.tensor(self.scale)):
-            raise InputError(f"scale={self.scale}: expected a finite number")
+        require_scale(self.scale)
         plain = replace(inner, read=inner.read.float(), bias=inner.bias.float(), write=inner.write.float())
         object.__setattr__(self, "inner", plain)
 

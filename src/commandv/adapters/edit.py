@@ -10,7 +10,28 @@ import pydantic
 import torch
 from torch import Tensor
 
+from commandv.errors import InputError
 from commandv.positions import Positions
+
+MOST_LAYERS = 9999
+LARGEST = 1e16  # beyond this, what a block makes of it overflows float32 when the next one's norm squares it
+
+
+def require_numbers(tensor: Tensor, what: str) -> None:
+    """Raise `InputError` unless a tensor holds floating-point numbers of at most `LARGEST` in size."""
+    if not tensor.is_floating_point():
+        raise InputError(f"{what} holds {tensor.dtype}, expected floating-point numbers")
+    if tensor.numel() and not float(tensor.detach().abs().amax()) <= LARGEST:  # NaN is not, either
+        raise InputError(
+            f"{what} holds NaN or infinity, or numbers beyond {LARGEST:.0e}; the file, its training or its scale is "
+            "broken"
+        )
+
+
+def require_scale(scale: float) -> None:
+    """Raise `InputError` unless a scale is a finite number of at most `LARGEST` in size."""
+    if not -LARGEST <= scale <= LARGEST:
+        raise InputError(f"scale={scale}: expected a finite number of at most {LARGEST:.0e} in size")
 
 
 class Spec(pydantic.BaseModel):

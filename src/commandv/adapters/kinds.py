@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
+from commandv.adapters.edit import require_numbers
 from commandv.errors import InputError
 
 
@@ -72,7 +73,14 @@ def nodireft(
 
 
 def steering_vector(vector: Tensor, strength: float = 1.0) -> tuple[Intervention, ...]:
-    """A steering vector: h + strength · v with v [d_model]."""
+    """A steering vector: h + strength · v with v [d_model].
+
+    Raises:
+        InputError: not one vector of floating-point numbers; complex and whole numbers are not cut down.
+    """
+    if vector.ndim != 1:
+        raise InputError(f"a steering vector of shape {tuple(vector.shape)}, expected [d_model]")
+    require_numbers(vector, "a steering vector")
     return (Intervention(torch.zeros(1, len(vector)), torch.ones(1), strength * vector[None].float()),)
 
 
@@ -84,6 +92,8 @@ def ablation(directions: Tensor) -> tuple[Intervention, ...]:
     Raises:
         InputError: directions that are all zero, or not finite.
     """
+    if not directions.is_floating_point():
+        raise InputError(f"ablation: the directions are {directions.dtype}, expected floating-point numbers")
     rows = directions.float().reshape(-1, directions.shape[-1])
     if not torch.isfinite(rows).all() or not rows.any():
         raise InputError("ablation: the directions are all zero, or hold NaN or infinity; there is nothing to ablate")

@@ -20,6 +20,7 @@ from commandv.adapters.edit import Edit, Spec
 from commandv.directories import VERSION, Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
+from commandv.tensors import read_safetensors
 
 EDITS: dict[str, type[Edit]] = {cls.kind: cls for cls in (Intervention, Carried)}
 ADAPTER = Kind("commandv-adapter", "tensors", lambda _config: ["tensors"])
@@ -117,10 +118,7 @@ def _opened(raw: dict[str, Any], files: dict[str, Path], path: Path) -> Adapter:
     config = _validated(_Config, raw, path)
     if set(files) != {"tensors"}:
         raise FormatError(f"{path}: config.json names the data files {sorted(files)}, expected tensors")
-    try:
-        tensors = safetensors.torch.load_file(files["tensors"])
-    except safetensors.SafetensorError as error:
-        raise FormatError(f"{files['tensors']}: truncated or not safetensors ({error}); copy it again") from error
+    tensors = read_safetensors(files["tensors"]).content
     return _build(config, tensors, path)
 
 

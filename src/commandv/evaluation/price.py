@@ -13,6 +13,7 @@ from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.evaluation.scores import Score, geometric_mean, mean
 from commandv.models.encoding import Encoded, encode, last_logits, opening, pad_replies
+from commandv.models.finite import require_finite
 from commandv.models.generation import batches
 from commandv.models.load import LM
 from commandv.models.prefix import shared_prefix
@@ -209,5 +210,8 @@ def _reply_logits(
         changed = attach(lm, adapter, scale=scale, n_prompt=n_prompt) if adapter else contextlib.nullcontext()
         with torch.inference_mode(), changed:
             logits = last_logits(lm, prefix.rest(batch), n_reply + 1, prefix.past(len(members)))[:, :-1]
+            for row, item in enumerate(members):
+                own = logits[row, : len(rows[item].ids) - rows[item].n_prompt]
+                require_finite(lm, own, item + 1, rows[item].ids)
         for row, item in enumerate(members):
             yield item, logits[row, : len(rows[item].ids) - rows[item].n_prompt]

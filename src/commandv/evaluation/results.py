@@ -10,8 +10,10 @@ import pydantic
 
 from commandv.errors import FormatError
 from commandv.files import digest, write_text
+from commandv.reading import read_bytes
 
 VERSION = 2  # 1 named the files of cells by their models, behaviour and seed
+MOST_RESULT = 1 << 28  # bytes of one cell's file
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=pydantic.BaseModel)
 
@@ -187,7 +189,7 @@ def _foreign(cell: Cell, name: str, run: Run) -> str:
 
 def _read(file: Path, kind: type[M]) -> M:
     try:
-        return kind.model_validate_json(file.read_bytes())
+        return kind.model_validate_json(read_bytes(file, most=MOST_RESULT))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -15,6 +15,7 @@ from commandv.evaluation.scores import Score, geometric_mean, mean
 from commandv.mapping.mappers import Mapper
 from commandv.mapping.replacing import Counterparts, replaced
 from commandv.models.encoding import last_logits, pad
+from commandv.models.finite import require_finite
 from commandv.models.generation import batches
 from commandv.models.load import LM
 from commandv.progress import track
@@ -98,7 +99,10 @@ def _logits(lm: LM, group: Sequence[Counterparts]) -> list[Tensor]:
     """Return the logits [tokens of the text, vocabulary] of each text, in order."""
     longest = max(len(one.ids) - one.places.start for one in group)
     logits = last_logits(lm, pad(lm, [one.ids for one in group]), longest)
-    return [logits[row, one.places.start - len(one.ids) :] for row, one in enumerate(group)]
+    own = [logits[row, one.places.start - len(one.ids) :] for row, one in enumerate(group)]
+    for number, (one, values) in enumerate(zip(group, own, strict=True), start=1):
+        require_finite(lm, values, number, one.ids)
+    return own
 
 
 def _predicted(one: Counterparts, plain: Tensor, changed: Tensor) -> tuple[float, float, float]:

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention, low_rank
+from commandv.adapters.edit import require_numbers
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.files import writing
-from commandv.interop.pickles import refuse_pointer
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
+from commandv.reading import require_regular
 
 ARCHITECTURE = "controlvector"
 Convention = Literal["llama.cpp", "from-zero"]
@@ -133,7 +134,7 @@ def is_control_vector(path: Path) -> bool:
 
 
 def _read(path: Path) -> _Reader:
-    refuse_pointer(path)
+    require_regular(path)
     try:
         reader = _Reader(path)
     except _DAMAGED as error:
@@ -189,9 +190,11 @@ def _check(path: Path, vectors: dict[int, Tensor], layer_count: int) -> None:
         raise FormatError(f"{path}: directions of widths {widths}, expected one width")
     if layer_count < len(vectors):  # more is usual: some writers count the model's layers
         raise FormatError(f"{path}: says {layer_count} layers but holds {len(vectors)} directions; tampered with")
-    broken = [at for at, vector in sorted(vectors.items()) if not torch.isfinite(vector).all()]
-    if broken:
-        raise FormatError(f"{path}: direction.{broken[0]} holds NaN or infinity")
+    for at, vector in sorted(vectors.items()):
+        try:
+            require_numbers(vector, f"direction.{at}")
+        except InputError as error:
+            raise FormatError(f"{path}: {error}") from error
 
 
 def write_control_vector(adapter: Adapter, path: str | Path, model_hint: str | None = None) -> Path:
@@ -243,8 +246,6 @@ def _direction(adapter: Adapter, layer: int) -> Tensor:
         if reason := _refusal(one):
             raise InputError(f"{what} {reason}")
         total += (one.bias.detach().float() @ one.write.detach().float()).cpu()
-    if not torch.isfinite(total).all():
-        raise InputError(f"{what} adds more than float32 can hold")
     return total
 
 

@@ -211,6 +211,7 @@ class CommandVAPI(ModelAPI):
         from transformers import StoppingCriteriaList
 
         from commandv.models.encoding import pad
+        from commandv.models.finite import Finite
         from commandv.models.generation import greedy
 
         lm, settings, start = self.lm, batch[0].settings, time.monotonic()
@@ -230,6 +231,7 @@ class CommandVAPI(ModelAPI):
                 attention_mask=rows.attention_mask,
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList(stopping),
+                logits_processor=[Finite(lm, range(1, len(batch) + 1), [one.ids for one in batch])],
             )
         eos = config.eos_token_id
         ends = set(eos if isinstance(eos, list) else [eos])

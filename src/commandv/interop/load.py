@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any, get_args
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import builtin_path, read
 from commandv.directories import CONFIG
-from commandv.errors import FormatError
-from commandv.interop.control_vectors import is_control_vector, read_control_vector
+from commandv.errors import FormatError, InputError
+from commandv.interop.control_vectors import Convention, is_control_vector, read_control_vector
 from commandv.interop.pyreft import is_pyreft, read_pyreft
-from commandv.interop.vectors import SUFFIXES, read_vector
+from commandv.interop.vectors import SUFFIXES, LayerConvention, read_vector
+from commandv.reading import read_json
 
 
 def detect(path: str | Path) -> str:
@@ -47,17 +48,19 @@ def detect(path: str | Path) -> str:
     raise FormatError(f"{path}: not an adapter or profile; the directory holds {names}")
 
 
-def load_adapter(source: str | Path, *, layer: int | None = None) -> Adapter:
+def load_adapter(source: str | Path, *, layer: int | None = None, convention: str | None = None) -> Adapter:
     """Load an adapter: `builtin:BEHAVIOUR@MODEL`, a directory of ours, a pyreft directory, a vector file, or a control
     vector of llama.cpp.
 
     Args:
         source: what to load.
         layer: for a vector file, the layer it acts on; of a stack or a control vector, the only layer to take.
+        convention: how a file counts layers. Vector files: `"blocks"` (0 is the output of the first block, as we count;
+            the default) or `"hidden-states"` (0 is the embeddings). Control vectors: `"llama.cpp"` or `"from-zero"`.
 
     Raises:
         FormatError: unsafe, damaged, unknown or of another kind; says what was got and what to do.
-        InputError: a bare vector without a layer.
+        InputError: a bare vector without a layer; a convention that files of this kind do not have.
     """
     text = str(source)
     if text.startswith("builtin:"):
@@ -68,17 +71,24 @@ def load_adapter(source: str | Path, *, layer: int | None = None) -> Adapter:
     if kind == "pyreft":
         return read_pyreft(Path(source))
     if kind == "vector":
-        return read_vector(Path(source), layer=layer)
+        return read_vector(Path(source), layer=layer, convention=_convention(convention, LayerConvention))
     if kind == "control-vector":
-        return read_control_vector(Path(source), layer=layer)
+        return read_control_vector(Path(source), layer=layer, convention=_convention(convention, Convention))
     raise FormatError(f"{source}: a profile, not an adapter; open it with load_profile")
 
 
 def _stated_format(target: Path) -> str | None:
     """Return the format that a directory's `config.json` states, None where it states none."""
     try:
-        raw = json.loads((target / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        raw = read_json(target / CONFIG)
+    except FormatError:
         return None
     format = raw.get("format") if isinstance(raw, dict) else None
     return format if isinstance(format, str) else None
+
+
+def _convention(given: str | None, known: Any) -> Any:
+    """Return a convention if files of this kind have it."""
+    if given is not None and given not in get_args(known):
+        raise InputError(f"convention={given!r}: expected {' or '.join(map(repr, get_args(known)))}")
+    return given

@@ -5,7 +5,6 @@ Read without pyreft. The layer is taken from each file's key, not from the order
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -18,9 +17,10 @@ from torch import Tensor
 from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind, Part, steering_vector
 from commandv.errors import FormatError
-from commandv.interop.pickles import load_tensors
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions, as_positions
+from commandv.reading import number_of, read_json
+from commandv.tensors import read_torch
 
 KEY = re.compile(r"layer_(\d+)_comp_block_output_unit_pos_nunit_1#(\d+)")
 # What follows a representation's layer, component, unit, number of units and rank: parts of the stream, groups, links,
@@ -47,7 +47,7 @@ def read_pyreft(path: Path) -> Adapter:
         FormatError: an unknown class or component, missing weights, wrong shapes, or a file that is not plain tensors.
     """
     try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
+        config = read_json(path / "config.json")
         keys = list(map(str, config["sorted_keys"]))
         classes = dict(zip(_configured_keys(config), config["intervention_types"], strict=True))
         if any(value is not None for row in config["representations"] for value in row[_PLAIN:]):
@@ -56,10 +56,12 @@ def read_pyreft(path: Path) -> Adapter:
             raise ValueError(f"mode {config['mode']!r}, expected 'parallel'")
         if not keys or set(keys) != set(classes):
             raise ValueError(f"sorted_keys {keys} are not those of the representations, {list(classes)}")
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, FormatError):
+            raise
         raise FormatError(f"{path}: config.json is not pyreft's ({type(error).__name__}: {error})") from error
     facts = _metadata(path)
-    positions = as_positions(facts["positions"]) if facts.get("positions") else LAST
+    positions = as_positions(str(facts["positions"])) if facts.get("positions") else LAST
     activation = facts.get("act_fn") or "linear"  # pyreft's own default is none
     if activation not in ACTIVATIONS:
         raise FormatError(f"{path}: act_fn {activation!r} in {_FACTS}; known are {', '.join(ACTIVATIONS)}")
@@ -72,19 +74,21 @@ def read_pyreft(path: Path) -> Adapter:
         file = path / f"intkey_{key}.bin"
         if not file.is_file():
             raise FormatError(f"{path}: the config names {file.name}, which is missing; copy the whole directory")
-        tensors = load_tensors(file)
+        tensors = read_torch(file)
         kind = _kind(str(classes[key]), tensors, file)
         kinds.add(kind.name if kind else "bias")
         made = _construct(kind, tensors, activation, file)
         own = positions
         if positions.first and positions.last and sum(k.startswith(f"layer_{match[1]}_") for k in keys) == 2:
             own = Positions(first=positions.first) if match[2] == "0" else Positions(last=positions.last)
-        layer = int(match[1])
+        layer = number_of(match[1], most=9999)
+        if layer is None:
+            raise FormatError(f"{path}: intervention {key[:80]!r}; no model has such a layer")
         interventions[layer] = (*interventions.get(layer, ()), *(replace(one, positions=own) for one in made))
     d_model = next(iter(interventions.values()))[0].d_model
-    stated = {d for d in config.get("intervention_dimensions") or [] if d}
-    if stated - {d_model}:
-        raise FormatError(f"{path}: the config says width {sorted(stated)}, the weights have {d_model}")
+    stated = config.get("intervention_dimensions") or []
+    if not isinstance(stated, list) or any(one not in (None, d_model) for one in stated):
+        raise FormatError(f"{path}: the config says width {str(stated)[:80]}, the weights have {d_model}")
     provenance = {"made_by": "import", "format": "pyreft", "kinds": sorted(kinds), "metadata": facts}
     return Adapter(
         interventions, ModelRef(id=str(facts.get("model_name") or ""), d_model=d_model), path.name, provenance
@@ -106,11 +110,10 @@ def _metadata(path: Path) -> dict[str, Any]:
     file = path / _FACTS
     if not file.is_file():
         return {}
-    try:
-        facts = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{file}: not valid JSON ({error})") from error
-    return facts if isinstance(facts, dict) else {}
+    facts = read_json(file)
+    if not isinstance(facts, dict):
+        raise FormatError(f"{file}: holds {type(facts).__name__}, expected an object")
+    return facts
 
 
 def _kind(name: str, tensors: Any, file: Path) -> Kind | None:
@@ -136,7 +139,9 @@ def _construct(kind: Kind | None, tensors: dict[str, Tensor], activation: str, f
         found = {part: _read(tensors, row) for part, row in kind.parts.items()}
         missing = [kind.parts[part].pyreft for part, value in found.items() if value is None]
         if missing:
-            raise FormatError(f"{file}: a {name} needs {', '.join(missing)}; the file has {', '.join(tensors)}")
+            raise FormatError(
+                f"{file}: a {name} needs {', '.join(missing)}; the file has {', '.join(map(str, tensors))}"
+            )
         heads = [part.pyreft for part in kind.parts.values()]
         rotations = [f"{head}.parametrizations.weight.{rest}" for head in heads for rest in ("original", "0.base")]
         if odd := [str(key)[:60] for key in tensors if key not in (*heads, *rotations, *_INERT)]:

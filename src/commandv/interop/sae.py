@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -26,9 +24,10 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
 from commandv.directories import new_directory, require_new
 from commandv.errors import FormatError, InputError, MismatchError
-from commandv.interop.pickles import refuse_pointer
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
+from commandv.reading import number_of, read_json
+from commandv.tensors import read_safetensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -240,11 +239,7 @@ def save_sae(sae: SAE, path: str | Path) -> Path:
 
 def _config(path: Path) -> dict[str, Any]:
     """Return the configuration in the keys of SAELens 6, whose predecessors had one flat dictionary."""
-    refuse_pointer(path / CONFIG)
-    try:
-        raw = json.loads((path / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: cannot read {CONFIG} ({error})") from error
+    raw = read_json(path / CONFIG)
     if not isinstance(raw, dict) or not isinstance(raw.get("metadata", {}), dict):
         raise FormatError(f"{path}: {CONFIG} is not SAELens', expected an object with metadata")
     if "metadata" in raw:
@@ -264,11 +259,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    refuse_pointer(path / WEIGHTS)
-    try:
-        tensors = {name: one.float() for name, one in load_file(path / WEIGHTS).items()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise FormatError(f"{path / WEIGHTS}: truncated or not safetensors ({error}); copy it again") from error
+    tensors = {name: _floats(one, name, path) for name, one in read_safetensors(path / WEIGHTS).content.items()}
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     # SAELens wrote a factor of 1 for a while, and reads past it.
@@ -277,13 +268,18 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _floats(tensor: Tensor, name: str, path: Path) -> Tensor:
+    if not tensor.is_floating_point():
+        raise FormatError(f"{path}: {name[:60]} holds {tensor.dtype}, expected floating-point numbers")
+    return tensor.float()
+
+
 def _layer(path: Path, hook: Any) -> int:
     match = _HOOK.fullmatch(str(hook))
-    if not match:
+    number = number_of(match[3] or match[1], most=9999) if match else None
+    if number is None or not match:
         raise FormatError(
-            f"{path}: its hook is {hook!r}, expected the stream between blocks (blocks.N.hook_resid_post or _pre); "
-            "where you know better, say layer="
+            f"{path}: its hook is {str(hook)[:80]!r}, expected the stream between blocks "
+            "(blocks.N.hook_resid_post or _pre); where you know better, say layer="
         )
-    if match[3]:
-        return int(match[3])
-    return int(match[1]) - (match[2] in ("resid_pre", "in"))
+    return number - (match[2] in ("resid_pre", "in"))

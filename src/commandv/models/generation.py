@@ -10,6 +10,7 @@ import torch
 
 from commandv.errors import InputError
 from commandv.models.encoding import Turns, encode, pad, pad_token
+from commandv.models.finite import Finite
 from commandv.models.identity import evaluating
 from commandv.models.load import LM
 from commandv.models.prefix import shared_prefix
@@ -39,6 +40,10 @@ def generate(
     Returns:
         The answers in the order of the prompts, without special tokens; a plain-format answer ends where the model
         starts a new question.
+
+    Raises:
+        ModelError: NaN or infinity in the model's states, with the layer and the prompt's number.
+        InputError: a prompt that is empty, or longer than the context.
     """
     texts = as_prompts(prompts).texts
     if max_new_tokens < 1 or batch_size < 1:
@@ -60,6 +65,7 @@ def generate(
                 attention_mask=batch.attention_mask,
                 past_key_values=prefix.past(len(members)),
                 generation_config=config,
+                logits_processor=[Finite(lm, [i + 1 for i in members], [rows[i] for i in members])],
             )
         for i, ids in zip(members, out[:, batch.input_ids.shape[1] :], strict=True):
             text = lm.tokenizer.decode(ids, skip_special_tokens=True)

@@ -55,7 +55,11 @@ class ModelRef:
         with less precision, the revision decides, then the name. The system prompt may differ: it is recorded.
         """
         carry = "paste() carries an adapter between models"
-        for field, hint in (("d_model", f"another width; {carry}"), ("n_layers", f"another depth; {carry}")):
+        embeddings = ", a file of vectors that begins with the embeddings' is read with convention='hidden-states'"
+        for field, hint in (
+            ("d_model", f"another width; {carry}"),
+            ("n_layers", f"another depth; {carry}{embeddings}"),
+        ):
             self._differ(other, field, what, hint)
         if not self._same_weights(other):
             same = (

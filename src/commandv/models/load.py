@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
 from torch import nn
 
@@ -16,6 +15,7 @@ from commandv.errors import InputError, ModelError
 from commandv.files import digest
 from commandv.models.identity import ModelRef, weights_hash
 from commandv.models.template import ChatFormat, check_format, source_of
+from commandv.reading import MOST_TEXT, first_line, read_json
 
 Template = Literal["auto", "chat", "plain"]
 
@@ -149,12 +149,15 @@ def load_model(
     if revision is not None:
         options["revision"] = revision
     try:
+        if Path(name).is_dir():
+            for file in sorted(Path(name).glob("*.json")):
+                read_json(file, most=MOST_TEXT, digits=40)  # tokenizers of no stated length have one of 31 digits
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
         model = _load_weights(place, kind, device_map, options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+    except Exception as error:  # whatever files say, transformers and its parts build from it, and raise anything
         raise ModelError(
-            f"{name}: cannot be loaded: {error}. Expected a hub id, a local model directory, a .gguf file or one of "
-            f"{', '.join(PACKAGED)}; `commandv doctor` checks the installation"
+            f"{name}: cannot be loaded: {first_line(error)}. Expected a hub id, a local model directory, a .gguf file "
+            f"or one of {', '.join(PACKAGED)}; `commandv doctor` checks the installation"
         ) from error
     commit = fingerprint or getattr(model.config, "_commit_hash", None)
     return wrap_model(
@@ -293,6 +296,11 @@ def find_blocks(model: Any) -> tuple[nn.Module, tuple[nn.Module, ...], int]:
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.get_input_embeddings().weight.device))
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__}: cannot run one token: {first_line(error)}; its configuration and its weights do "
+            "not fit together, or it needs more than input_ids"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from commandv.directories import Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.files import digest
 from commandv.models.identity import ModelRef
+from commandv.tensors import read_safetensors
 
 END = -1  # the offset of a prompt's last token, which has no place in the text
 PROFILE = Kind(
@@ -141,8 +141,8 @@ def load_profile(path: str | Path) -> Profile:
 
     def build(config: dict[str, Any], files: dict[str, Path]) -> Profile:
         try:
-            keys = load_file(files["keys"])["keys"].numpy()
-            rows = {layer: load_file(files[f"layer-{layer:03d}"])["rows"] for layer in config["layers"]}
+            keys = read_safetensors(files["keys"]).content["keys"].numpy()
+            rows = {layer: read_safetensors(files[f"layer-{layer:03d}"]).content["rows"] for layer in config["layers"]}
             return Profile(rows, keys, ModelRef(**config["model"]), config["prompts"], path)
         except FileNotFoundError:  # replaced this moment
             raise

@@ -6,7 +6,6 @@ import csv
 import functools
 import importlib.resources
 import io
-import json
 import operator
 import re
 from collections import defaultdict
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from commandv.errors import InputError
 from commandv.files import digest
+from commandv.reading import first_line, parse_json, read_text
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "conversations", "input", "goal")
 FOLDERS = ("prompts", "behaviours", "contrasts")  # of data/; contrasts are for `load_contrast`
@@ -49,6 +49,13 @@ class PromptSet:
         for number, prompt in enumerate(self.prompts, start=1):
             if not prompt.text.strip():
                 raise InputError(f"{self.name}: prompt {number} is empty. Remove it or give it a text.")
+            try:
+                f"{prompt.text}{prompt.response}".encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{self.name}: prompt {number} or its reply holds half of a surrogate pair, which is no text; "
+                    "decode it again from where it comes from"
+                ) from None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -164,12 +171,7 @@ def file_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _builtin_rows(str(source).removeprefix("builtin:"))
         return
     path = Path(source)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    text = read_text(path, error=InputError)
     if path.suffix == ".jsonl":
         yield from _jsonl_rows(text, str(path))
     elif path.suffix == ".csv":
@@ -194,10 +196,7 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         where = f"{name}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not valid JSON ({error.msg})") from error
+        row = parse_json(line, where, error=InputError)
         if isinstance(row, str):
             row = {"prompt": row}
         if not isinstance(row, dict):
@@ -216,8 +215,9 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from error
     try:
         rows = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, ConnectionError) as error:
-        raise InputError(f"{source}: neither a file nor a hub dataset that can be loaded: {error}") from error
+    except Exception as error:  # the package raises whatever its parts do, for names that are none, too
+        reason = first_line(error)
+        raise InputError(f"{source}: neither a file nor a hub dataset that can be loaded: {reason}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{source}, row {number}", row
 

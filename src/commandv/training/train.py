@@ -35,6 +35,8 @@ from commandv.positions import Positions, as_positions
 from commandv.profiles.profiling import read_rows
 from commandv.progress import track
 from commandv.prompts.sets import PromptSet
+from commandv.reading import parse_json
+from commandv.tensors import read_safetensors
 from commandv.training.examples import Example, read_examples, reply_loss
 
 log = logging.getLogger(__name__)
@@ -299,16 +301,16 @@ class _Run:
     def resume(self, file: Path, stamp: str) -> int:
         """Load a checkpoint and return how many epochs it has behind it."""
         try:
-            with safetensors.safe_open(file, "pt") as opened:
-                facts = json.loads((opened.metadata() or {})["facts"])
-            tensors = safetensors.torch.load_file(file)
-        except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise FormatError(f"{file}: not a checkpoint of commandv ({error}); delete it to train anew") from error
-        if facts["stamp"] != stamp:
+            tensors, metadata = read_safetensors(file)
+        except FormatError as error:
+            raise FormatError(f"not a checkpoint of commandv ({error}); delete it to train anew") from error
+        facts = parse_json(metadata.get("facts", ""), f"{file}: not a checkpoint of commandv")
+        if not isinstance(facts, dict) or facts.get("stamp") != stamp:
             raise FormatError(
                 f"{file}: a checkpoint of another training (model, examples, kind or settings differ); "
                 "delete it or choose another file"
             )
+        self._require_whole(file, tensors, facts)
         for layer, module in self.modules.items():
             head = f"module.{layer}."
             module.load_state_dict({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
@@ -323,6 +325,22 @@ class _Run:
             group["lr"] = rate * self.scheduler.lr_lambdas[0](facts["steps"])
         self.losses = list(facts["losses"])
         return int(facts["epoch"])
+
+    def _require_whole(self, file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Raise `FormatError` unless a checkpoint has just what `save` writes."""
+        shapes = {
+            f"module.{layer}.{name}": value.shape
+            for layer, module in self.modules.items()
+            for name, value in module.state_dict().items()
+        }
+        learned = (parameter for module in self.modules.values() for parameter in module.parameters())
+        for index, parameter in enumerate(learned):
+            shapes |= {f"adam.{index}.{name}": parameter.shape for name in ("exp_avg", "exp_avg_sq")}
+            shapes[f"adam.{index}.step"] = torch.Size([])
+        numbers = [facts.get("epoch"), facts.get("steps"), *(facts.get("losses") or ["none"])]
+        whole = {name: one.shape for name, one in tensors.items() if one.dtype == torch.float32} == shapes
+        if not whole or not all(isinstance(one, (int, float)) for one in numbers) or not 0 < numbers[0] <= 10**6:
+            raise FormatError(f"{file}: a damaged checkpoint; delete it to train anew")
 
 
 def _layer_norms(lm: LM, examples: Sequence[Example]) -> list[float]:

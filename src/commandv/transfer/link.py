@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, low_rank
-from commandv.adapters.edit import Edit
+from commandv.adapters.edit import Edit, require_scale
 from commandv.errors import InputError
 from commandv.models.layers import LayerChoice, choose_layers, last_third
 from commandv.profiles.profile import END, Profile, Rows, paired_rows
@@ -186,8 +186,7 @@ class Link:
     ) -> Adapter:
         """Carry an adapter of the donor into the recipient; see `commandv.paste`."""
         adapter.model.require(self.donor.model, f"adapter {adapter.name}")
-        if not np.isfinite(scale):
-            raise InputError(f"scale={scale}: expected a finite number")
+        require_scale(scale)
         pairs = self.layer_pairs(adapter.layers, match=match, allowed=layers)
         interventions: dict[int, tuple[Edit, ...]] = {}
         facts = []

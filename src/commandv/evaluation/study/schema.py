@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-import yaml
 
 from commandv.errors import InputError
 from commandv.evaluation.catalogue import NO_TASKS, load_task
@@ -16,6 +15,7 @@ from commandv.evaluation.controls import ARMS, CONTROLS
 from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, layer_choice, one_of
 from commandv.evaluation.tasks import Task
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
+from commandv.reading import read_yaml
 from commandv.steering import load_contrast
 
 
@@ -183,14 +183,7 @@ def load_study(path: Path | str) -> Study:
         InputError: not YAML, an unknown key, a missing or impossible value: with its place in the file.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such study file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
+    content = read_yaml(path, error=InputError)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of settings, got {type(content).__name__}")
     try:
