@@ -349,3 +349,72 @@ def test_adapter_without_a_stated_model_attaches_by_width(run, models, tmp_path)
     arguments = ("generate", models["donor"], "hi", "--adapter", path, "--max-new-tokens", 2)
     assert run(*arguments, "--scale", 50).code == 0
     fails(run(*arguments, "--scale", "nan"), "scale")
+
+
+# -- which model, and how it is asked ---------------------------------------------------------------------------------
+
+SWITCH = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>\n{% endfor %}<|assistant|>\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def switched(tmp_path) -> Path:
+    """A model whose chat template has a switch for thinking."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}<|system|>Be kind.<eos>\n{% endif %}" + SWITCH
+    tiny.tiny_model().save_pretrained(tmp_path / "switched")
+    tokenizer.save_pretrained(tmp_path / "switched")
+    return tmp_path / "switched"
+
+
+def test_a_system_prompt_and_template_options_for_every_verb(run, switched, files, tmp_path):
+    options = ("--dtype", "float32", "--system", "Be brief.", "--template-option", "enable_thinking=false", "--json")
+    lm = cv.load_model(switched, dtype="float32", system="Be brief.", template_options={"enable_thinking": False})
+    said = run("generate", switched, "Hi", "--max-new-tokens", 4, *options).json["answers"][0]["answer"]
+    assert said == cv.generate(lm, ["Hi"], max_new_tokens=4)[0]
+    out = {name: tmp_path / name for name in ("profile", "trained", "steered")}
+    profiled = run(
+        "profile", switched, "--prompts", files["prompts"], "--text", "none", "--out", out["profile"], *options
+    )
+    learned = ("--epochs", 1, "--max-response", 1, "-o", out["trained"])
+    assert run("train", switched, files["agree"], *learned, *options).code == profiled.code == 0
+    assert run("steer", switched, "builtin:sentiment", "-o", out["steered"], *options).code == 0
+    for path in out.values():
+        template = run("inspect", path, "--json").json["template"]
+        assert json.loads(template) == {"system": "Be brief.", "options": {"enable_thinking": False}}
+    fails(run("generate", switched, "Hi", "--template-option", "thinking=1"), "knows enable_thinking")
+    fails(run("generate", switched, "Hi", "--template-option", "thinking"), "expected NAME=VALUE")
+
+
+def test_inspect_tells_how_a_model_is_asked(run, switched):
+    told = run("inspect", switched, "--json").json
+    assert told["what"] == "model"
+    assert (told["layers"], told["d_model"]) == (tiny.LAYERS, tiny.D)
+    assert told["default_system_prompt"] == "Be kind."
+    assert told["template_options"] == ["enable_thinking"]
+    assert told["ends_at"] == ["<eos>"]
+
+
+def test_a_copy_under_another_name_is_said_to_be_the_same_model(run, models, files, tmp_path):
+    made = cv.Adapter({0: steering_vector(torch.ones(tiny.D))}, ModelRef(id="org/Model", d_model=tiny.D), "push")
+    cv.save(made, tmp_path / "push")
+    asked = ("generate", models["donor"], "Hi", "-a", tmp_path / "push", "--max-new-tokens", 2)
+    fails(run(*asked), "made for org/Model", "--same-as 'org/Model'")
+    assert run(*asked, "--same-as", "org/Model").code == 0
+    out = {name: tmp_path / name for name in models}
+    for name, path in models.items():
+        assert run("profile", path, "--prompts", files["prompts"], "--text", "none", "--out", out[name]).code == 0
+    pasting = (
+        "paste",
+        tmp_path / "push",
+        out["donor"],
+        out["recipient"],
+        "-o",
+        tmp_path / "pasted",
+        "--layers",
+        "all_layers",
+    )
+    fails(run(*pasting), "made for org/Model")
+    assert run(*pasting, "--same-as", models["donor"], "--no-fidelity").code == 0

@@ -104,6 +104,22 @@ def test_a_run_measures_every_arm(content, tmp_path):
     assert str(content["prompts"]) in run.hashes
 
 
+def test_models_may_be_asked_with_a_system_prompt_and_template_options(content, tmp_path):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}{{ 'quietly' if quiet else '' }}"
+    tokenizer.save_pretrained(tmp_path / "asked")
+    tiny.tiny_model().save_pretrained(tmp_path / "asked")
+    asked = {
+        "id": str(tmp_path / "asked"),
+        "system": "Be brief.",
+        "template_options": {"quiet": True},
+        "same_as": "org/one",
+    }
+    content["models"]["one"] |= asked
+    lm = ModelSource(written(content, tmp_path / "s.yaml"))["one"]
+    assert (lm.format.system, lm.format.options, lm.ref.id) == ("Be brief.", {"quiet": True}, "org/one")
+
+
 def test_finished_cells_are_kept_and_others_are_run_again(content, tmp_path, monkeypatch):
     study = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
     run_study(study, tmp_path / "run")

@@ -232,3 +232,23 @@ def test_errors_come_before_the_work(lm, tmp_path):
         CommandVLM(lm, dtype="float32")
     with pytest.raises(cv.CommandVError, match="no such file"):
         CommandVLM(lm, tmp_path / "nothing")
+
+
+def test_contexts_have_the_models_system_prompt_and_template_options(tmp_path):
+    lm = tiny.tiny_lm()
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    given = f"pretrained={tmp_path},dtype=float32,system=Be brief.,enable_thinking=False,think_end_token=</think>"
+    made = CommandVLM.create_from_arg_string(given, {"batch_size": 1})
+    turns = [{"role": "user", "content": "Why?"}]
+    expected = "<|system|>Be brief.<eos>\n<|user|>Why?<eos>\n<|assistant|><think></think>"
+    assert made.apply_chat_template(turns) == expected
+    assert "enable_thinking" in made.get_model_info()["commandv_format"]
+    own = [{"role": "system", "content": "Be wise."}, *turns]
+    assert made.apply_chat_template(own).startswith("<|system|>Be wise.<eos>\n<|user|>")
+    with pytest.raises(cv.CommandVError, match="is loaded already"):
+        CommandVLM(lm, enable_thinking=False)

@@ -16,11 +16,15 @@ from commandv.cli.options import (
     Json,
     Model,
     PromptsOption,
+    SameAs,
+    System,
     Template,
+    TemplateOption,
     escaped,
     fitter,
     output,
     show,
+    template_options,
 )
 
 
@@ -40,6 +44,9 @@ def profile(
     dtype: Dtype = None,
     device_map: Device = None,
     template: Template = "auto",
+    system: System = None,
+    template_option: TemplateOption = None,
+    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
@@ -50,7 +57,10 @@ def profile(
 
     if out is not None:
         require_place(out, PROFILE)
-    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
+    lm = cv.load_model(
+        model, dtype=dtype, device_map=device_map, template=template, system=system,
+        template_options=template_options(template_option), same_as=same_as,
+    )  # fmt: skip
     passages = None if text == "none" else cv.load_prompts(text)
     asked = load_prompt_sets(prompts, limit=limit)
     made = cv.profile(
@@ -83,6 +93,9 @@ def train(
     dtype: Dtype = None,
     device_map: Device = None,
     template: Template = "auto",
+    system: System = None,
+    template_option: TemplateOption = None,
+    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Train an adapter of the ReFT family on examples."""
@@ -95,7 +108,10 @@ def train(
     require_place(out, ADAPTER)
     if kind not in TRAINABLE:
         raise InputError(f"kind {kind!r}: expected one of {', '.join(TRAINABLE)}")
-    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
+    lm = cv.load_model(
+        model, dtype=dtype, device_map=device_map, template=template, system=system,
+        template_options=template_options(template_option), same_as=same_as,
+    )  # fmt: skip
     rows = cv.load_prompts(examples)
     settings = cv.TrainSettings(
         epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, max_response=max_response
@@ -123,6 +139,10 @@ def paste(
     ] = "last_third",
     scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
     layer: Annotated[int | None, typer.Option(help="For a bare vector: the donor layer it acts on.")] = None,
+    same_as: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Take the adapter's model for the one of this name: the donor profile's."),
+    ] = "",
     with_fidelity: Annotated[bool, typer.Option("--fidelity/--no-fidelity", help="Measure the converters.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -133,7 +153,7 @@ def paste(
 
     require_place(out, ADAPTER)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)
-    original = cv.load_adapter(adapter, layer=layer)
+    original = cv.load_adapter(adapter, layer=layer, same_as=same_as)
     link, where = cv.link(one, two, fit=fitter(fit)), {"match": _matcher(match), "layers": layers}
     pasted = link.paste(original, **where, scale=scale)
     cv.save(pasted, out)
@@ -161,6 +181,9 @@ def generate(
     dtype: Dtype = None,
     device_map: Device = None,
     template: Template = "auto",
+    system: System = None,
+    template_option: TemplateOption = None,
+    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Answer prompts greedily, with or without an adapter."""
@@ -173,7 +196,10 @@ def generate(
         raise InputError("give prompts as arguments, or --prompts with a set; one of the two")
     texts = cv.load_prompts(prompts).texts if prompts else list(prompt or [])
     attached = cv.load_adapter(adapter, layer=layer) if adapter else None
-    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
+    lm = cv.load_model(
+        model, dtype=dtype, device_map=device_map, template=template, system=system,
+        template_options=template_options(template_option), same_as=same_as,
+    )  # fmt: skip
     with cv.attach(lm, attached, scale=scale) if attached else contextlib.nullcontext():
         answers = cv.generate(lm, texts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from commandv.interop.load import detect, load_adapter
@@ -14,12 +15,15 @@ NEEDED_GB = 3.0  # converted packaged models (0.9 GB), their profiles, and room 
 
 
 def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
-    """Return facts about an adapter, vector or profile, JSON-able.
+    """Return facts about an adapter, vector, profile or model, JSON-able.
 
     Raises:
         FormatError: damaged, unsafe or of an unknown kind.
         InputError: a bare vector without a layer.
+        ModelError: a model that cannot be loaded.
     """
+    if _is_model(source):
+        return _model_facts(source)
     kind = "commandv-adapter" if source.startswith("builtin:") else detect(source)
     if kind == "commandv-profile":
         one = load_profile(source)
@@ -28,6 +32,8 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
             "what": kind,
             "model": one.model.id,
             "revision": one.model.revision,
+            "weights": one.model.weights or "not stated",
+            "template": one.model.format or "as the model has it",
             "layers": sorted(one.activations),
             "d_model": one.d_model,
             "end_rows": n_end,
@@ -42,6 +48,8 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
         "name": adapter.name,
         "model": adapter.model.id or "not stated",
         "revision": adapter.model.revision or "not stated",
+        "weights": adapter.model.weights or "not stated",
+        "template": adapter.model.format or "as the model has it",
         "d_model": adapter.d_model,
         "layers": adapter.layers,
         "parameters": adapter.n_parameters,
@@ -49,6 +57,42 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
         "made_by": adapter.provenance.get("made_by", "not stated"),
         **{key: adapter.provenance[key] for key in stated},
         "interventions": interventions,
+    }
+
+
+def _is_model(source: str) -> bool:
+    """True for a packaged model, a hub id, a model directory, and a GGUF file of a model."""
+    from commandv.interop.control_vectors import is_control_vector
+    from commandv.models.gguf import PACKAGED
+
+    path = Path(source)
+    if path.is_file():
+        return path.suffix == ".gguf" and not is_control_vector(path)
+    if path.is_dir():
+        return (path / "config.json").is_file() and '"model_type"' in (path / "config.json").read_text(
+            "utf-8", "replace"
+        )
+    return source in PACKAGED or (source.count("/") == 1 and not source.startswith((".", "/", "~")))
+
+
+def _model_facts(source: str) -> dict[str, Any]:
+    import commandv as cv
+    from commandv.models.template import default_system, options_of, stop_tokens
+
+    lm = cv.load_model(source)
+    return {
+        "what": "model",
+        "model": lm.id,
+        "revision": lm.revision or "not stated",
+        "weights": lm.ref.weights,
+        "layers": lm.n_layers,
+        "d_model": lm.d_model,
+        "parameters": sum(one.numel() for one in lm.model.parameters()),
+        "context": lm.context_length,
+        "prompts": "chat template" if lm.chat else "plain (question and answer)",
+        "default_system_prompt": default_system(lm) or "none",
+        "template_options": options_of(lm),
+        "ends_at": [lm.tokenizer.decode([one]) for one in stop_tokens(lm)],
     }
 
 

@@ -15,12 +15,38 @@ Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: what the hardware does fast.")]
 # Any, because load_model checks it: a misspelt format is our one-line error, not a usage box.
 Template = Annotated[Any, typer.Option(metavar="FORMAT", help="auto, chat, or plain (question and answer).")]
+System = Annotated[str | None, typer.Option(help="System prompt. Default: what the chat template itself says.")]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, e.g. enable_thinking=false. Repeatable."),
+]
+SameAs = Annotated[
+    str, typer.Option(metavar="NAME", help="Take the model for the one of this name (a copy, another precision).")
+]
 Device = Annotated[str | None, typer.Option("--device-map", help="auto, cpu, cuda, ...: where the model goes.")]
 PromptsOption = Annotated[
     list[str], typer.Option("--prompts", help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset. Several are joined.")
 ]
 GENERAL = ["builtin:general"]
 BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+
+
+def template_options(given: list[str] | None) -> dict[str, Any]:
+    """Return the template options that NAME=VALUE words say: JSON values, or texts where they are none."""
+    import json
+
+    from commandv.errors import InputError
+
+    options: dict[str, Any] = {}
+    for word in given or []:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"--template-option {word!r}: expected NAME=VALUE, such as enable_thinking=false")
+        try:
+            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def show(facts: dict[str, Any], as_json: bool) -> None:

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import app
-from commandv.cli.options import BatchSize, Device, Dtype, Json, Model, Template, show
+from commandv.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    SameAs,
+    System,
+    Template,
+    TemplateOption,
+    show,
+    template_options,
+)
 
 
 @app.command()
@@ -33,6 +45,9 @@ def steer(
     dtype: Dtype = None,
     device_map: Device = None,
     template: Template = "auto",
+    system: System = None,
+    template_option: TemplateOption = None,
+    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Make a steering adapter from contrasting prompts or replies."""
@@ -45,7 +60,10 @@ def steer(
     if negative_trigger is not None and trigger is None:
         raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
     sides = cv.load_contrast(contrast, negative, paired=paired)
-    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
+    lm = cv.load_model(
+        model, dtype=dtype, device_map=device_map, template=template, system=system,
+        template_options=template_options(template_option), same_as=same_as,
+    )  # fmt: skip
     both = (trigger, negative_trigger) if trigger is not None and negative_trigger is not None else trigger
     adapter = cv.steer(
         lm, sides, method=method, positions=positions, trigger=both, layers=layers, kind=kind, strength=strength,

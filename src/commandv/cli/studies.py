@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import app
-from commandv.cli.options import BatchSize, Device, Dtype, Json, Model, Template, escaped, output, show
+from commandv.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    SameAs,
+    System,
+    Template,
+    TemplateOption,
+    escaped,
+    output,
+    show,
+    template_options,
+)
 
 Judges = Annotated[
     list[str] | None,
@@ -38,6 +52,9 @@ def evaluate(
     dtype: Dtype = None,
     device_map: Device = None,
     template: Template = "auto",
+    system: System = None,
+    template_option: TemplateOption = None,
+    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
@@ -50,7 +67,10 @@ def evaluate(
         require_file(out)
     asked = load_task(task, tasks_of(tasks) if tasks else {})
     attached = cv.load_adapter(adapter) if adapter else None
-    lm = cv.load_model(model, dtype=dtype, device_map=device_map, template=template)
+    lm = cv.load_model(
+        model, dtype=dtype, device_map=device_map, template=template, system=system,
+        template_options=template_options(template_option), same_as=same_as,
+    )  # fmt: skip
     found = run(
         lm, asked, attached, scale=scale, judges=judge or [], limit=n, seed=seed, controls=controls,
         batch_size=batch_size, out=out,

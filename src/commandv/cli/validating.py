@@ -15,10 +15,13 @@ from commandv.cli.options import (
     Dtype,
     Json,
     PromptsOption,
+    System,
     Template,
+    TemplateOption,
     fitter,
     output,
     show,
+    template_options,
 )
 
 
@@ -49,6 +52,8 @@ def validate(
     dtype: Dtype = None,
     device_map: Device = None,
     template: Template = "auto",
+    system: System = None,
+    template_option: TemplateOption = None,
     as_json: Json = False,
 ) -> None:
     """Put one model's mapped states in place of another's at one layer, and compare what it says with what it said."""
@@ -72,7 +77,15 @@ def validate(
         batch_size=batch_size,
     )
     donor_lm, recipient_lm = (
-        cv.load_model(one, dtype=dtype, device_map=device_map, template=template) for one in (donor, recipient)
+        cv.load_model(
+            one,
+            dtype=dtype,
+            device_map=device_map,
+            template=template,
+            system=system,
+            template_options=template_options(template_option),
+        )
+        for one in (donor, recipient)
     )
     pair = layer_pair(layer, donor_lm.n_layers, recipient_lm.n_layers)
     one, two = (cv.profile(lm, asked, text=passages, places="words") for lm in (donor_lm, recipient_lm))

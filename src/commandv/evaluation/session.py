@@ -96,7 +96,7 @@ def evaluate(
     """
     asked = load_task(task) if isinstance(task, str) else task
     arms: dict[str, tuple[Adapter | None, float]] = {UNMODIFIED: (None, 1.0)}
-    notes = []
+    notes = [f"Prompts with {lm.format}."] if str(lm.format) else []
     if adapter is not None:
         arms[ADAPTED] = (adapter, scale)
         if not controls:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,9 @@ class CommandVAPI(ModelAPI):
         device: str | None = None,
         revision: str | None = None,
         template: Template = "auto",
+        system: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        same_as: str = "",
         trust_remote_code: bool = False,
         batch_size: int = 16,
     ) -> None:
@@ -112,10 +115,13 @@ class CommandVAPI(ModelAPI):
             adapter: an adapter, what `commandv.load_adapter` takes, or None for the model alone.
             scale: factor on the adapter's deltas.
             layer: for a bare vector file, the layer it acts on.
-            dtype: as in `commandv.load_model`, and so are the next four.
+            dtype: as in `commandv.load_model`, and so are the others that load a model.
             device: where the model goes, such as `"cuda"` or `"auto"`.
             revision: hub branch, tag or commit.
             template: `"auto"`, `"chat"` or `"plain"`.
+            system: system prompt of conversations that begin without one.
+            template_options: the chat template's own variables.
+            same_as: name of the model that it is taken for.
             trust_remote_code: run Python code that comes with the model.
             batch_size: most requests per batch, and how many Inspect keeps open.
 
@@ -138,6 +144,9 @@ class CommandVAPI(ModelAPI):
             device_map=device,
             revision=str(revision) if revision is not None else None,  # Inspect reads 2024 as a number
             template=template,
+            system=system,
+            template_options=template_options,
+            same_as=same_as,
             trust_remote_code=trust_remote_code,
         )
         self.adapter = cv.load_adapter(adapter, layer=layer) if isinstance(adapter, str | Path) else adapter

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.interop.load import load_adapter
 from commandv.models.load import LM, Template, load_model
+from commandv.models.template import render
 
 try:
     from lm_eval.api.registry import register_model
@@ -50,6 +52,11 @@ class CommandVLM(HFLM):
         device: str | None = None,
         revision: str | None = None,
         template: Template = "auto",
+        system: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | int | None = None,
+        same_as: str = "",
         trust_remote_code: bool = False,
         batch_size: int | str = 1,
         max_batch_size: int = 64,
@@ -59,15 +66,22 @@ class CommandVLM(HFLM):
     ) -> None:
         """Wrap a model; it stays as it is between requests.
 
+        With the harness's `apply_chat_template` contexts are formatted as commandv formats a prompt.
+
         Args:
             pretrained: a loaded model, or what `commandv.load_model` takes.
             adapter: an adapter, what `commandv.load_adapter` takes, or None for the model alone.
             scale: factor on the adapter's deltas.
             layer: for a bare vector file, the layer it acts on.
-            dtype: as in `commandv.load_model`; not for a loaded model, and neither are the next four.
+            dtype: as in `commandv.load_model`; not for a loaded model, and neither are the others that load one.
             device: where the model goes, such as `"cuda"` or `"auto"`; a `"cuda"` that is not there is the CPU.
             revision: hub branch, tag or commit.
-            template: which prompt format the adapter was made for; contexts are not formatted by it.
+            template: which prompt format the adapter was made for.
+            system: system prompt, where a task or `--system_instruction` gives none.
+            template_options: the chat template's own variables.
+            enable_thinking: the one of them that has this name, for model arguments on the command line.
+            think_end_token: what ends a model's thinking in its answer, which is left out; as in the harness.
+            same_as: name of the model that it is taken for.
             trust_remote_code: run Python code that comes with the model.
             batch_size: rows per forward pass, or the harness's `"auto"`.
             max_batch_size: where `"auto"` starts.
@@ -81,11 +95,14 @@ class CommandVLM(HFLM):
             FormatError: the adapter cannot be read.
             MismatchError: the adapter is for another model.
         """
+        thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        options = {**(template_options or {}), **thinking}
         if isinstance(pretrained, LM):
-            if dtype or device or revision or template != "auto" or trust_remote_code:
+            asked = (dtype, device, revision, template != "auto", system is not None, options, same_as)
+            if any(asked) or trust_remote_code:
                 raise InputError(
-                    f"{pretrained.id} is loaded already; give dtype, device, revision, template and "
-                    "trust_remote_code to load_model"
+                    f"{pretrained.id} is loaded already; give dtype, device, revision, template, system, "
+                    "template_options, enable_thinking, same_as and trust_remote_code to load_model"
                 )
             lm = pretrained
         else:
@@ -97,6 +114,9 @@ class CommandVLM(HFLM):
                 device_map=device,
                 revision=revision,
                 template=template,
+                system=system,
+                template_options=options,
+                same_as=same_as,
                 trust_remote_code=trust_remote_code,
             )
         self.lm = lm
@@ -112,6 +132,8 @@ class CommandVLM(HFLM):
             max_length=max_length,
             add_bos_token=add_bos_token,
             logits_cache=logits_cache,
+            enable_thinking=enable_thinking,
+            think_end_token=think_end_token,
         )
         self._device = lm.device  # of a model spread over devices, the one that takes the token ids
 
@@ -119,6 +141,14 @@ class CommandVLM(HFLM):
         if self.adapter is None:
             return contextlib.nullcontext()
         return attach(self.lm, self.adapter, scale=self.scale, n_prompt=n_prompt)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as commandv formats it, with the model's own system prompt and template options.
+
+        Raises:
+            InputError: the template refuses it; the harness's own model would leave the system message out.
+        """
+        return render(self.lm, chat_history, begun=not add_generation_prompt)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer requests with the adapter attached; the harness pads on the left and hands over the mask."""
@@ -168,6 +198,7 @@ class CommandVLM(HFLM):
             "model_revision": self.lm.revision,
             "model_sha": self.lm.revision,
             "commandv_model": self.lm.id,
+            "commandv_format": str(self.lm.format),
             "commandv_adapter": self.adapter.name if self.adapter else None,
             "commandv_scale": self.scale if self.adapter else None,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,7 +49,9 @@ def detect(path: str | Path) -> str:
     raise FormatError(f"{path}: not an adapter or profile; the directory holds {names}")
 
 
-def load_adapter(source: str | Path, *, layer: int | None = None, convention: str | None = None) -> Adapter:
+def load_adapter(
+    source: str | Path, *, layer: int | None = None, convention: str | None = None, same_as: str = ""
+) -> Adapter:
     """Load an adapter: `builtin:BEHAVIOUR@MODEL`, a directory of ours, a pyreft directory, a vector file, or a control
     vector of llama.cpp.
 
@@ -57,11 +60,17 @@ def load_adapter(source: str | Path, *, layer: int | None = None, convention: st
         layer: for a vector file, the layer it acts on; of a stack or a control vector, the only layer to take.
         convention: how a file counts layers. Vector files: `"blocks"` (0 is the output of the first block, as we count;
             the default) or `"hidden-states"` (0 is the embeddings). Control vectors: `"llama.cpp"` or `"from-zero"`.
+        same_as: take the model that it is for as the one of this name, whatever the file says.
 
     Raises:
         FormatError: unsafe, damaged, unknown or of another kind; says what was got and what to do.
         InputError: a bare vector without a layer; a convention that files of this kind do not have.
     """
+    found = _loaded(source, layer, convention)
+    return replace(found, model=replace(found.model, id=same_as, revision="", weights="")) if same_as else found
+
+
+def _loaded(source: str | Path, layer: int | None, convention: str | None) -> Adapter:
     text = str(source)
     if text.startswith("builtin:"):
         return read(builtin_path(text.removeprefix("builtin:")))

@@ -119,15 +119,27 @@ def check_format(lm: LM) -> LM:
         return lm
     if not lm.chat:
         raise InputError(f"{lm.id} is asked in the plain format, which has no system prompt and no options")
-    if lm.format.options:
-        known = _variables(lm.tokenizer.get_chat_template())
-        unknown = sorted(set(lm.format.options) - known)
-        if unknown:
-            listed = ", ".join(sorted(known - {*RESERVED, *lm.tokenizer.special_tokens_map, "strftime_now"}))
-            raise InputError(f"{lm.id}: template options {unknown}: its chat template knows {listed or 'none'}")
+    unknown = sorted(set(lm.format.options) - _variables(lm))
+    if unknown:
+        listed = ", ".join(options_of(lm)) or "none"
+        raise InputError(f"{lm.id}: template options {unknown}: its chat template knows {listed}")
     if lm.format.system is not None and lm.format.system.strip() not in render(lm, [{"role": "user", "content": MARK}]):
         raise InputError(f"{lm.id}: its chat template leaves the system prompt out; put it before the prompts instead")
     return lm
+
+
+def options_of(lm: LM) -> list[str]:
+    """Return the names of the options that the model's chat template reads."""
+    said = {
+        *RESERVED,
+        *lm.tokenizer.special_tokens_map,
+        "strftime_now",
+        "raise_exception",
+        "namespace",
+        "range",
+        "dict",
+    }
+    return sorted(_variables(lm) - said)
 
 
 def default_system(lm: LM) -> str | None:
@@ -182,9 +194,12 @@ def _date_formats(source: str) -> tuple[str, ...]:
     return tuple(map(str, constant)) if len(constant) == len(given) else ()
 
 
-@functools.lru_cache(maxsize=64)
-def _variables(source: str) -> frozenset[str]:
-    return frozenset(jinja2.meta.find_undeclared_variables(_parsed(source)))
+def _variables(lm: LM) -> set[str]:
+    """Return the names that the chat template reads from outside; none of one that cannot be read."""
+    try:
+        return jinja2.meta.find_undeclared_variables(_parsed(lm.tokenizer.get_chat_template())) if lm.chat else set()
+    except (jinja2.TemplateError, ValueError):  # `render` says what is wrong with it
+        return set()
 
 
 def _parsed(source: str) -> jinja2.nodes.Template:

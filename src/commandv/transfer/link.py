@@ -197,7 +197,7 @@ class Link:
         provenance = {
             "made_by": "paste",
             "donor": asdict(self.donor.model),
-            "donor_adapter": {"name": adapter.name, **dict(adapter.provenance)},
+            "donor_adapter": {"name": adapter.name, "model_format": adapter.model.format, **dict(adapter.provenance)},
             "prompts": self.donor.prompts,
             "link": self.settings(),
             "scale": scale,

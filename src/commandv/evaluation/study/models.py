@@ -45,7 +45,7 @@ class ModelSource:
             self._loaded.popitem(last=False)
         spec = self.specs[name]
         if self.rehearsal is None:
-            self._loaded[name] = load_model(spec.id, dtype=spec.dtype, revision=spec.revision)
+            self._loaded[name] = load_model(**spec.model_dump(exclude={"shape"}))
         else:
             self._loaded[name] = _random(spec, self.rehearsal)
         return self._loaded[name]

@@ -54,12 +54,20 @@ class ModelSpec(Strict):
         id: what `load_model` takes: a hub id, a directory, a packaged model.
         revision: of a hub model.
         dtype: what `load_model` takes.
+        template: what `load_model` takes, and so are the next three.
+        system: system prompt.
+        template_options: variables of the chat template.
+        same_as: name of the model that it is taken for.
         shape: its true shape, for rehearsals.
     """
 
     id: str
     revision: str | None = None
     dtype: str | None = None
+    template: Literal["auto", "chat", "plain"] = "auto"
+    system: str | None = None
+    template_options: dict[str, Any] = {}
+    same_as: str = ""
     shape: Shape | None = None
 
 
