@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SMALL := $(wildcard studies/small/*.yaml)
 STEERING := $(wildcard studies/steering/*.yaml)
 
-.PHONY: demo test check format adapters docs bench studies small-studies family $(SMALL) $(STEERING) clean
+.PHONY: demo test check format adapters docs bench experiments studies small-studies family $(SMALL) $(STEERING) clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,7 +43,7 @@ docs: $(VENV)/.installed  ## write docs/cli.md again
 studies: small-studies $(STEERING)  ## run all studies (hours)
 
 small-studies: $(SMALL)  ## run the small studies, write their reports and the claims page
-	$(BIN)/python benchmarks/claims.py
+	$(BIN)/python -m experiments.tables.claims
 
 $(SMALL) $(STEERING): $(VENV)/.installed
 	$(BIN)/python -m experiments.organisms.make
@@ -52,15 +52,17 @@ $(SMALL) $(STEERING): $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/judges.py
 	$(BIN)/python benchmarks/graders.py
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/mappers.py
-	$(BIN)/python benchmarks/vectors.py
 	$(BIN)/python benchmarks/speed_reading.py
-	$(PIP) --editable '.[sae]' && $(BIN)/python benchmarks/sae.py
-	$(BIN)/python benchmarks/validation.py
+
+experiments: $(VENV)/.installed  ## run the experiments behind the other tables (hours)
+	$(BIN)/python -m experiments.tables.quality
+	$(BIN)/python -m experiments.tables.mappers
+	$(BIN)/python -m experiments.tables.vectors
+	$(PIP) --editable '.[sae]' && $(BIN)/python -m experiments.sae.features
+	$(BIN)/python -m experiments.mapping.table
 
 family: $(VENV)/.installed  ## fetch the real pair for the evidence: Qwen2.5-Coder-Instruct, 0.5B and 1.5B
 	$(BIN)/python experiments/family.py

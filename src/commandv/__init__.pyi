@@ -37,11 +37,9 @@ from .adapters.store import save as save
 from .errors import CommandVError as CommandVError
 from .evaluation import Score as Score
 from .evaluation import Task as Task
-from .evaluation import Trial as Trial
 from .evaluation import choose_layer as choose_layer
 from .evaluation import drift as drift
 from .evaluation import measure as measure
-from .evaluation import validate_mapper as validate_mapper
 from .interop.load import load_adapter as load_adapter
 from .models.encoding import encode as encode
 from .models.generation import generate as generate
@@ -74,6 +72,7 @@ from .profiles.profile import (
     save_profile as save_profile,
 )
 from .profiles.profiling import profile as profile
+from .prompts.sets import Prompt as Prompt
 from .prompts.sets import PromptSet as PromptSet
 from .prompts.sets import load_prompts as load_prompts
 from .prompts.sets import mixed_forms as mixed_forms
@@ -164,6 +163,7 @@ from .transfer.convert import (
 from .transfer.fidelity import Fidelity as Fidelity
 from .transfer.link import Link as Link
 from .transfer.link import link as link
+from .transfer.match import LayerPair as LayerPair
 from .transfer.match import (
     explicit as explicit,
 )

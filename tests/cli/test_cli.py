@@ -311,7 +311,7 @@ def test_json_has_no_nan(capsys):
 
 VERBS = (
     *("profile", "train", "paste", "generate", "inspect", "doctor", "demo"),
-    *("export", "steer", "evaluate", "study", "report", "validate"),
+    *("export", "steer", "evaluate", "study", "report"),
 )
 
 

@@ -65,7 +65,6 @@ from commandv.evaluation.statistics import (
     recovered_fraction,
 )
 from commandv.evaluation.tasks import ByText, Judge, Outcome, Split, Task, measure
-from commandv.evaluation.validation import Trial, Validation, validate_mapper
 
 __all__ = [
     "FORMATS",
@@ -93,9 +92,7 @@ __all__ = [
     "Score",
     "Split",
     "Task",
-    "Trial",
     "Usage",
-    "Validation",
     "arithmetic_prompts",
     "as_letters",
     "capitals",
@@ -136,7 +133,6 @@ __all__ = [
     "repetition",
     "reply_log_probs",
     "tasks_of",
-    "validate_mapper",
     "word_count",
     "words_before_answer",
     "write_outcome",

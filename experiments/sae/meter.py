@@ -1,4 +1,4 @@
-"""What vectors that are added to a model's stream do to words: the meter of `sae.py`, and the models it is for."""
+"""What vectors that are added to a model's stream do to words: the meter of `features.py`, and the models it is for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 import commandv as cv
-from commandv.models.encoding import encode
-from commandv.models.load import LM
-from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import profile_stream
 from experiments.organisms.siblings import rotated
-from sae_training import DONOR, LAYER, donor
+from experiments.sae.training import DONOR, LAYER, donor
 
 TWIN = "twin (rotated to 768)"
 N_MATCHED = 20  # words that were as likely, for each word
@@ -23,7 +20,7 @@ PASSAGE_WORDS = 30
 
 
 @functools.cache
-def model(name: str) -> LM:
+def model(name: str) -> cv.LM:
     if name == DONOR:
         return donor()
     return rotated(donor(), 768) if name == TWIN else cv.load_model(name)
@@ -36,12 +33,13 @@ def profiled(name: str) -> cv.Profile:
 
 
 @functools.cache
-def passages(split: str) -> PromptSet:
+def passages(split: str) -> cv.PromptSet:
     """Return neutral passages that neither the SAE nor a converter has seen: every other one is for development."""
     found = [
-        Prompt(one.text, " ".join(one.response.split(" ")[:PASSAGE_WORDS])) for one in cv.load_prompts("builtin:drift")
+        cv.Prompt(one.text, " ".join(one.response.split(" ")[:PASSAGE_WORDS]))
+        for one in cv.load_prompts("builtin:drift")
     ]
-    return PromptSet(tuple(found[split == "test" :: 2]), f"drift, {split}")
+    return cv.PromptSet(tuple(found[split == "test" :: 2]), f"drift, {split}")
 
 
 @functools.cache
@@ -69,7 +67,7 @@ class Meter:
         self.head, self.rows = head, head[[vocabulary(name)[word] for word in words]].float()
         self.inputs = []
         for passage in passages(split):
-            one = encode(self.lm, passage.text, passage.response)
+            one = cv.encode(self.lm, passage.text, passage.response)
             places = [at for at, end in enumerate(one.text_ends) if end > 0 and passage.response[end : end + 1] == " "]
             self.inputs.append((torch.tensor([one.ids]), places))
         unmoved, nowhere = self._run(torch.zeros(1, self.lm.d_model), None)

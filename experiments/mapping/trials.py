@@ -17,24 +17,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.table import Table
-
+import commandv as cv
 from commandv.errors import InputError, MismatchError
-from commandv.evaluation.choices import Question, multiple_choice
-from commandv.evaluation.scores import Score, mean, rate
-from commandv.evaluation.similarity import rouge_l
-from commandv.evaluation.tasks import Judge
-from commandv.evaluation.teacher_forcing import UNPATCHED, read_texts, score_texts
-from commandv.mapping.mappers import MEAN_ABLATION, Mapper, mapper_arms
-from commandv.mapping.pairing import Pairing
-from commandv.mapping.replacing import Along, Counterparts, pairing, read_counterparts, replaced
-from commandv.models.encoding import encode
-from commandv.models.generation import generate
-from commandv.models.load import LM
-from commandv.progress import track
-from commandv.prompts.sets import Prompt, PromptSet
-from commandv.transfer.link import Link
-from commandv.transfer.match import LayerPair
+from commandv.evaluation import Judge, Question, Score, mean, multiple_choice, rate
+from commandv.mapping import (
+    MEAN_ABLATION,
+    Along,
+    Counterparts,
+    Mapper,
+    Pairing,
+    mapper_arms,
+    pairing,
+    read_counterparts,
+    replaced,
+)
+from experiments.mapping.similarity import rouge_l
+from experiments.mapping.teacher_forcing import UNPATCHED, read_texts, score_texts
 
 DONOR = "donor"
 TEXTS, REPLIES, CHOICES = "texts", "replies", "choices"
@@ -60,8 +58,8 @@ class Trial:
         batch_size: sequences per forward pass.
     """
 
-    texts: PromptSet | None = None
-    prompts: PromptSet | None = None
+    texts: cv.PromptSet | None = None
+    prompts: cv.PromptSet | None = None
     questions: Sequence[Question] = ()
     tokens: int = 64
     max_new_tokens: int = 24
@@ -91,7 +89,7 @@ class Validation:
             arm, `"unpatched"`, is the recipient by itself; `"donor"` the donor by itself. The metrics:
 
             - texts: `kl` (unpatched || patched), `perplexity`, `agreement` (same most likely token), `cosine` (centred
-              rows), `fvu_mean` and `fvu_median` over dimensions; see `commandv.evaluation.teacher_forcing`.
+              rows), `fvu_mean` and `fvu_median` over dimensions; see `experiments.mapping.teacher_forcing`.
             - replies: `to_own`, mean similarity to the unpatched recipient's reply; `to_donor`, to the donor's; `tvs`,
               share nearer to the recipient's than to the donor's; `mva`, share nearer to the recipient's than the
               mean-ablated reply is. Ties are left out of both and their n, so that .5 is chance. And the judge's.
@@ -103,31 +101,12 @@ class Validation:
 
     donor: str
     recipient: str
-    pair: LayerPair
+    pair: cv.LayerPair
     pairing: dict[str, Pairing]
     scores: dict[str, dict[str, dict[str, Score]]]
     values: dict[str, dict[str, Values]]
     replies: dict[str, list[str]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-
-    def tables(self) -> list[Table]:
-        """Return a table per trial: arms by metrics."""
-        made = []
-        for trial, arms in self.scores.items():
-            paired, n = self.pairing[trial], next(iter(next(iter(arms.values())).values())).n
-            place = f"{self.donor}, layer {self.pair.donor}, in {self.recipient}, layer {self.pair.recipient}"
-            title = (
-                f"{trial} (n = {n}): {place}. Tokens paired: {paired.exact:.0%} exactly, {paired.earlier:.0%} with an "
-                f"earlier one, {paired.kept:.0%} not"
-            )
-            table = Table(title=title, title_justify="left")
-            metrics = list(dict.fromkeys(metric for scores in arms.values() for metric in scores))
-            for header in ("", *metrics):
-                table.add_column(header, justify="right" if header else "left")
-            for arm, scores in arms.items():
-                table.add_row(arm, *(_shown(scores.get(metric), n) for metric in metrics))
-            made.append(table)
-        return made
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain values, without the replies."""
@@ -144,18 +123,11 @@ class Validation:
         }
 
 
-def _shown(score: Score | None, n: int) -> str:
-    if score is None:
-        return ""
-    fewer = "" if score.n == n else f", n = {score.n}"
-    return f"{score.value:.3g} [{score.low:.3g}, {score.high:.3g}]{fewer}"
-
-
 def validate_mapper(
-    donor_lm: LM,
-    recipient_lm: LM,
-    link: Link,
-    pair: LayerPair | tuple[int, int],
+    donor_lm: cv.LM,
+    recipient_lm: cv.LM,
+    link: cv.Link,
+    pair: cv.LayerPair | tuple[int, int],
     trial: Trial,
     *,
     seed: int = 0,
@@ -183,7 +155,7 @@ def validate_mapper(
     return try_mappers(donor_lm, recipient_lm, arms, trial)
 
 
-def try_mappers(donor_lm: LM, recipient_lm: LM, arms: Mapping[str, Mapper], trial: Trial) -> Validation:
+def try_mappers(donor_lm: cv.LM, recipient_lm: cv.LM, arms: Mapping[str, Mapper], trial: Trial) -> Validation:
     """Try mappers of one layer pair, side by side.
 
     Args:
@@ -220,45 +192,44 @@ def try_mappers(donor_lm: LM, recipient_lm: LM, arms: Mapping[str, Mapper], tria
 class _Run:
     """The trials of some mappers, and what they have given so far."""
 
-    def __init__(self, donor: LM, recipient: LM, arms: dict[str, Mapper], pair: LayerPair, trial: Trial) -> None:
+    def __init__(
+        self, donor: cv.LM, recipient: cv.LM, arms: dict[str, Mapper], pair: cv.LayerPair, trial: Trial
+    ) -> None:
         self.donor, self.recipient, self.arms, self.pair, self.trial = donor, recipient, arms, pair, trial
         self.pairing: dict[str, Pairing] = {}
         self.scores: dict[str, dict[str, dict[str, Score]]] = {}
         self.values: dict[str, dict[str, Values]] = {}
         self.replies: dict[str, list[str]] = {}
 
-    def _counterparts(self, trial: str, texts: PromptSet, until: int | None = None) -> list[Counterparts]:
+    def _counterparts(self, trial: str, texts: cv.PromptSet, until: int | None = None) -> list[Counterparts]:
         many = read_counterparts(
             self.donor, self.recipient, self.pair, texts, until=until, batch_size=self.trial.batch_size
         )
         self.pairing[trial] = pairing(many)
         return many
 
-    def read(self, texts: PromptSet) -> None:
-        passages = PromptSet(tuple(Prompt(one.response or one.text) for one in texts), texts.name)
+    def read(self, texts: cv.PromptSet) -> None:
+        passages = cv.PromptSet(tuple(cv.Prompt(one.response or one.text) for one in texts), texts.name)
         many = self._counterparts(TEXTS, passages, self.trial.tokens)
-        found = read_texts(self.recipient, many, self.arms, batch_size=self.trial.batch_size)
+        found = read_texts(self.recipient, many, self.arms)
         self.scores[TEXTS] = {name: score_texts(values, many) for name, values in found.items()}
         metrics = ("kl", "nats", "agreement", "cosine")
         self.values[TEXTS] = {
             name: {metric: getattr(values, metric) for metric in metrics} for name, values in found.items()
         }
 
-    def reply(self, prompts: PromptSet) -> None:
+    def reply(self, prompts: cv.PromptSet) -> None:
         trial = self.trial
         if trial.read_along:
             _require_same_tokens(self.donor, self.recipient, prompts.texts)
-        many = self._counterparts(REPLIES, PromptSet(tuple(Prompt(text) for text in prompts.texts)))
+        many = self._counterparts(REPLIES, cv.PromptSet(tuple(cv.Prompt(text) for text in prompts.texts)))
         replies: dict[str, list[str]] = {}
-        with track("replying", total=len(self.arms) + 2) as advance:
-            for name, lm in ((UNPATCHED, self.recipient), (DONOR, self.donor)):
-                replies[name] = self._generated(lm, prompts)
-                advance(1)
-            for name, mapper in self.arms.items():
-                along = Along(self.donor, mapper) if trial.read_along else None
-                with replaced(self.recipient, many, mapper, along):
-                    replies[name] = self._generated(self.recipient, prompts)
-                advance(1)
+        for name, lm in ((UNPATCHED, self.recipient), (DONOR, self.donor)):
+            replies[name] = self._generated(lm, prompts)
+        for name, mapper in self.arms.items():
+            along = Along(self.donor, mapper) if trial.read_along else None
+            with replaced(self.recipient, many, mapper, along):
+                replies[name] = self._generated(self.recipient, prompts)
         values = {name: _likeness(name, replies, trial.similarity) for name in replies}
         units = {"to_own": "similarity", "to_donor": "similarity"}
         if trial.judge is not None:
@@ -272,22 +243,19 @@ class _Run:
         }
         self.replies = replies if trial.keep_replies else {}
 
-    def _generated(self, lm: LM, prompts: PromptSet) -> list[str]:
-        return generate(lm, prompts, max_new_tokens=self.trial.max_new_tokens, batch_size=self.trial.batch_size)
+    def _generated(self, lm: cv.LM, prompts: cv.PromptSet) -> list[str]:
+        return cv.generate(lm, prompts, max_new_tokens=self.trial.max_new_tokens, batch_size=self.trial.batch_size)
 
     def choose(self, questions: Sequence[Question]) -> None:
-        both = (Prompt(question.text, choice) for question in questions for choice in question.choices)
-        many = self._counterparts(CHOICES, PromptSet(tuple(both)))
+        both = (cv.Prompt(question.text, choice) for question in questions for choice in question.choices)
+        many = self._counterparts(CHOICES, cv.PromptSet(tuple(both)))
         size = self.trial.batch_size
-        with track("weighing choices", total=len(self.arms) + 2) as advance:
-            found = {}
-            for name, lm in ((UNPATCHED, self.recipient), (DONOR, self.donor)):
-                found[name] = multiple_choice(lm, questions, name=name, batch_size=size)
-                advance(1)
-            for name, mapper in self.arms.items():
-                with replaced(self.recipient, many, mapper):
-                    found[name] = multiple_choice(self.recipient, questions, name=name, batch_size=size)
-                advance(1)
+        found = {}
+        for name, lm in ((UNPATCHED, self.recipient), (DONOR, self.donor)):
+            found[name] = multiple_choice(lm, questions, name=name, batch_size=size)
+        for name, mapper in self.arms.items():
+            with replaced(self.recipient, many, mapper):
+                found[name] = multiple_choice(self.recipient, questions, name=name, batch_size=size)
         self.values[CHOICES] = {
             name: {"accuracy": list(one.labels), "accuracy_by_length": list(one.labels_by_length)}
             for name, one in found.items()
@@ -298,8 +266,8 @@ class _Run:
         }
 
 
-def _require_same_tokens(donor: LM, recipient: LM, texts: Sequence[str]) -> None:
-    different = next((text for text in texts if encode(donor, text).ids != encode(recipient, text).ids), None)
+def _require_same_tokens(donor: cv.LM, recipient: cv.LM, texts: Sequence[str]) -> None:
+    different = next((text for text in texts if cv.encode(donor, text).ids != cv.encode(recipient, text).ids), None)
     if different is not None:
         raise MismatchError(
             f"{donor.id} and {recipient.id} make different tokens of {different[:40]!r} ...; reading along needs two "

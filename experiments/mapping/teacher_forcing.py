@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import commandv as cv
 from commandv.errors import InputError
-from commandv.evaluation.scores import Score, geometric_mean, mean
-from commandv.mapping.mappers import Mapper
-from commandv.mapping.replacing import Counterparts, replaced
-from commandv.models.encoding import last_logits, pad
-from commandv.models.finite import require_finite
-from commandv.models.generation import batches
-from commandv.models.load import LM
-from commandv.progress import track
+from commandv.evaluation import Score, mean
+from commandv.mapping import Counterparts, Mapper, replaced
 
 RESAMPLES = 2000
 UNPATCHED = "unpatched"
@@ -43,16 +39,13 @@ class TextValues:
     unexplained: list[Tensor] = field(default_factory=list)
 
 
-def read_texts(
-    lm: LM, texts: Sequence[Counterparts], arms: Mapping[str, Mapper], *, batch_size: int = 4
-) -> dict[str, TextValues]:
+def read_texts(lm: cv.LM, texts: Sequence[Counterparts], arms: Mapping[str, Mapper]) -> dict[str, TextValues]:
     """Let a model read texts with its states replaced at every token that has a counterpart.
 
     Args:
         lm: the recipient.
         texts: read up to their last token of text.
         arms: what makes the new states.
-        batch_size: texts per forward pass.
 
     Returns:
         Arm -> its values; the first arm, `UNPATCHED`, is the model by itself.
@@ -64,22 +57,14 @@ def read_texts(
     if short is not None:
         raise InputError(f"text {short} is one token of {lm.id}; expected at least 2, leave it out")
     many: dict[str, Mapper | None] = {UNPATCHED: None, **arms}
-    order = list(batches([len(one.ids) for one in texts], batch_size))
     centre = torch.cat([one.own for one in texts]).double().mean(0)
     found: dict[str, dict[int, tuple[float, ...]]] = {name: {} for name in many}
     out = {name: TextValues() for name in many}
-    with track(f"reading texts, {len(many)} ways", total=len(texts)) as advance:
-        for members in order:
-            group = [texts[i] for i in members]
-            plain = _logits(lm, group)
-            for name, mapper in many.items():
-                changed = plain
-                if mapper is not None:
-                    with replaced(lm, group, mapper):
-                        changed = _logits(lm, group)
-                for item, one, p, q in zip(members, group, plain, changed, strict=True):
-                    found[name][item] = _predicted(one, p, q)
-            advance(len(members))
+    for item, one in enumerate(texts):
+        plain = _logits(lm, one)
+        for name, mapper in many.items():
+            with replaced(lm, [one], mapper) if mapper else contextlib.nullcontext():
+                found[name][item] = _predicted(one, plain, _logits(lm, one) if mapper else plain)
     for name, values in out.items():
         for item, one in enumerate(texts):
             kl, nats, agreement = found[name][item]
@@ -95,14 +80,13 @@ def read_texts(
 
 
 @torch.inference_mode()
-def _logits(lm: LM, group: Sequence[Counterparts]) -> list[Tensor]:
-    """Return the logits [tokens of the text, vocabulary] of each text, in order."""
-    longest = max(len(one.ids) - one.places.start for one in group)
-    logits = last_logits(lm, pad(lm, [one.ids for one in group]), longest)
-    own = [logits[row, one.places.start - len(one.ids) :] for row, one in enumerate(group)]
-    for number, (one, values) in enumerate(zip(group, own, strict=True), start=1):
-        require_finite(lm, values, number, one.ids)
-    return own
+def _logits(lm: cv.LM, one: Counterparts) -> Tensor:
+    """Return the logits [tokens of the text, vocabulary]."""
+    ids = torch.tensor([one.ids], device=lm.device)
+    logits = lm.model(input_ids=ids, use_cache=False).logits[0, one.places.start :]
+    if not torch.isfinite(logits).all():
+        raise InputError(f"{lm.id}: logits that are no numbers; load it in bfloat16 or float32")
+    return logits
 
 
 def _predicted(one: Counterparts, plain: Tensor, changed: Tensor) -> tuple[float, float, float]:
@@ -120,10 +104,13 @@ def score_texts(values: TextValues, texts: Sequence[Counterparts]) -> dict[str, 
     The fraction of variance unexplained (FVU) of a dimension is sum (new - own)² / sum (own - mean)² over all replaced
     states; its mean and its median over dimensions are given.
     """
-    fvu = _unexplained(values.unexplained, texts)
+    fvu, nats = _unexplained(values.unexplained, texts), mean("perplexity", values.nats, "perplexity")
+    with np.errstate(over="ignore"):
+        value, low, high = np.exp([nats.value, nats.low, nats.high]).tolist()
+    perplexity = nats._replace(value=value, low=low, high=high)
     return {
         "kl": mean("KL", values.kl, "nats per token"),
-        "perplexity": geometric_mean("perplexity", values.nats, "perplexity"),
+        "perplexity": perplexity,
         "agreement": mean("top-1 agreement", values.agreement, "share"),
         "cosine": mean("cosine", values.cosine, "cosine"),
         "fvu_mean": fvu[0],

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,17 +13,16 @@ import torch
 import commandv as cv
 import mapped
 import tiny
-from commandv import cli
 from commandv.errors import InputError, MismatchError
 from commandv.evaluation import ByText
-from commandv.evaluation.similarity import rouge_l
-from commandv.evaluation.teacher_forcing import read_texts
-from commandv.evaluation.validation import Trial, try_mappers, validate_mapper
 from commandv.mapping import MAPPED, MEAN_ABLATION, ROTATED, SHUFFLED, mapper_arms, read_counterparts, replaced, unseen
 from commandv.models.gguf import packaged_files
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.transfer.match import LayerPair
-from mapped import PASSAGES, PROMPTS, QUESTIONS, TEXTS, constant, identity, profiled
+from experiments.mapping.similarity import rouge_l
+from experiments.mapping.teacher_forcing import read_texts
+from experiments.mapping.trials import Trial, try_mappers, validate_mapper
+from mapped import PROMPTS, QUESTIONS, TEXTS, constant, identity, profiled
 
 donor, recipient, profiles, versions = mapped.donor, mapped.recipient, mapped.profiles, mapped.versions
 
@@ -49,11 +46,11 @@ def test_rouge_l(a, b, expected):
 
 
 def test_texts_against_figures_made_by_hand(donor, recipient):
-    """One text at a time, without batch or padding, every formula written out."""
+    """One text at a time, every formula written out."""
     many = read_counterparts(donor, recipient, LayerPair(0, 1), TEXTS, until=12)
     value = torch.linspace(-1, 1, 32)
     mapper = constant(donor, recipient, 1, value)
-    found = read_texts(recipient, many, {"arm": mapper}, batch_size=3)
+    found = read_texts(recipient, many, {"arm": mapper})
     centre = torch.cat([one.own for one in many]).mean(0)
     for i, one in enumerate(many):
         with torch.no_grad():
@@ -179,7 +176,6 @@ def test_everything_at_once_and_as_plain_values(donor, recipient, profiles):
     assert list(plain["scores"]["texts"]) == arms
     for trial_name in ("replies", "choices"):
         assert list(plain["scores"][trial_name]) == [arms[0], "donor", *arms[1:]]
-    assert len(found.tables()) == 3
     for name, n in (("texts", 4), ("replies", 4), ("choices", 2)):
         for values in found.values[name].values():
             assert {len(column) for column in values.values()} == {n}
@@ -222,38 +218,6 @@ def test_what_cannot_be_is_said(donor, recipient, profiles):
         PromptSet((Prompt(" "),))
     with pytest.raises(MismatchError, match="make different tokens"):
         try_mappers(donor, recipient, arms, dataclasses.replace(trial, read_along=True))
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
-def test_validate_on_the_command_line(tmp_path, monkeypatch, capsys):
-    for name, arch in (("one", "llama"), ("two", "gpt2")):
-        tiny.tiny_model(arch).save_pretrained(tmp_path / name)
-        tiny.tiny_tokenizer().save_pretrained(tmp_path / name)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS.texts))
-    rows = [json.dumps({"text": one.response}) for one in PASSAGES]
-    (tmp_path / "texts.jsonl").write_text("\n".join(rows))
-    (tmp_path / "questions.jsonl").write_text(
-        json.dumps({"question": "What is tea?", "choices": ["a drink", "the door"], "answer_index": 0})
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    command = "validate one two --layer 1:2 --prompts prompts.txt --text texts.jsonl --questions questions.jsonl --n 3"
-
-    def run(more: str) -> Any:
-        monkeypatch.setattr(sys, "argv", f"commandv {command} --max-new-tokens 3 --dtype float32 {more}".split())
-        with pytest.raises(SystemExit):  # also when all is well
-            cli.main()
-        return capsys.readouterr()
-
-    found = json.loads(run("--json --judge refusal").out)
-    assert found["pair"] == [1, 2]
-    assert found["scores"]["replies"][MAPPED]["refusal"]["n"] == 3
-    assert found["scores"]["choices"][MAPPED]["accuracy"]["n"] == 1
-    assert found["scores"]["texts"]["unpatched"]["kl"]["value"] == 0
-    assert "mean-ablation" in run("--fit pinv").out
-    assert "commandv: layer 9 of the donor: expected one of 0 .. 3" in run("--layer 9").err
 
 
 # -- the packaged models ----------------------------------------------------------------------------------------------

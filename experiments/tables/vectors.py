@@ -1,7 +1,7 @@
 """Do steering vectors and probes carry? Difference-in-means vectors and logistic probes between the packaged models.
 
-    python benchmarks/vectors.py            # writes results/vectors.json and ../docs/benchmarks/vectors.md
-    python benchmarks/vectors.py --report   # the page again, from results/vectors.json
+    python -m experiments.tables.vectors            # writes results/vectors.json and ../docs/benchmarks/vectors.md
+    python -m experiments.tables.vectors --report   # the page again, from results/vectors.json
 
 Harmful against harmless requests (AdvBench and our own test questions) and the sentiment of film reviews, from
 ../shared/data; nothing is generated. Per seed the prompts are drawn into two halves. The donor's vector or probe comes
@@ -40,25 +40,20 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import commandv as cv
-from commandv.evaluation.scores import mean
-from commandv.profiles.profile import END, Rows
-from commandv.prompts.sets import Prompt, PromptSet
-from commandv.steering import carry_directions, carry_probes
-from commandv.steering.methods import auc, fit_probe
-from commandv.steering.reading import profile_stream, prompt_states
-from commandv.transfer.convert.kept import Kept
+from commandv.evaluation import mean
+from commandv.steering import auc, carry_directions, carry_probes, fit_probe, profile_stream, prompt_states
 
-ROOT = Path(__file__).resolve().parent
-SHARED = ROOT.parent.parent / "shared" / "data"
-RESULTS = ROOT / "results" / "vectors.json"
-TABLE = ROOT.parent / "docs" / "benchmarks" / "vectors.md"
+HERE = Path(__file__).resolve().parents[1]
+SHARED = HERE.parents[1] / "shared" / "data"
+RESULTS = HERE / "results" / "vectors.json"
+TABLE = HERE.parent / "docs" / "benchmarks" / "vectors.md"
 
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
 SEEDS = (0, 1, 2)
@@ -71,7 +66,7 @@ class Way(NamedTuple):
     """Where converters come from: a profile (see `profiled`), its rows, and a fit."""
 
     profile: str
-    rows: Rows
+    rows: Literal["end", "text"]
     fit: cv.Ridge | cv.Pinv = cv.Ridge()
 
 
@@ -108,27 +103,27 @@ def rows(file: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (SHARED / file).read_text("utf-8").splitlines()]
 
 
-def sides(concept: str) -> tuple[PromptSet, PromptSet]:
+def sides(concept: str) -> tuple[cv.PromptSet, cv.PromptSet]:
     """Return as many positive as negative prompts."""
     if concept.startswith("harmful"):
         benign = cv.load_prompts("builtin:questions-test").texts
         if "no marks" in concept:
             benign = [text.rstrip(".?!") for text in benign]
         requests = [row["prompt"] for row in rows("advbench_shared.jsonl")][FIRST_REQUEST:][: len(benign)]
-        both: list[list[Prompt]] = [[Prompt(text) for text in texts] for texts in (requests, benign)]
+        both: list[list[cv.Prompt]] = [[cv.Prompt(text) for text in texts] for texts in (requests, benign)]
     else:
         found = rows("sentiment_rt.jsonl")
         reviews = [
             [row["text"] for row in found if row["label"] == label][FIRST_REVIEW:] for label in ("positive", "negative")
         ]
         as_reply = CONCEPTS[concept].at.startswith("g")
-        both = [[Prompt(ASKED, text) if as_reply else Prompt(text) for text in texts] for texts in reviews]
-    return PromptSet(tuple(both[0]), concept), PromptSet(tuple(both[1]), concept)
+        both = [[cv.Prompt(ASKED, text) if as_reply else cv.Prompt(text) for text in texts] for texts in reviews]
+    return cv.PromptSet(tuple(both[0]), concept), cv.PromptSet(tuple(both[1]), concept)
 
 
-def third_party() -> PromptSet:
+def third_party() -> cv.PromptSet:
     found = [row["prompt"] for row in rows("profiling_prompts_1030.jsonl")]
-    return PromptSet(tuple(Prompt(one) for one in found if len(one.split()) <= 40), "third-party prompts")
+    return cv.PromptSet(tuple(cv.Prompt(one) for one in found if len(one.split()) <= 40), "third-party prompts")
 
 
 @functools.cache
@@ -173,7 +168,7 @@ def cosine(a: Tensor, b: Tensor, scale: Tensor) -> float:
 def spread(name: str, concept: str, layer: int) -> Tensor:
     """Return the standard deviation of each dimension over rows like those where the concept is read, [d_model]."""
     one = profiled(name, "general" if CONCEPTS[concept].at == "l1" else "words")
-    ends = torch.from_numpy(one.keys[:, 1] == END)
+    ends = torch.from_numpy(one.keys[:, 1] < 0)
     chosen = one.layer(layer)[ends if CONCEPTS[concept].at == "l1" else ~ends].float().std(0)
     return chosen.clamp(min=1e-6 * profile_stream(one, layer).norm)
 
@@ -185,7 +180,14 @@ def matched(donor: str, recipient: str) -> list[int]:
     return sorted(layer for layer in found if layer >= two.n_layers // 3)
 
 
-def measure(donor: str, recipient: str, concept: str, seed: int, kept: Kept) -> dict[str, Any]:
+@functools.lru_cache(maxsize=2 * len(WAYS))
+def linked(donor: str, recipient: str, way: Way, reading: bool = False) -> cv.Link:
+    """Return the link of a way, with its rows for writing or for reading; it keeps its fits."""
+    pair = profiled(donor, way.profile), profiled(recipient, way.profile)
+    return cv.link(*pair, read_rows=way.rows) if reading else cv.link(*pair, fit=way.fit, write_rows=way.rows)
+
+
+def measure(donor: str, recipient: str, concept: str, seed: int) -> dict[str, Any]:
     """Return cosines, lengths and AUCs of one direction, concept and seed, means over layers."""
     (one_p, one_n), (two_p, two_n) = read(donor, concept), read(recipient, concept)
     first, second = halves(one_p.shape[1], seed)
@@ -199,8 +201,7 @@ def measure(donor: str, recipient: str, concept: str, seed: int, kept: Kept) -> 
     cosines = {"same model, other pairs": similar(two_p[:, first].mean(1) - two_n[:, first].mean(1))}
     norms = {}
     for name, way in WAYS.items():
-        pair = profiled(donor, way.profile), profiled(recipient, way.profile)
-        carried = carry_directions(vectors, cv.Link(*pair, fit=way.fit, write_rows=way.rows, kept=kept), layers=layers)
+        carried = carry_directions(vectors, linked(donor, recipient, way), layers=layers)
         cosines[name] = similar(carried)
         norms[name] = average(float(carried[k].norm() / native[k].norm()) for k in layers)
     own = WAYS[CONCEPTS[concept].way]
@@ -215,9 +216,7 @@ def measure(donor: str, recipient: str, concept: str, seed: int, kept: Kept) -> 
     probes = {k: fit_probe(one_p[k, first], one_n[k, first]) for k in range(len(vectors))}
     arms = {"native": {k: fit_probe(two_p[k, first], two_n[k, first]) for k in layers}}
     for name in PROBED:
-        way = WAYS[name]
-        pair = profiled(donor, way.profile), profiled(recipient, way.profile)
-        arms[name] = carry_probes(probes, cv.Link(*pair, read_rows=way.rows, kept=kept), layers=layers)
+        arms[name] = carry_probes(probes, linked(donor, recipient, WAYS[name], reading=True), layers=layers)
     aucs = {
         name: average(auc(arm[k], two_p[k, second], two_n[k, second]) for k in layers) for name, arm in arms.items()
     }
@@ -275,10 +274,9 @@ def page(result: dict[str, list[dict[str, Any]]]) -> str:
 def measured() -> dict[str, list[dict[str, Any]]]:
     result = {}
     for donor, recipient in (MODELS, MODELS[::-1]):
-        kept = Kept()
         for concept in CONCEPTS:
             column = f"{donor} -> {recipient}, {concept}"
-            result[column] = [measure(donor, recipient, concept, seed, kept) for seed in SEEDS]
+            result[column] = [measure(donor, recipient, concept, seed) for seed in SEEDS]
     return result
 
 

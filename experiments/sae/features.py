@@ -1,7 +1,7 @@
 """Do the features of a sparse autoencoder carry? A TopK SAE of SmolLM2, and what its decoder rows do in other models.
 
-    python benchmarks/sae.py            # trains what is not in the cache; writes results/sae.json and its page in docs
-    python benchmarks/sae.py --report   # the page again, from results/sae.json
+    python -m experiments.sae.features            # trains what is not kept; writes the results and the page
+    python -m experiments.sae.features --report   # the page again, from results/sae.json
 
 Training needs SAELens (`pip install 'commandv[sae]'`).
 """
@@ -20,12 +20,12 @@ from scipy import stats
 from torch import Tensor
 
 import commandv as cv
-from sae_meter import N_MATCHED, TWIN, Meter, profiled, vocabulary
-from sae_training import CATEGORIES, DONOR, LAYER, N_FEATURES, N_KINDS, N_TOP, SAMPLES, K, chosen, trained
+from experiments.sae.meter import N_MATCHED, TWIN, Meter, profiled, vocabulary
+from experiments.sae.training import CATEGORIES, DONOR, LAYER, N_FEATURES, N_KINDS, N_TOP, SAMPLES, K, chosen, trained
 
-ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT / "results" / "sae.json"
-TABLE = ROOT.parent / "docs" / "benchmarks" / "sae.md"
+HERE = Path(__file__).resolve().parents[1]
+RESULTS = HERE / "results" / "sae.json"
+TABLE = HERE.parent / "docs" / "benchmarks" / "sae.md"
 
 RECIPIENTS = ("gemma-3-270m", TWIN)
 SEEDS = (1, 2, 3)  # 0 served for development: settings were changed after its figures had been seen
@@ -140,7 +140,8 @@ def measured(seed: int) -> dict[str, Any]:
 
 HEAD = f"""# Do the features of a sparse autoencoder carry?
 
-Written by `python benchmarks/sae.py`. A TopK autoencoder of SmolLM2-135M-Instruct at the output of layer {LAYER} of 30
+Written by `python -m experiments.sae.features`. A TopK autoencoder of SmolLM2-135M-Instruct at the output of
+layer {LAYER} of 30
 ({N_FEATURES} features, {K} active) is trained by SAELens on the built-in texts ({SAMPLES:,} draws of their tokens),
 saved and loaded in SAELens' format; {len(SEEDS)} training seeds (a further one served for development). From each,
 {len(CATEGORIES)} features are taken by what they fire on in these texts: for each category the one with most words of a

@@ -1,8 +1,8 @@
 """The mapper ablation: every way to fit a converter, on the same rows of the two packaged models, both ways.
 
-    python benchmarks/mappers.py            # everything; writes results/mappers.json and docs/benchmarks/mappers.md
-    python benchmarks/mappers.py --quick    # one layer pair and 8 prompts each way; prints the table, writes nothing
-    python benchmarks/mappers.py --report   # the table again, from results/mappers.json
+    python -m experiments.tables.mappers            # everything; writes the results and the page
+    python -m experiments.tables.mappers --quick    # one layer pair and 8 prompts each way; only printed
+    python -m experiments.tables.mappers --report   # the table again, from results/mappers.json
 
 Figures are on prompts that no fit has seen. The shipped numbered-list adapter of one model is pasted into the other at
 scale 1 with nothing chosen, on the same layers for every method, and its rate is that of development questions; all of
@@ -28,14 +28,10 @@ import torch
 
 import commandv as cv
 from commandv.evaluation import GRADERS, rate
-from commandv.profiles.profile import paired_rows
-from commandv.transfer.fidelity import varying
-from commandv.transfer.link import HOLDOUT, held_out_prompts
-from commandv.transfer.match import LayerPair
 
-ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT / "results" / "mappers.json"
-TABLE = ROOT.parent / "docs" / "benchmarks" / "mappers.md"
+HERE = Path(__file__).resolve().parents[1]
+RESULTS = HERE / "results" / "mappers.json"
+TABLE = HERE.parent / "docs" / "benchmarks" / "mappers.md"
 SMOL, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
 BEHAVIOUR, TOKENS, N_DEV = "numbered-list", 48, 48
 LONGER = {"epochs": 60, "learning_rate": 1e-3}
@@ -63,7 +59,7 @@ def profiled(name: str) -> cv.Profile:
     return cv.profile(model(name), cv.load_prompts("builtin:general"), text=cv.load_prompts("builtin:text"))
 
 
-def layer_pairs(donor: str, recipient: str, n_pairs: int | None) -> tuple[cv.Adapter, list[LayerPair]]:
+def layer_pairs(donor: str, recipient: str, n_pairs: int | None) -> tuple[cv.Adapter, list[cv.LayerPair]]:
     """Return the shipped adapter and the first of its layer pairs within the recipient's last third."""
     adapter = cv.load_adapter(f"builtin:{BEHAVIOUR}@{donor}")
     allowed = set(cv.last_third(profiled(recipient).n_layers))
@@ -80,8 +76,9 @@ def link_of(donor: cv.Profile, recipient: cv.Profile, fit: Any) -> cv.Link:
 
 def per_prompt(predicted: torch.Tensor, true: torch.Tensor, prompts: np.ndarray) -> dict[str, dict[int, float]]:
     """Return each prompt's part of the standardised R², 1 - error, and its mean cosine."""
-    keep = varying(true)
-    error = ((predicted - true).square()[:, keep] / true.var(0, correction=0)[keep]).mean(1).numpy()
+    variance = true.var(0, correction=0)
+    keep = variance > 1e-12 * variance.max()
+    error = ((predicted - true).square()[:, keep] / variance[keep]).mean(1).numpy()
     z, t = (((rows - true.mean(0)) / true.std(0))[:, keep] for rows in (predicted, true))
     cosine = torch.nn.functional.cosine_similarity(z, t).numpy()
     return {
@@ -138,12 +135,13 @@ def memory(method: str, donor: str, recipient: str) -> None:
     """Print by how many bytes one layer pair's fits raise the peak of this process; run in a process of its own."""
     one, two = (cv.load_profile(path) for path in (donor, recipient))
     adapter = cv.load_adapter(f"builtin:{BEHAVIOUR}@{GEMMA}")
-    pair = LayerPair(adapter.layers[-1], cv.last_third(two.n_layers)[0])
-    for side in ("end", "text"):
-        paired_rows(one, two, side)
+    pair = cv.LayerPair(adapter.layers[-1], cv.last_third(two.n_layers)[0])
+    link = link_of(one, two, METHODS[method])
+    for side in ("read", "write"):
+        link.rows(side, pair)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = peak()
-    link_of(one, two, METHODS[method]).carry(adapter.interventions, [pair])
+    link.carry(adapter.interventions, [pair])
     print(peak() - before)
 
 
@@ -160,10 +158,10 @@ def measured_way(
     """Measure every method from one donor to one recipient."""
     adapter, pairs = layer_pairs(donor, recipient, n_pairs)
     rows = {}
-    for side in ("end", "text"):
-        prompts = paired_rows(profiled(donor), profiled(recipient), side)[2]
-        unseen = held_out_prompts(prompts, HOLDOUT)
-        rows[side] = {"fitted": int((~unseen).sum()), "held_out": int(unseen.sum())}
+    link = cv.link(profiled(donor), profiled(recipient))
+    for side, name in (("read", "end"), ("write", "text")):
+        fitted, unseen = (len(link.rows(side, pairs[0], held_out=held)[2]) for held in (False, True))
+        rows[name] = {"fitted": fitted, "held_out": unseen}
     way: dict[str, Any] = {"donor": donor, "recipient": recipient, "pairs": [list(pair) for pair in pairs]}
     way |= {"rows": rows, "unmodified": behaviour(recipient, None, n_dev)}
     way |= {"donor with its adapter": behaviour(donor, adapter, n_dev), "methods": {}}
@@ -177,7 +175,7 @@ def run(quick: bool) -> dict[str, Any]:
     n_pairs, n_dev = (1, 8) if quick else (None, N_DEV)
     methods = {name: METHODS[name] for name in ("ridge", "Fourier ridge", "autoencoder")} if quick else METHODS
     paths = [str(profiled(name).path) for name in (GEMMA, SMOL)]
-    command = [sys.executable, __file__, "--memory"]
+    command = [sys.executable, "-m", "experiments.tables.mappers", "--memory"]
     bytes_of = {
         name: int(subprocess.run([*command, name, *paths], check=True, capture_output=True, text=True).stdout)
         for name in methods
@@ -190,7 +188,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 HEAD = """# Mappers
 
-Written by `python benchmarks/mappers.py`. Every method is fitted on the same rows of the cached profiles
+Written by `python -m experiments.tables.mappers`. Every method is fitted on the same rows of the cached profiles
 (`builtin:general`, `builtin:text`): last-token rows for reading (recipient -> donor), text rows for writing. Read and
 write: standardised R² and cosine of centred, standardised rows on held-out prompts, mean over the layer pairs, with
 95 % intervals from a bootstrap over prompts. Behaviour: the share of development questions answered with a numbered

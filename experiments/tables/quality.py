@@ -1,8 +1,8 @@
 """Does a pasted behaviour arrive? Twins of one model, siblings with damage, and two families; 3 seeds; all controls.
 
-    python benchmarks/quality.py            # everything; finished cells are kept and not run again
-    python benchmarks/quality.py --only twin
-    python benchmarks/quality.py --report   # tables from the finished cells
+    python -m experiments.tables.quality            # everything; finished cells are kept and not run again
+    python -m experiments.tables.quality --only twin
+    python -m experiments.tables.quality --report   # tables from the finished cells
 
 Settings (scale, layers, rows) are picked on development prompts with the first seed and reported on test prompts that
 no training, fit or choice has seen. The published method gets the same choice. Refusal uses the AdvBench prompts in
@@ -28,15 +28,13 @@ import torch
 
 import commandv as cv
 from commandv.evaluation import GRADERS, rate
-from commandv.files import cache_dir
-from commandv.prompts.sets import Prompt
 from experiments.organisms.siblings import damaged, dropped, rotated
 
-ROOT = Path(__file__).resolve().parent
-SHARED = ROOT.parent.parent / "shared" / "data"
-WORK = cache_dir() / "benchmarks" / "quality"
-RESULTS = ROOT / "results" / "quality.json"
-TABLE = ROOT.parent / "docs" / "benchmarks" / "quality.md"
+HERE = Path(__file__).resolve().parents[1]
+SHARED = HERE.parents[1] / "shared" / "data"
+WORK = HERE.parent / "build" / "quality"
+RESULTS = HERE / "results" / "quality.json"
+TABLE = HERE.parent / "docs" / "benchmarks" / "quality.md"
 
 SMOL, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
 SEEDS = (0, 1, 2)
@@ -81,8 +79,8 @@ def harmful(split: str) -> list[str]:
 
 def dev_and_test(behaviour: str) -> tuple[cv.PromptSet, cv.PromptSet]:
     if behaviour == "refusal":
-        unseen = cv.PromptSet(tuple(map(Prompt, harmful("test"))), "advbench")
-        learned = cv.PromptSet(tuple(map(Prompt, harmful("train")[200 : 200 + N_DEV])), "advbench")
+        unseen = cv.PromptSet(tuple(map(cv.Prompt, harmful("test"))), "advbench")
+        learned = cv.PromptSet(tuple(map(cv.Prompt, harmful("train")[200 : 200 + N_DEV])), "advbench")
         return learned, unseen[:N_TEST]
     return cv.load_prompts("builtin:questions-dev")[:N_DEV], cv.load_prompts("builtin:questions-test")[:N_TEST]
 
@@ -93,8 +91,8 @@ def examples(behaviour: str, name: str) -> cv.PromptSet:
         return cv.load_prompts(f"builtin:{behaviour}")
     benign = cv.load_prompts("builtin:numbered-list")[:96].texts
     answers = cv.generate(model(name), benign, max_new_tokens=16, batch_size=48)
-    pairs = [Prompt(text, REFUSAL) for text in harmful("train")[:160]]
-    return cv.PromptSet((*pairs, *map(Prompt, benign, (a.strip() or "Yes." for a in answers))), "refusal")
+    pairs = [cv.Prompt(text, REFUSAL) for text in harmful("train")[:160]]
+    return cv.PromptSet((*pairs, *map(cv.Prompt, benign, (a.strip() or "Yes." for a in answers))), "refusal")
 
 
 def trained(behaviour: str, name: str, seed: int) -> cv.Adapter:
@@ -192,10 +190,10 @@ def cells() -> list[tuple[str, str, str, int]]:
 COLUMNS = ["unmodified", "ours", "ours, default setting", "pinv", "random", "shuffled", "direct training", "donor"]
 HEAD = f"""# Does it arrive?
 
-Written by `python benchmarks/quality.py`. Share of test answers that show the behaviour, with 95 % Wilson intervals,
-seeds and prompts pooled ({N_TEST} prompts a seed; donor training is part of a seed). Scale and layers of *ours* and of
-*pinv* (the published method: pseudo-inverse, nearest layers, last-token rows) were picked on {N_DEV} development
-prompts with the first seed, for *ours* also the rows of the writing converter (text rows, or these and last-token
+Written by `python -m experiments.tables.quality`. Share of test answers that show the behaviour, with 95 %
+Wilson intervals, seeds and prompts pooled ({N_TEST} prompts a seed; donor training is part of a seed). Scale and
+layers of *ours* and of *pinv* (the published method: pseudo-inverse, nearest layers, last-token rows) were
+picked on {N_DEV} development prompts with the first seed, for *ours* also the rows of the writing converter (text rows, or these and last-token
 rows); *default setting* is `paste()` as it comes. *Random* is turned at equal norm, *shuffled* is
 fitted on wrongly paired prompts. The twin is SmolLM2 in a rotated stream of width 768: the same function, so direct
 training on it is the donor's own training.

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import commandv as cv
-from commandv.files import cache_dir, digest
 from commandv.interop.sae import SAE, load_sae, save_sae
-from commandv.models.encoding import encode
-from commandv.models.load import LM
-from commandv.positions import EVERYWHERE
 from commandv.steering import states
 
-WORK = cache_dir() / "benchmarks" / "sae"
+WORK = Path("build/sae")
 
 DONOR, LAYER = "smollm2-135m-instruct", 17  # of 30: 60 % of the depth
 N_FEATURES, K = 1024, 16
@@ -54,7 +53,7 @@ CATEGORIES = {
 
 
 @functools.cache
-def donor() -> LM:
+def donor() -> cv.LM:
     return cv.load_model(DONOR)
 
 
@@ -63,9 +62,9 @@ def tokens() -> tuple[Tensor, Tensor, Tensor]:
     """Return (states, token ids, text numbers) of the built-in texts at the layer, the prompt format left out."""
     lm = donor()
     texts = cv.load_prompts("builtin:general") + cv.load_prompts("builtin:text")
-    encoded = [encode(lm, one.text, one.response) for one in texts]
+    encoded = [cv.encode(lm, one.text, one.response) for one in texts]
     rows, ids, owners = [], [], []
-    for numbers, layers in states(lm, texts, EVERYWHERE):
+    for numbers, layers in states(lm, texts, cv.Positions(everywhere=True)):
         firsts = [number for at, number in enumerate(numbers) if not at or numbers[at - 1] != number]
         inside = torch.tensor([end >= 0 for number in firsts for end in encoded[number].text_ends])
         rows.append(layers[LAYER][inside])
@@ -79,7 +78,8 @@ def trained(seed: int) -> tuple[SAE, dict[str, float]]:
     states, _, owners = tokens()
     seen = owners % HELD_OUT != 0
     settings = {"layer": LAYER, "n": N_FEATURES, "k": K, "samples": SAMPLES, "batch": BATCH, "rate": RATE, "seed": seed}
-    path = WORK / f"sae-{digest(settings, donor().revision, len(states))}"
+    key = json.dumps([settings, donor().revision, len(states)], sort_keys=True)
+    path = WORK / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not path.exists():
         save_sae(replace(train(states[seen].float(), seed), metadata={"model_name": DONOR, **settings}), path)
     sae = load_sae(path)

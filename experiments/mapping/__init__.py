@@ -1,0 +1,1 @@
+"""Do mapped states do in place of a model's own?"""

@@ -1,0 +1,1 @@
+"""Do the features of a sparse autoencoder carry?"""
