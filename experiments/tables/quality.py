@@ -193,7 +193,8 @@ HEAD = f"""# Does it arrive?
 Written by `python -m experiments.tables.quality`. Share of test answers that show the behaviour, with 95 %
 Wilson intervals, seeds and prompts pooled ({N_TEST} prompts a seed; donor training is part of a seed). Scale and
 layers of *ours* and of *pinv* (the published method: pseudo-inverse, nearest layers, last-token rows) were
-picked on {N_DEV} development prompts with the first seed, for *ours* also the rows of the writing converter (text rows, or these and last-token
+picked on {N_DEV} development prompts with the first seed, for *ours* also the rows of the writing converter (text
+rows, or these and last-token
 rows); *default setting* is `paste()` as it comes. *Random* is turned at equal norm, *shuffled* is
 fitted on wrongly paired prompts. The twin is SmolLM2 in a rotated stream of width 768: the same function, so direct
 training on it is the donor's own training.
