@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import email.utils
+import gzip
 import json
 import math
+import socketserver
+import threading
 import time
 
 import pytest
 
 import judging
 from commandv.errors import InputError, JudgeError
-from commandv.evaluation import Endpoint
+from commandv.evaluation import Cached, Endpoint
 from commandv.prompts.sets import Prompt
 from judging import asked, endpoint, fair
 
@@ -130,3 +135,109 @@ def test_words_with_other_labels_are_points(serve):
     judge = endpoint(serve(lambda *_: "3"), words={"1": 1, "3": 3}, instruction="How good is the answer?")
     assert judge([Prompt("a")], ["a"]) == [3.0]
     assert judge.unit == "points"
+
+
+# -- servers that do not play fair -------------------------------------------------------------------------------------
+
+
+class Raw(socketserver.ThreadingTCPServer):
+    """Answers every connection with bytes of the test's own, as slowly as it likes."""
+
+    daemon_threads, allow_reuse_address = True, True
+
+    def __init__(self, chunks, pause=0.0):
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(65536)
+                with contextlib.suppress(OSError):
+                    for chunk in chunks:
+                        self.request.sendall(chunk)
+                        time.sleep(pause)
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+def whole(body: bytes, *headers: str) -> list[bytes]:
+    head = "\r\n".join(["HTTP/1.1 200 OK", f"Content-Length: {len(body)}", *headers, "", ""])
+    return [head.encode() + body]
+
+
+REPLY = json.dumps({"choices": [{"message": {"content": "refused"}}], "usage": {"prompt_tokens": 5}}).encode()
+
+
+@pytest.mark.parametrize("what", ["head", "body"])
+def test_a_dripping_server_does_not_outlast_the_timeout(what):
+    drops = [b"HTTP/1.1 200 OK\r\n" + b"X: " * (what == "head")] + [b"a"] * 200
+    if what == "body":
+        drops[0] += b"Content-Length: 1000\r\n\r\n"
+    with Raw(drops, pause=0.05) as server:
+        start = time.monotonic()
+        with pytest.raises(JudgeError, match=r"no whole reply within timeout=0\.4 s after 1 tries"):
+            endpoint(server, timeout=0.4, retries=0)([Prompt("a")], ["a"])
+        assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_body_without_end_is_not_read(packed):
+    megabyte = b" " * (1 << 20)
+    if packed:
+        chunks = whole(gzip.compress(megabyte * 64 + REPLY), "Content-Encoding: gzip")
+    else:
+        chunks = [b"HTTP/1.1 200 OK\r\nContent-Length: 2000000000\r\n\r\n", *[megabyte] * 2000]
+    with Raw(chunks) as server, pytest.raises(JudgeError, match="larger than one word could need"):
+        endpoint(server, retries=0)([Prompt("a")], ["a"])
+
+
+@pytest.mark.parametrize("tokens", ["-500", "NaN", '"many"', "[1]", "1e12", "true"])
+def test_absurd_counts_of_tokens_cost_nothing(tokens):
+    with Raw(whole(REPLY.replace(b": 5", b": " + tokens.encode()))) as server:
+        judge = endpoint(server, prompt_price=1e6)
+        assert judge([Prompt("a")], ["a"]) == [1.0]
+    assert judge.usage.cost in (0.0, 1.0)
+
+
+def test_secrets_in_the_address_are_sent_and_not_kept(serve, monkeypatch, tmp_path, caplog):
+    monkeypatch.delenv("COMMANDV_JUDGE_KEY", raising=False)
+    caplog.set_level("DEBUG")
+    server = serve(fair)
+    address = server.url.replace("http://", "http://me:pass%2Fword@") + "?token=hidden"
+    judge = Cached(Endpoint(address, "small", per_minute=None), tmp_path)
+    assert judge([Prompt("a")], ["no"]) == [1.0]
+    assert server.keys == ["Basic " + base64.b64encode(b"me:pass/word").decode()]
+    kept = [judge.name, str(judge.file), repr(judge), json.dumps(judge.judge.settings), caplog.text]
+    kept += [file.read_bytes().decode("latin-1") for file in tmp_path.iterdir()]
+    assert not [one for one in kept if "pass" in one or "hidden" in one]
+    assert judge.name == f"endpoint:{server.url}#small"
+
+
+def test_a_server_that_quotes_the_key_is_not_quoted(serve, monkeypatch):
+    monkeypatch.setenv("COMMANDV_JUDGE_KEY", "k-secret-1")
+    server = serve(lambda *_: (400, {}, "bad-k-secret-1"))
+    with pytest.raises(JudgeError, match="HTTP 400") as caught:
+        endpoint(server)([Prompt("a")], ["a"])
+    assert "k-secret-1" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["k\nX-Evil: 1", "k-ü", "a b"])
+def test_a_key_that_no_header_can_hold_is_refused_without_quoting_it(key, monkeypatch):
+    monkeypatch.setenv("COMMANDV_JUDGE_KEY", key)
+    with pytest.raises(InputError, match="COMMANDV_JUDGE_KEY holds characters") as caught:
+        Endpoint("http://127.0.0.1:1/v1", "m")([Prompt("a")], ["a"])
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"timeout": float("nan")}, {"timeout": 0}, {"backoff": -1}, {"patience": float("inf")}, {"per_minute": 1e-9},
+     {"per_minute": float("nan")}, {"concurrency": 10**6}, {"max_tokens": 0}, {"words": {"A": 1, "a": 0}},
+     {"words": {"yes": float("nan"), "no": 0}}, {"base_url": "http://host:99999/v1"}, {"base_url": "file:///etc"},
+     {"base_url": "http://[::1/v1"}, {"base_url": "http://"}],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused_at_once(changes):
+    with pytest.raises(InputError):
+        Endpoint(**{"base_url": "http://127.0.0.1:1/v1", "model": "m", **changes})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import email.utils
 import json
 import logging
 import math
@@ -12,18 +9,18 @@ import os
 import random
 import re
 import threading
-import time
+import urllib.parse
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from commandv.errors import InputError, JudgeError
+from commandv.evaluation.client import Client, Pace, Response, retry_after_seconds, without_query
 from commandv.evaluation.judgments import Judgment, labels
 from commandv.prompts.sets import Prompt
-
-if TYPE_CHECKING:
-    import httpx2
+from commandv.reading import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +57,15 @@ class Endpoint:
     """Asks a model behind an OpenAI-compatible endpoint for one word per answer, at temperature 0.
 
     Attributes:
-        base_url: such as `https://host/v1`; requests go to `base_url/chat/completions`.
+        base_url: such as `https://host/v1`; requests go to `base_url/chat/completions`. A user and password or a
+            query in it are sent and kept in memory only: what is named, written and logged is the address without.
         model: as the server names it.
         instruction: what to judge; the list of words and the material (JSON) are put after it.
         words: word -> label. A reply that starts with another word is no judgment.
         api_key: *name* of the environment variable that holds the key; without such a variable no key is sent.
         concurrency: most requests at a time.
         per_minute: most requests a minute, retries included, evenly spaced; None for no limit.
-        timeout: seconds to wait for a reply.
+        timeout: seconds that a request may take, from connecting to the last byte of its reply.
         retries: of one question, after 408, 409, 425, 429, 5xx, a timeout or a broken connection.
         backoff: seconds before the first retry; doubles each time, up to a minute.
         patience: longest `Retry-After` in seconds that is waited for.
@@ -93,20 +91,55 @@ class Endpoint:
     completion_price: float = 0.0
     usage: Usage = field(default_factory=Usage, compare=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, compare=False, repr=False)
+    _auth: tuple[str, str] | None = field(default=None, init=False, compare=False, repr=False)
+    _query: str = field(default="", init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://[^/]", self.base_url) or not self.model:
-            raise InputError(
-                f"endpoint {self.base_url!r}, model {self.model!r}: expected an address that starts with http:// or "
-                "https:// and the model's name"
-            )
+        self._keep_secrets()
+        if not self.model:
+            raise InputError(f"endpoint {self.base_url!r}: expected the model's name behind #")
         if len(self.words) < 2 or not all(re.fullmatch(r"[\w-]+", word) for word in self.words):
             raise InputError(f"words {list(self.words)}: expected two or more single words")
+        labels_ = [float(label) for label in self.words.values()]
+        if len({word.lower() for word in self.words}) < len(self.words) or not all(map(math.isfinite, labels_)):
+            raise InputError(f"words {dict(self.words)}: expected words that differ in more than case, finite labels")
+        if not 0 < self.timeout <= 86400 or not 0 <= self.backoff <= 3600 or not 0 <= self.patience <= 86400:
+            raise InputError(
+                f"timeout={self.timeout}, backoff={self.backoff}, patience={self.patience}: expected seconds, of the "
+                "first more than 0, and at most a day"
+            )
+        if (
+            self.max_tokens < 1
+            or self.concurrency > 256
+            or (self.per_minute is not None and not (self.per_minute <= 0 or 1e-3 <= self.per_minute < math.inf))
+        ):
+            raise InputError(
+                f"max_tokens={self.max_tokens}, concurrency={self.concurrency}, per_minute={self.per_minute}: expected "
+                "at least 1, at most 256, at least 0.001"
+            )
         if self.concurrency < 1 or self.retries < 0 or (self.per_minute is not None and self.per_minute <= 0):
             raise InputError(
                 f"concurrency={self.concurrency}, retries={self.retries}, per_minute={self.per_minute}: expected at "
                 "least 1, at least 0, above 0"
             )
+
+    def _keep_secrets(self) -> None:
+        """Take user, password and query out of the address."""
+        try:
+            parts = urllib.parse.urlsplit(self.base_url.strip())
+            _ = parts.port  # raises for one that is no number
+            parts.netloc.encode("idna")
+        except ValueError:
+            parts = urllib.parse.urlsplit("")
+        host = parts.netloc.rpartition("@")[2]
+        if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", host):
+            shown = f"{parts.scheme}://{host}" if parts.scheme and host else "an address"
+            raise InputError(f"endpoint: got {shown!r}, expected one that starts with http:// or https:// and a host")
+        if parts.username is not None:
+            own = (urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or ""))
+            object.__setattr__(self, "_auth", own)
+        object.__setattr__(self, "_query", parts.query)
+        object.__setattr__(self, "base_url", f"{parts.scheme}://{host}{parts.path}")
 
     @property
     def name(self) -> str:
@@ -140,7 +173,7 @@ class Endpoint:
             JudgeError: the endpoint refuses, or keeps failing after all retries.
         """
         stop = threading.Event()
-        pace = _Pace(self.per_minute, stop)
+        pace = Pace(self.per_minute, stop)
         failure: JudgeError | None = None
 
         def one(place: int) -> Judgment | None:
@@ -174,16 +207,24 @@ class Endpoint:
         if failure:
             raise failure
 
-    def _client(self) -> httpx2.Client:
+    def _client(self) -> Client:
         try:
             import httpx2
         except ImportError as error:
             raise InputError(f"{self.name} needs the httpx2 package: pip install 'commandv[judge]'") from error
         key = os.environ.get(self.api_key, "").strip()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx2.Client(headers=headers, timeout=self.timeout)
+        if not re.fullmatch(r"[!-~]*", key):
+            raise InputError(
+                f"the environment variable {self.api_key} holds characters that no key has (spaces, line breaks, "
+                "accents); copy the key again"
+            )
+        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
+        logging.getLogger("httpx2").addFilter(without_query)
+        client = httpx2.AsyncClient(headers=headers, auth=self._auth, timeout=self.timeout)
+        address = f"{self.base_url.rstrip('/')}/chat/completions" + (f"?{self._query}" if self._query else "")
+        return Client(client, address, self.timeout)
 
-    def _judge(self, client: httpx2.Client, pace: _Pace, place: int, prompt: Prompt, answer: str) -> Judgment | None:
+    def _judge(self, client: Client, pace: Pace, place: int, prompt: Prompt, answer: str) -> Judgment | None:
         material = {"request": prompt.text, "answer": answer}
         if prompt.response:
             material["reference"] = prompt.response
@@ -202,7 +243,7 @@ class Endpoint:
             self.usage.nonsense += 1
         return Judgment(place, math.nan)  # its word is not kept: it may be the judged text's
 
-    def _ask(self, client: httpx2.Client, pace: _Pace, question: str) -> str | None:
+    def _ask(self, client: Client, pace: Pace, question: str) -> str | None:
         """Return the reply's text (empty where a filter withheld it), None when asked to stop."""
         import httpx2
 
@@ -216,18 +257,23 @@ class Endpoint:
                 self.usage.retries += attempt > 0
             wait = None
             try:
-                response = client.post(f"{self.base_url.rstrip('/')}/chat/completions", json=body)
-            except httpx2.TransportError as error:
+                response = client.post(body)
+            except TimeoutError:
+                problem = f"no whole reply within timeout={self.timeout:g} s"
+            except (httpx2.HTTPError, zlib.error) as error:
                 problem = type(error).__name__
+            except (httpx2.InvalidURL, UnicodeError) as error:
+                raise JudgeError(f"judge {self.name}: {type(error).__name__}; check the address") from None
             else:
-                if response.status_code == 200:
+                if response.status == 200:
                     return self._reply(response)
-                problem = f"HTTP {response.status_code}"
-                if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
-                    if _code(response) == "content_filter":
+                problem = f"HTTP {response.status}"
+                if response.status not in (408, 409, 425, 429) and response.status < 500:
+                    code = self._code(response)
+                    if code == "content_filter":
                         return ""
-                    raise JudgeError(f"judge {self.name}: {problem} {_code(response)}{self._hint(response)}")
-                wait = _retry_after(response)
+                    raise JudgeError(f"judge {self.name}: {problem} {code}{self._hint(response)}")
+                wait = retry_after_seconds(response.retry_after)
             if wait is not None and wait > self.patience:
                 problem += f", to be tried again in {wait:.0f} s (patience={self.patience:.0f})"
                 break
@@ -238,69 +284,41 @@ class Endpoint:
                     pace.sleep(random.uniform(0.5, 1.0) * min(self.backoff * 2**attempt, 60.0))
         raise JudgeError(f"judge {self.name}: {problem} after {attempt + 1} tries")
 
-    def _reply(self, response: httpx2.Response) -> str:
+    def _reply(self, response: Response) -> str:
         try:
-            content = response.json()
+            content = parse_json(response.body, "reply")
             reply = content["choices"][0]["message"].get("content") or ""
-            used = content.get("usage") or {}
-            counts = [int(used.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")]
+            used = content.get("usage")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise JudgeError(f"judge {self.name}: the reply is not that of an OpenAI-compatible endpoint") from error
+            size = "; it is larger than one word could need" if response.cut else ""
+            raise JudgeError(
+                f"judge {self.name}: the reply is not that of an OpenAI-compatible endpoint{size}"
+            ) from error
+        counts = [_count(used, key) for key in ("prompt_tokens", "completion_tokens")]
         with self._lock:
             self.usage.prompt_tokens += counts[0]
             self.usage.completion_tokens += counts[1]
             self.usage.cost += (counts[0] * self.prompt_price + counts[1] * self.completion_price) / 1e6
         return reply if isinstance(reply, str) else ""
 
-    def _hint(self, response: httpx2.Response) -> str:
-        if response.status_code in (401, 403):
+    def _hint(self, response: Response) -> str:
+        if response.status in (401, 403):
             return f"; put a valid key into the environment variable {self.api_key}"
-        return "; check the address and the model's name" if response.status_code == 404 else ""
+        return "; check the address and the model's name" if response.status == 404 else ""
+
+    def _code(self, response: Response) -> str:
+        """Return the error code of a reply; its message is left out, for it may quote what was judged, or the key."""
+        try:
+            error = parse_json(response.body, "reply")["error"]
+            code = str(error.get("code") or error.get("type") or "")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ""
+        secrets = [os.environ.get(self.api_key, "").strip(), *(self._auth or ()), self._query]
+        hidden = any(secret and secret in code for secret in secrets)
+        return code if re.fullmatch(r"[\w.-]{1,40}", code) and not hidden else ""
 
 
-class _Pace:
-    """Gives every request its turn: evenly spaced, and none while the server wants quiet."""
-
-    def __init__(self, per_minute: float | None, stop: threading.Event) -> None:
-        self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._next = 0.0
-        self._stop = stop
-        self._lock = threading.Lock()
-
-    def wait(self) -> bool:
-        """Sleep until it is this request's turn; False when asked to stop."""
-        with self._lock:
-            turn = max(self._next, time.monotonic())
-            self._next = turn + self._gap
-        return self.sleep(turn - time.monotonic())
-
-    def sleep(self, seconds: float) -> bool:
-        """Sleep; False when asked to stop meanwhile."""
-        return not self._stop.wait(max(seconds, 0.0))
-
-    def hold(self, seconds: float) -> None:
-        """Let no further request start for so long."""
-        with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
-
-
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Return the seconds that a Retry-After header asks for (a number or a date), None without one."""
-    value = response.headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        seconds = float(value)
-        return max(seconds, 0.0) if math.isfinite(seconds) else None
-    with contextlib.suppress(ValueError):
-        date = email.utils.parsedate_to_datetime(value)
-        return max((date - datetime.datetime.now(date.tzinfo)).total_seconds(), 0.0)
-    return None
-
-
-def _code(response: httpx2.Response) -> str:
-    """Return the error code of a reply; its message is left out, for it may quote what was judged."""
-    try:
-        error = response.json()["error"]
-        code = str(error.get("code") or error.get("type") or "")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ""
-    return code if re.fullmatch(r"[\w.-]{1,40}", code) else ""
+def _count(used: Any, key: str) -> int:
+    """Return a number of tokens, 0 for what cannot be one."""
+    value = used.get(key) if isinstance(used, dict) else 0
+    return int(value) if isinstance(value, (int, float)) and 0 <= value <= 1e9 else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 import safetensors
 import torch
 from safetensors.torch import save as serialized
@@ -143,7 +144,12 @@ def load_profile(path: str | Path) -> Profile:
         try:
             keys = read_safetensors(files["keys"]).content["keys"].numpy()
             rows = {layer: read_safetensors(files[f"layer-{layer:03d}"]).content["rows"] for layer in config["layers"]}
-            return Profile(rows, keys, ModelRef(**config["model"]), config["prompts"], path)
+            if keys.dtype != np.int64 or keys.ndim != 2 or keys.shape[1] != 2:
+                raise ValueError(f"keys of {keys.dtype} {keys.shape}, expected int64 [rows, 2]")
+            if not all(one.is_floating_point() for one in rows.values()) or not isinstance(config["prompts"], str):
+                raise ValueError("rows that are no floating-point numbers, or prompts without a hash")
+            model = pydantic.TypeAdapter(ModelRef).validate_python(vars(ModelRef(**config["model"])))
+            return Profile(rows, keys, model, config["prompts"], path)
         except FileNotFoundError:  # replaced this moment
             raise
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -337,7 +337,8 @@ class _Run:
         for index, parameter in enumerate(learned):
             shapes |= {f"adam.{index}.{name}": parameter.shape for name in ("exp_avg", "exp_avg_sq")}
             shapes[f"adam.{index}.step"] = torch.Size([])
-        numbers = [facts.get("epoch"), facts.get("steps"), *(facts.get("losses") or ["none"])]
+        losses = facts.get("losses")
+        numbers = [facts.get("epoch"), facts.get("steps"), *(losses if isinstance(losses, list) else [None])]
         whole = {name: one.shape for name, one in tensors.items() if one.dtype == torch.float32} == shapes
         if not whole or not all(isinstance(one, (int, float)) for one in numbers) or not 0 < numbers[0] <= 10**6:
             raise FormatError(f"{file}: a damaged checkpoint; delete it to train anew")
