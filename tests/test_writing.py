@@ -113,7 +113,6 @@ def test_the_command_line_refuses_before_it_loads_a_model(tmp_path, run):
         ["steer", "nowhere/model", "nothing.jsonl", "-o", str(tmp_path)],
         ["paste", "nowhere", "nowhere", "nowhere", "-o", str(tmp_path)],
         ["export", "nowhere", str(tmp_path)],
-        ["evaluate", "nowhere/model", "numbered-list", "-o", str(tmp_path)],
     ):
         fails(run(*words), "choose another place")
     assert contents(tmp_path) == {"notes.txt": b"mine"}

@@ -9,6 +9,8 @@ import pytest
 import commandv as cv
 import tiny
 from commandv import cli
+from commandv.errors import FormatError
+from commandv.evaluation import session
 from commandv.evaluation.session import ADAPTED, UNMODIFIED, evaluate
 
 ROWS = [{"prompt": f"What is {n} and {m}?", "split": "dev" if m == 0 else "test"} for n in range(4) for m in (0, 1)]
@@ -35,6 +37,23 @@ def lm(folder):
 def short(monkeypatch):
     passages = cv.load_prompts("builtin:drift")[:2]
     monkeypatch.setattr("commandv.evaluation.session.load_prompts", lambda source: passages)
+
+
+def test_labels_go_into_a_directory_that_holds_other_files_and_replace_labels_only(lm, folder, tmp_path, monkeypatch):
+    task = f"refusal:{folder / 'rows.jsonl'}"
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(2):
+        evaluate(lm, task, judges=["gcg"], out=tmp_path)
+    labels = tmp_path / "unmodified-gcg.jsonl"
+    assert labels.exists()
+    labels.write_text("not labels")
+    monkeypatch.setattr(session, "_judged", None)  # nothing is generated
+    with pytest.raises(FormatError, match=r"unmodified-gcg\.jsonl.*choose another place"):
+        evaluate(lm, task, judges=["gcg"], out=tmp_path)
+    assert labels.read_text() == "not labels"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(FormatError, match="expected a directory"):
+        evaluate(lm, task, judges=["gcg"], out=tmp_path / "notes.txt")
 
 
 def test_arms_price_and_notes(lm, folder):

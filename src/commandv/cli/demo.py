@@ -14,8 +14,9 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
-from commandv.adapters.store import save
+from commandv.adapters.store import ADAPTER, save
 from commandv.cli.tables import score_table
+from commandv.directories import require_place
 from commandv.errors import InputError
 from commandv.evaluation import Score, drift, load_task, measure, reply_log_probs
 from commandv.interop.load import load_adapter
@@ -40,6 +41,10 @@ N_SHOWN, SHOWN_TOKENS = 3, 32
 _Row = tuple[Score, Score | None]  # rate, drift
 
 
+def _place(out: Path, donor: str, recipient: str) -> Path:
+    return out / f"{BEHAVIOUR}@{recipient}-from-{donor}"
+
+
 def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Run the demo and return its figures, JSON-able.
 
@@ -54,6 +59,8 @@ def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
     prompts = load_prompts("builtin:questions-test")
     if not 16 <= n <= len(prompts):
         raise InputError(f"n={n}: expected 16 to {len(prompts)} held-out prompts")
+    for donor, recipient in (MODELS, MODELS[::-1]):
+        require_place(_place(out, donor, recipient), ADAPTER)
     console = Console(quiet=quiet, highlight=False)
     models = {}
     for name in MODELS:
@@ -67,7 +74,7 @@ def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
     for donor, recipient in (MODELS, MODELS[::-1]):
         console.print(f"\n[bold]{donor} -> {recipient}[/bold]: {escape(BEHAVIOUR)}")
         pasted = _variants(adapters[donor], profiles[donor], profiles[recipient])
-        place = save(pasted[DEFAULT], out / f"{BEHAVIOUR}@{recipient}-from-{donor}")
+        place = save(pasted[DEFAULT], _place(out, donor, recipient))
         meter = meters[recipient]
         rows: dict[str, _Row] = {"unmodified": meter.plain}
         for title, adapter in pasted.items():

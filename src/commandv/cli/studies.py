@@ -47,7 +47,7 @@ def evaluate(
     n: Annotated[int | None, typer.Option(help="Use the first so many test prompts.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
     controls: Annotated[bool, typer.Option(help="Measure a random adapter of equal norm too.")] = True,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a label per prompt there, as JSONL.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for a label per prompt, as JSONL.")] = None,
     batch_size: BatchSize = 64,
     dtype: Dtype = None,
     device_map: Device = None,
@@ -61,10 +61,7 @@ def evaluate(
     import commandv as cv
     from commandv.evaluation.catalogue import load_task, tasks_of
     from commandv.evaluation.session import evaluate as run
-    from commandv.files import require_file
 
-    if out is not None:
-        require_file(out)
     asked = load_task(task, tasks_of(tasks) if tasks else {})
     attached = cv.load_adapter(adapter) if adapter else None
     lm = cv.load_model(

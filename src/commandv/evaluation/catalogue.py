@@ -12,14 +12,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from commandv.errors import InputError
+from commandv.errors import FormatError, InputError
 from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, sum_is_right
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
 from commandv.evaluation.graders import GRADERS, Grader, answered, loops, refusal
 from commandv.evaluation.reasoning import is_right, reasons_first
 from commandv.evaluation.tasks import ANSWER_TOKENS, ByText, Outcome, Split, Task
 from commandv.evaluation.tone import formal, positive_sentiment
-from commandv.files import write_text
+from commandv.files import require_file, storage_errors, write_text
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts, to_prompt
 
 _DEV, _TEST, _TRAIN = ("dev", "validation", "valid", "val"), ("test",), ("train",)
@@ -129,19 +129,37 @@ def load_splits(file: str | Path, *, reference: bool = False, label: str = "") -
     return PromptSet(dev, f"{file} (dev)"), PromptSet(test, f"{file} (test)")
 
 
+def require_outcome_place(path: Path) -> None:
+    """Raise `FormatError` when writing an outcome to `path` would destroy anything but an outcome."""
+    require_file(path)
+    with storage_errors(path):
+        if not path.exists() or not path.stat().st_size:
+            return
+        with path.open("rb") as file:
+            first = file.readline(1 << 20)
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not {"task", "arm", "split", "label"} <= row.keys():
+        raise FormatError(f"{path}: is there and no outcome of a task, so it is not replaced; choose another place")
+
+
 def write_outcome(outcome: Outcome, task: Task, path: str | Path, *, split: Split = "test") -> None:
     """Write an outcome as plain JSONL, one row per prompt: label, whether the answer loops, the answer where kept.
 
     Args:
         outcome: from `measure`.
         task: what it was measured on.
-        path: of the file, which is replaced; a label that is not a number becomes null.
+        path: of the file; an outcome there is replaced; a label that is not a number becomes null.
         split: which one was measured.
 
     Raises:
         InputError: the outcome is of another task, or has more labels than the split has prompts.
+        FormatError: something else is there.
         StorageError: the file cannot be written.
     """
+    require_outcome_place(Path(path))
     prompts = task.prompts(split).prompts
     if outcome.task != task.name or len(outcome.labels) > len(prompts):
         raise InputError(

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from commandv.adapters.adapter import Adapter
 from commandv.cli.tables import comparison_table
-from commandv.evaluation.catalogue import load_task, write_outcome
+from commandv.errors import FormatError
+from commandv.evaluation.catalogue import load_task, require_outcome_place, write_outcome
 from commandv.evaluation.controls import CONTROLS
 from commandv.evaluation.judges import load_judge
 from commandv.evaluation.price import drift, reply_log_probs
@@ -106,6 +107,16 @@ def evaluate(
             missing = ", ".join(name for name in CONTROLS if name != "random")
             notes.append(f"Left out, because they need the donor as well: {missing}. A study file runs them all.")
     panel = [load_judge(spec) for spec in judges] or [asked.judge]
+    if out is not None and out.exists() and not out.is_dir():
+        raise FormatError(f"{out}: a file, expected a directory or nothing; choose another place")
+    files = {
+        (name, judge.name): out / f"{_slug(name)}-{_slug(judge.name)}.jsonl"
+        for name in arms
+        for judge in panel
+        if out is not None
+    }
+    for file in files.values():
+        require_outcome_place(file)
     outcomes = {name: _judged(lm, asked, one, factor, panel, limit, batch_size) for name, (one, factor) in arms.items()}
     passages = load_prompts("builtin:drift")
     price = {}
@@ -123,7 +134,7 @@ def evaluate(
         if out is not None:
             for name, found in outcomes.items():
                 one = replace(found[number], arm=name)
-                write_outcome(one, asked, out / f"{_slug(name)}-{_slug(judge.name)}.jsonl")
+                write_outcome(one, asked, files[name, judge.name])
     looping = {name: found[0].loop_rate() for name, found in outcomes.items()}
     return Evaluation(asked, rows, price, looping, _agreement(panel, outcomes), notes)
 
