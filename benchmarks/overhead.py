@@ -26,6 +26,7 @@ from commandv.evaluation.catalogue import load_task
 from commandv.models.encoding import encode, pad
 from commandv.models.generation import batches, greedy
 from commandv.models.load import LM
+from commandv.models.running import own_pass
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "overhead.json"
@@ -74,9 +75,11 @@ def throughput(lm: LM, name: str) -> dict[str, dict[str, float]]:
 
     def plain() -> None:
         for batch in padded:
-            with torch.inference_mode(), greedy(lm, task.max_new_tokens) as config:
+            with torch.inference_mode(), own_pass(lm):
                 lm.model.generate(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    generation_config=greedy(lm, task.max_new_tokens),
                 )
 
     def attached() -> None:

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import commandv as cv
-from commandv.adapters import attach as attaching
+from commandv.models import live
 
 TOKENS, DONOR, RANK = 128, 4096, 8
 LAYERS = 16  # edited layers that share what is done once per pass
@@ -29,7 +29,7 @@ SHAPE = {
     "vocab_size": 64,
     "max_position_embeddings": 512,
 }
-OWNER = ("_enter_model", "_before", "_after", "_leave_model")
+OWNER = ("_enter", "_begin", "_finish")
 
 
 def block_of_3b(dtype: torch.dtype) -> cv.LM:
@@ -95,8 +95,8 @@ def attached(lm: cv.LM, clock: Clock) -> Iterator[None]:
     adapter = cv.Adapter({0: (cv.Intervention(read / d**0.5, bias, write),)}, lm.ref, "random")
     with contextlib.ExitStack() as stack:
         for name in OWNER:
-            timed = clock.around(name, getattr(attaching.Attachment, name))
-            stack.enter_context(mock.patch.object(attaching.Attachment, name, timed))
+            timed = clock.around(name, getattr(live.Live, name))
+            stack.enter_context(mock.patch.object(live.Live, name, timed))
         # The edit's hook comes between the last two: it is registered when a pass begins, and the norm comes next.
         stack.enter_context(removing(lm.blocks[0].register_forward_pre_hook(clock.stamp())))
         stack.enter_context(removing(lm.blocks[0].register_forward_hook(clock.stamp("block"))))

@@ -58,6 +58,8 @@ from .models.layers import (
 from .models.layers import (
     middle_third as middle_third,
 )
+from .models.live import attached as attached
+from .models.live import detach_all as detach_all
 from .models.load import LM as LM
 from .models.load import load_model as load_model
 from .models.load import wrap_model as wrap_model

@@ -230,7 +230,6 @@ def test_detaching_restores_the_model(models, arch):
     weights = {name: value.clone() for name, value in lm.model.state_dict().items()}
     with cv.attach(lm, tiny.random_adapter(lm, range(4), "all")):
         generated(lm, ROWS)
-        assert "generate" in vars(lm.model)
     for before, after in zip(plain, forward(lm, ROWS), strict=True):
         assert torch.equal(before, after)
     assert hooks(lm) == hooked

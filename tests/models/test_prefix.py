@@ -14,7 +14,7 @@ from commandv.models.prefix import WORTHWHILE, shared_prefix
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import Prompt, PromptSet
 
-ARCHS = ("llama", "gpt2", "gemma2", "gemma3_text", "bloom", "opt", "mixtral", "qwen2", "phi3")
+ARCHS = ("llama", "gpt2", "gemma2", "gemma3_text", "opt", "mixtral", "qwen2", "phi3")
 OPENING = "the quick brown fox sat on the old mat by the door and "
 PROMPTS = [
     OPENING + rest for rest in ("slept", "ate a fish that was far too big for it", "ran", "the dog barked at it")

@@ -125,8 +125,7 @@ def test_a_reply_ends_where_generation_stops():
     assert end_of_turn(lm) == pad
     assert stop_tokens(lm) == [pad, eos, 7]
     assert Example.of(lm, "Hi", "Yes", 9).response[-1] == pad
-    with greedy(lm, 4) as config:
-        assert config.eos_token_id == [pad, eos, 7]
+    assert greedy(lm, 4).eos_token_id == [pad, eos, 7]
     plain = tiny.tiny_lm()
     plain.model.generation_config.eos_token_id = 7
     assert (end_of_turn(plain), stop_tokens(plain)) == (eos, [eos, 7])

@@ -94,24 +94,92 @@ ARCHS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", _MODERN),
     "gptj": ("GPTJConfig", {**_GPT, "rotary_dim": 4}),
     "codegen": ("CodeGenConfig", {**_GPT, "rotary_dim": 4}),
+    # Distances counted in columns: ALiBi, local and chunked attention.
+    "mpt": ("MptConfig", {"d_model": D, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 512}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "hidden_size": D,
+            "num_layers": LAYERS,
+            "num_heads": 4,
+            "window_size": 32,
+            "attention_types": [[["global", "local"], LAYERS // 2]],
+            "max_position_embeddings": 512,
+        },
+    ),
+    "llama4_text": (
+        "Llama4TextConfig",
+        {**_GQA, **_MOE, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": 32},
+    ),
+    # A state that goes through every column: recurrent models and hybrids.
+    "mamba": ("MambaConfig", {"hidden_size": D, "num_hidden_layers": LAYERS, "state_size": 8}),
+    "rwkv": (
+        "RwkvConfig",
+        {
+            "hidden_size": D,
+            "attention_hidden_size": D,
+            "intermediate_size": 48,
+            "num_hidden_layers": LAYERS,
+            "context_length": 512,
+        },
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {**_MODERN, "num_key_value_heads": 1, "lru_width": D, "attention_window_size": 64, "conv1d_width": 4},
+    ),
+    "jamba": (
+        "JambaConfig",
+        {
+            **_MODERN,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "lfm2": ("Lfm2Config", {**_MODERN, "layer_types": ["conv", "full_attention"] * (LAYERS // 2), "conv_L_cache": 3}),
+    # Blocks that put out four streams.
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {
+            **_GQA,
+            "sliding_window": 64,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+            "laurel_rank": 4,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8,
+            "activation_sparsity_pattern": [0.0] * LAYERS,
+        },
+    ),
 }
+MULTIMODAL = ("llava", "gemma3", "mllama")
+RECURRENT = ("mamba", "rwkv", "recurrent_gemma", "jamba", "lfm2")
+NOT_PLAIN = ("mpt", "gpt_neo", "llama4_text", *RECURRENT, "gemma3n", "mllama")
 
 
 def tiny_model(arch: str = "llama", *, seed: int = 0, **settings: Any) -> Any:
     """A random model in float32 with weights large enough that blocks matter; `settings` change its config."""
-    if arch in ("llava", "gemma3"):
+    if arch in MULTIMODAL:
         config = _multimodal_config(arch)
     else:
         name, sizes = ARCHS[arch]
         special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         sizes = {"vocab_size": VOCAB, "initializer_range": 0.2, **special, **sizes, **settings}
         config = getattr(transformers, name)(**sizes)
-    auto = (
-        transformers.AutoModelForImageTextToText if arch in ("llava", "gemma3") else transformers.AutoModelForCausalLM
-    )
+    auto = transformers.AutoModelForImageTextToText if arch in MULTIMODAL else transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_config(config, dtype=torch.float32).eval()
+        model = auto.from_config(config, dtype=torch.float32).eval()
+        if arch in NOT_PLAIN:  # most of them take no notice of initializer_range
+            for one in model.parameters():
+                if one.ndim > 1:
+                    torch.nn.init.normal_(one, std=0.15)
+    return model
 
 
 def _multimodal_config(arch: str) -> Any:
@@ -125,6 +193,20 @@ def _multimodal_config(arch: str) -> Any:
         "patch_size": 8,
     }
     text = {"vocab_size": VOCAB, "initializer_range": 0.2}
+    if arch == "mllama":  # of its text blocks every second one looks at an image, and is left out where there is none
+        rope = {"rope_type": "default", "rope_theta": 1e4}
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        seeing = {
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "vision_output_dim": 32,
+            "intermediate_layers_indices": [0],
+        }
+        vision = {name: value for name, value in vision.items() if name != "num_attention_heads"}
+        return transformers.MllamaConfig(
+            text_config={**_MODERN, **text, **special, "cross_attention_layers": [1, 3], "rope_scaling": rope},
+            vision_config={**vision, **seeing},
+        )
     if arch == "llava":
         return transformers.LlavaConfig(
             vision_config=transformers.CLIPVisionConfig(**vision, projection_dim=16),

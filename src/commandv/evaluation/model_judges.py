@@ -20,6 +20,7 @@ from commandv.models.encoding import pad
 from commandv.models.generation import batches, greedy
 from commandv.models.gguf import PACKAGED
 from commandv.models.load import LM, load_model
+from commandv.models.running import own_pass
 from commandv.prompts.sets import Prompt
 
 log = logging.getLogger(__name__)
@@ -171,9 +172,11 @@ class Guard:
         for members in batches([len(rows[i]) for i in fitting], self.batch_size):
             places = [fitting[member] for member in members]
             batch = pad(lm, [rows[i] for i in places])
-            with torch.inference_mode(), greedy(lm, self.max_new_tokens) as config:
+            with torch.inference_mode(), own_pass(lm):
                 out = lm.model.generate(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    generation_config=greedy(lm, self.max_new_tokens),
                 )
             replies = lm.tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
             yield [self._read(place, reply) for place, reply in zip(places, replies, strict=True)]

@@ -204,7 +204,8 @@ def _reply_logits(
     """Yield (index of the row, logits [tokens, vocabulary] that predict each token after its prompt)."""
     positions = adapter.positions if adapter else set()
     prefix = shared_prefix(lm, [one.ids for one in rows], [one.n_prompt for one in rows], positions=positions)
-    for members in batches([len(one.ids) for one in rows], batch_size):
+    alike = [one.n_prompt for one in rows] if lm.recurrent else None  # prompts are padded at their left
+    for members in batches([len(one.ids) for one in rows], batch_size, alike=alike):
         batch, n_prompt = pad_replies(lm, [rows[i] for i in members], shared=prefix.length)
         n_reply = batch.input_ids.shape[1] - n_prompt
         changed = attach(lm, adapter, scale=scale, n_prompt=n_prompt) if adapter else contextlib.nullcontext()

@@ -222,13 +222,15 @@ class CommandVAPI(ModelAPI):
         from commandv.models.encoding import pad
         from commandv.models.finite import Finite
         from commandv.models.generation import greedy
+        from commandv.models.running import own_pass
 
         lm, settings, start = self.lm, batch[0].settings, time.monotonic()
         rows = pad(lm, [one.ids for one in batch])
         width = rows.input_ids.shape[1]
         # With a seed the answers of a batch are reproducible, and the process's own random state is left alone.
         seeded = torch.random.fork_rng() if settings.seed is not None else contextlib.nullcontext()
-        with torch.inference_mode(), seeded, self._attached(), greedy(lm, settings.max_new_tokens) as config:
+        with torch.inference_mode(), seeded, self._attached(), own_pass(lm):
+            config = greedy(lm, settings.max_new_tokens)
             if settings.seed is not None:
                 torch.manual_seed(settings.seed)
             if settings.temperature:

@@ -7,7 +7,6 @@ format but the last, keeps the recipient's own state.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,11 @@ from commandv.mapping.mappers import Mapper
 from commandv.mapping.pairing import Pairing, Places, place
 from commandv.models.encoding import Batch, model_inputs, pad, run_blocks
 from commandv.models.generation import batches
+from commandv.models.live import attach_change, reading
 from commandv.models.load import LM
+from commandv.models.passes import Edit, Pass
+from commandv.models.running import own_pass
+from commandv.positions import EVERYWHERE
 from commandv.progress import track
 from commandv.prompts.sets import PromptSet
 from commandv.transfer.match import LayerPair
@@ -92,31 +95,13 @@ def _states(lm: LM, layer: int, rows: list[list[int]], batch_size: int) -> list[
     out: list[Tensor] = [torch.empty(0)] * len(rows)
     with track(f"reading {lm.id}", total=len(rows)) as advance:
         for members in batches([len(row) for row in rows], batch_size):
-            with _watched(lm, layer) as seen:
+            seen: list[Tensor] = []
+            with reading(lm, {layer: seen.append}):
                 run_blocks(lm, pad(lm, [rows[i] for i in members], "right"))
             for row, item in enumerate(members):
                 out[item] = seen[-1][row, : len(rows[item])].cpu()
             advance(len(members))
     return out
-
-
-@contextlib.contextmanager
-def _watched(lm: LM, layer: int) -> Iterator[list[Tensor]]:
-    """Yield a list that takes the layer's output [batch, sequence, d_model] of each pass."""
-    seen: list[Tensor] = []
-
-    def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        seen.append(_stream(output))
-
-    handle = lm.blocks[layer].register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _stream(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 class Along:
@@ -143,7 +128,8 @@ class Along:
         batch = Batch(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :])
         past = None if first else self._cache
         inputs = model_inputs(self.donor.model, batch, keep=1, use_cache=True, past=past)
-        with _watched(self.donor, self._mapper.pair.donor) as seen:
+        seen: list[Tensor] = []
+        with own_pass(self.donor), reading(self.donor, {self._mapper.pair.donor: seen.append}):
             out = self.donor.model(**inputs)
         self._cache = out.past_key_values
         states = seen[-1].flatten(0, 1)
@@ -171,52 +157,54 @@ def replaced(
     """
     if along is not None and along.donor.model is lm.model:
         raise InputError(f"{lm.id} cannot read along with itself while its states are replaced; load the donor apart")
-    edit = _Edit(
-        lm, {one.ids: (torch.from_numpy(one.places.columns), one.mapped(mapper)) for one in counterparts}, along
-    )
-    handles = [
-        lm.model.register_forward_pre_hook(edit.before, with_kwargs=True),
-        lm.blocks[mapper.pair.recipient].register_forward_hook(edit.after),
-    ]
-    try:
+    known = {one.ids: (torch.from_numpy(one.places.columns), one.mapped(mapper)) for one in counterparts}
+    with attach_change(lm, _Replacing(lm.id, mapper.pair.recipient, known, along)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-class _Edit:
-    """The hooks of `replaced`: what to put where is known when a pass begins."""
+class _Replacing:
+    """What `replaced` attaches: what to put where is known when a pass begins."""
 
-    def __init__(self, lm: LM, known: Mapping[tuple[int, ...], tuple[Tensor, Tensor]], along: Along | None) -> None:
-        self._lm, self._known, self._along = lm, known, along
+    name = "mapped states"
+
+    def __init__(
+        self, id: str, layer: int, known: Mapping[tuple[int, ...], tuple[Tensor, Tensor]], along: Along | None
+    ) -> None:
+        self._id, self._known, self._along = id, known, along
+        self.layers, self.positions = [layer], {EVERYWHERE}
         self._lengths = sorted({len(ids) for ids in known}, reverse=True)
-        self._signature = inspect.signature(lm.model.forward)
-        self._pending: tuple[Tensor, Tensor, Tensor] | None = None  # rows, columns, states
 
-    def before(self, _module: Any, args: Any, kwargs: Any) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        ids, mask, cache = (given.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
-        assert ids is not None, "a forward pass without input_ids"
-        read = 0 if cache is None else cache.get_seq_length()
-        first = not read
-        if mask is None:  # generate leaves it out where nothing is padded
-            mask = torch.ones((len(ids), read + ids.shape[1]), dtype=torch.long, device=ids.device)
-        self._pending = self._begun(ids, mask) if first else None
+    def __str__(self) -> str:
+        return f"{self.name} at layer {self.layers[0]}"
+
+    def edits(self, run: Pass) -> dict[int, Edit]:
+        ids, (start, stop) = run.ids, run.columns()
+        if ids is None:
+            raise InputError(f"{self._id}: states are replaced by tokens; run the model on input_ids")
+        mask = run.prompt(stop)
+        pending = None if start else self._begun(ids, mask)
         if self._along is not None:
-            states = self._along.read(ids, mask, first=first)
-            if not first:
+            states = self._along.read(ids, mask.long(), first=not start)
+            if start:
                 rows, columns = torch.ones_like(ids).nonzero(as_tuple=True)
-                self._pending = rows, columns, states.flatten(0, 1)
+                pending = rows, columns, states.flatten(0, 1)
+        if pending is None:
+            return {}
+        rows, columns, states = pending
+
+        def replace(h: Tensor) -> Tensor:
+            return h.index_put((rows.to(h.device), columns.to(h.device)), states.to(h))
+
+        return {self.layers[0]: replace}
 
     def _begun(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, columns, states = [], [], []
-        for row, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True)):
+        for row, (tokens, real) in enumerate(zip(ids, mask, strict=True)):
             begins = tuple(tokens[real].tolist())
             length = next((n for n in self._lengths if begins[:n] in self._known), None)
             if length is None:
                 raise InputError(
-                    f"{self._lm.id}: a sequence of {len(begins)} tokens begins like none of the {len(self._known)} "
+                    f"{self._id}: a sequence of {len(begins)} tokens begins like none of the {len(self._known)} "
                     "texts whose states are to be replaced; read the counterparts of the texts that are run"
                 )
             places, new = self._known[begins[:length]]
@@ -224,11 +212,3 @@ class _Edit:
             rows.append(torch.full_like(columns[-1], row))
             states.append(new)
         return torch.cat(rows), torch.cat(columns), torch.cat(states)
-
-    def after(self, _module: Any, _inputs: Any, output: Any) -> Any:
-        if self._pending is None:
-            return output
-        h = _stream(output)
-        rows, columns, states = (part.to(h.device) for part in self._pending)
-        changed = h.index_put((rows, columns), states.to(h.dtype))
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed

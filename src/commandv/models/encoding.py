@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from commandv.errors import InputError
-from commandv.models.identity import evaluating
 from commandv.models.load import LM
+from commandv.models.running import own_pass
 from commandv.models.template import MARK, render, stop_tokens
 
 Turns: TypeAlias = Sequence[tuple[str, str]]
@@ -191,8 +191,16 @@ def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = 
         rows: token ids.
         side: where the padding goes.
         shared: so many tokens that all rows begin with stay in the first columns, before the padding.
+
+    Raises:
+        InputError: padding at the left of a recurrent model, which would read it.
     """
     width = max(len(row) for row in rows)
+    if side == "left" and lm.recurrent and any(len(row) < width for row in rows):
+        raise InputError(
+            f"{lm.id} is a recurrent model, which would read padding at the left; run prompts of one length together, "
+            "or one at a time (batch_size=1)"
+        )
     ids = torch.full((len(rows), width), pad_token(lm), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
@@ -246,17 +254,17 @@ def model_inputs(
 def last_logits(lm: LM, batch: Batch, n: int, past: Any = None) -> torch.Tensor:
     """Return the logits [batch, n, vocabulary] after each of a batch's last `n` tokens; `past` as in `model_inputs`."""
     inputs = model_inputs(lm.model, batch, keep=n, use_cache=past is not None, past=past)
-    with evaluating(lm):
+    with own_pass(lm):
         return lm.model(**inputs).logits[:, -n:]
 
 
 def run_blocks(lm: LM, batch: Batch, past: Any = None) -> None:
     """Run the model without its head on a padded batch, for hooks on the blocks; `past` as in `model_inputs`."""
-    with evaluating(lm):
+    with own_pass(lm):
         lm.owner(**model_inputs(lm.owner, batch, use_cache=past is not None, past=past))
 
 
 def read_ahead(lm: LM, batch: Batch) -> Any:
     """Return the cache of a batch's tokens, for passes that go on from there; None of a model that keeps none."""
-    with evaluating(lm):
+    with own_pass(lm):
         return getattr(lm.owner(**model_inputs(lm.owner, batch, use_cache=True)), "past_key_values", None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from commandv.errors import ModelError
 from commandv.models.encoding import pad, run_blocks
+from commandv.models.live import prompts_of, reading
 from commandv.models.load import LM
 
 
@@ -52,23 +53,11 @@ def _first_layer(lm: LM, ids: Sequence[int]) -> str:
     """Return the first layer whose output is not finite when a sequence is run."""
     broken: list[int] = []
 
-    def check(layer: int) -> Callable[[Any, Any, Any], None]:
-        def hook(_block: Any, _inputs: Any, output: Any) -> None:
-            h = output[0] if isinstance(output, tuple) else output
-            if not torch.isfinite(h).all():
-                broken.append(layer)
+    def check(layer: int, h: Tensor) -> None:
+        if not torch.isfinite(h).all():
+            broken.append(layer)
 
-        return hook
-
-    handles: list[Any] = []
-
-    def enter(*_: Any) -> None:  # attached adapters hook the blocks when a pass begins; these hooks come after theirs
-        handles.extend(block.register_forward_hook(check(layer)) for layer, block in enumerate(lm.blocks))
-
-    handles.append(lm.owner.register_forward_pre_hook(enter))
-    try:
+    readers = {layer: functools.partial(check, layer) for layer in range(lm.n_layers)}
+    with reading(lm, readers), prompts_of(lm, len(ids)):
         run_blocks(lm, pad(lm, [list(ids)]))
-    finally:
-        for handle in handles:
-            handle.remove()
     return f"layer {min(broken)}" if broken else "the head"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 
 from commandv.errors import InputError
 from commandv.models.encoding import Turns, encode, pad, pad_token
 from commandv.models.finite import Finite
-from commandv.models.identity import evaluating
+from commandv.models.live import attached
 from commandv.models.load import LM
 from commandv.models.prefix import shared_prefix
+from commandv.models.running import own_pass
 from commandv.models.template import PLAIN_STOP, stop_tokens
 from commandv.prompts.sets import PromptSet, as_prompts
 
@@ -55,11 +57,15 @@ def generate(
             f"the longest prompt and {max_new_tokens} new tokens make {longest}, the context of {lm.id} is "
             f"{lm.context_length}; ask for fewer new tokens, or pass max_length= to keep the prompts' ends"
         )
-    answers = [""] * len(rows)
-    prefix = shared_prefix(lm, rows, [len(row) for row in rows], new_tokens=max_new_tokens)
-    for members in batches([len(row) for row in rows], batch_size):
-        batch = pad(lm, [rows[i] for i in members], shared=prefix.length)
-        with torch.inference_mode(), greedy(lm, max_new_tokens) as config:
+    answers, lengths = [""] * len(rows), [len(row) for row in rows]
+    config = greedy(lm, max_new_tokens)
+    stops = set(stop_tokens(lm))
+    # Where tokens stand is known of keys and values, and of a recurrent state it is not.
+    config.use_cache = not (lm.recurrent and attached(lm))
+    with torch.inference_mode(), own_pass(lm):
+        prefix = shared_prefix(lm, rows, lengths, new_tokens=max_new_tokens)
+        for members in batches(lengths, batch_size, alike=lengths if lm.recurrent else None):
+            batch = pad(lm, [rows[i] for i in members], shared=prefix.length)
             out = lm.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -67,40 +73,49 @@ def generate(
                 generation_config=config,
                 logits_processor=[Finite(lm, [i + 1 for i in members], [rows[i] for i in members])],
             )
-        for i, ids in zip(members, out[:, batch.input_ids.shape[1] :], strict=True):
-            text = lm.tokenizer.decode(ids, skip_special_tokens=True)
-            answers[i] = text if lm.chat else text.split(PLAIN_STOP)[0].strip()
+            for i, ids in zip(members, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+                end = next((place for place, id in enumerate(ids) if id in stops), len(ids))  # then comes padding
+                text = lm.tokenizer.decode(ids[: end + 1], skip_special_tokens=True)
+                answers[i] = text if lm.chat else text.split(PLAIN_STOP)[0].strip()
     return answers
 
 
-@contextlib.contextmanager
-def greedy(lm: LM, max_new_tokens: int) -> Iterator[Any]:
-    """Yield a greedy generation configuration while the model's own one is set aside and dropout is off.
+class _Settings(transformers.GenerationConfig):
+    """Generation settings that the model's own ones do not fill up.
 
-    It must be: transformers fills what a configuration leaves open (repetition penalty, beams, suppressed tokens ...)
-    from the model's own.
+    transformers copies into a configuration whatever it leaves open from the model's own (repetition penalty, beams,
+    suppressed tokens ...), which is the one update of it that may add entries.
     """
-    import transformers
 
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+        if allow_custom_entries:
+            return {}
+        return super().update(defaults_only=defaults_only, **kwargs)
+
+
+def greedy(lm: LM, max_new_tokens: int) -> transformers.GenerationConfig:
+    """Return a greedy generation configuration that leaves the model's own one aside, which is not changed."""
     own = lm.model.generation_config
-    config = transformers.GenerationConfig(
+    return _Settings(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_tokens(lm) or None,
         pad_token_id=pad_token(lm),
         bos_token_id=own.bos_token_id,
     )
-    lm.model.generation_config = config
-    try:
-        with evaluating(lm):
-            yield config
-    finally:
-        lm.model.generation_config = own
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield batches of indices, longest first, so that rows of one batch are of similar length."""
-    order: Iterable[int] = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    order = list(order)
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def batches(lengths: Sequence[int], batch_size: int, *, alike: Sequence[int] | None = None) -> Iterator[list[int]]:
+    """Yield batches of indices, longest first, so that rows of one batch are of similar length.
+
+    Args:
+        lengths: of the rows.
+        batch_size: most rows in a batch.
+        alike: a value of each row that those of one batch share; lengths, where nothing may be padded.
+    """
+    kinds = alike or [0] * len(lengths)
+    order = sorted(range(len(lengths)), key=lambda i: (-kinds[i], -lengths[i]))
+    for _, same in itertools.groupby(order, key=lambda i: kinds[i]):
+        run = list(same)
+        for start in range(0, len(run), batch_size):
+            yield run[start : start + batch_size]

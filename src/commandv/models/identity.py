@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from commandv.errors import InputError, MismatchError
 from commandv.files import digest
+from commandv.models.live import attached, foreign_hooks
 from commandv.models.template import MARK, render, source_of
 
 if TYPE_CHECKING:
@@ -210,8 +210,6 @@ class Identity(NamedTuple):
 
 def identity(lm: LM) -> Identity:
     """Return what a model is; its weights are read anew, whatever torch counted."""
-    from commandv.adapters.attach import attached
-
     weights = _hashed(lm.model, again=True).exact
     doubts = list(_doubts(lm))
     if not weights and not lm.revision:
@@ -228,7 +226,7 @@ def identity(lm: LM) -> Identity:
     ]
     asked = render(lm, [{"role": "user", "content": MARK}])
     parts = [weights or lm.revision, repr(sorted(config.items(), key=str)), tuners, asked, source_of(lm), lm.chat]
-    return Identity(digest(parts, _tokenizer_hash(lm.tokenizer)), tuple(doubts), attached(lm))
+    return Identity(digest(parts, _tokenizer_hash(lm.tokenizer)), tuple(doubts), bool(attached(lm)))
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
@@ -238,10 +236,8 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _doubts(lm: LM) -> Iterator[str]:
-    from commandv.adapters.attach import hooked_by_others
-
-    if hooked_by_others(lm):
-        yield "hooks that others have put on it"
+    if hooked := foreign_hooks(lm):
+        yield f"hooks that others have put on it (on {hooked[0]})"
     replaced = [
         name for name, one in lm.model.named_modules() if "forward" in vars(one) and not hasattr(one, "_hf_hook")
     ]
@@ -259,22 +255,7 @@ def require_own(lm: LM, doing: str) -> None:
     Raises:
         InputError: an adapter is attached.
     """
-    from commandv.adapters.attach import attached
-
     if attached(lm):
         raise InputError(f"an adapter is attached to {lm.id}; detach it before {doing}")
     for doubt in _doubts(lm):
         log.warning("%s: %s, which takes part in %s", lm.id, doubt, doing)
-
-
-@contextlib.contextmanager
-def evaluating(lm: LM) -> Iterator[None]:
-    """Keep a model in evaluation mode, so that dropout is off; put it back where it was."""
-    training = [module for module in lm.model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,4 +1,4 @@
-"""Language models: loading from anywhere, finding the decoder blocks."""
+"""Language models: loading from anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch import nn
 
 from commandv.errors import InputError, ModelError
 from commandv.files import digest
+from commandv.models.blocks import device_of, find_blocks
 from commandv.models.identity import ModelRef, weights_hash
+from commandv.models.live import attached
+from commandv.models.running import compiled
 from commandv.models.template import ChatFormat, check_format, source_of
 from commandv.reading import MOST_TEXT, first_line, read_json
 
@@ -25,7 +28,7 @@ class LM:
     """A causal language model with what commandv needs to know about it.
 
     Attributes:
-        model: the transformers model, in eval mode.
+        model: the transformers model; nothing of it is changed.
         tokenizer: its fast tokenizer.
         id: the name it was loaded by.
         revision: hub commit, or hash of the GGUF file; "" where there is neither.
@@ -35,6 +38,8 @@ class LM:
         chat: True when prompts go through the tokenizer's chat template, False for the plain format.
         format: system prompt and options of the template.
         same_as: name of the model that it is said to be the same as; "" for none.
+        stream: which of several streams that a block puts out it works on.
+        recurrent: the model keeps more from token to token than keys and values; see `commandv.models.blocks.Found`.
     """
 
     model: Any
@@ -47,6 +52,8 @@ class LM:
     chat: bool
     format: ChatFormat = field(default_factory=ChatFormat)
     same_as: str = ""
+    stream: int = 0
+    recurrent: bool = False
 
     @property
     def n_layers(self) -> int:
@@ -56,7 +63,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embeddings."""
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model)
 
     @property
     def ref(self) -> ModelRef:
@@ -97,7 +104,8 @@ class LM:
 
     def __repr__(self) -> str:
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        return f"LM({self.id}, {self.n_layers} layers, d_model {self.d_model}, {dtype})"
+        here = "".join(f"; attached: {one}" for one in attached(self))
+        return f"LM({self.id}, {self.n_layers} layers, d_model {self.d_model}, {dtype}{here})"
 
 
 def load_model(
@@ -177,17 +185,18 @@ def wrap_model(
     template_options: Mapping[str, Any] | None = None,
     same_as: str = "",
 ) -> LM:
-    """Make an `LM` of a transformers model and tokenizer that are already in memory.
+    """Make an `LM` of a transformers model and tokenizer that are already in memory; neither is changed.
 
     Args:
-        model: a causal language model; it is put in eval mode.
+        model: a causal language model, in any mode; passes of our own run it in eval mode and restore what was set.
         tokenizer: its fast tokenizer.
         id: a name for messages and provenance.
         revision: hub commit, where there is one; the weights themselves are hashed when it matters.
         template: as in `load_model`, and so are the next three.
 
     Raises:
-        ModelError: the blocks cannot be found, or the tokenizer is a slow one (no character offsets).
+        ModelError: not a causal language model, compiled, its blocks cannot be found, or the tokenizer is a slow one
+            (no character offsets).
         InputError: chat asked of a tokenizer without a chat template, or a system prompt or option that its template
             does not take.
     """
@@ -197,35 +206,35 @@ def wrap_model(
         raise InputError(f"{id}: asked for chat, but the tokenizer has no chat template; use template='plain'")
     if template not in ("auto", "chat", "plain"):
         raise InputError(f"template={template!r}: expected 'auto', 'chat' or 'plain'")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token if tokenizer.eos_token is not None else tokenizer.unk_token
-    model.eval()
-    _feed_head_contiguously(model)
-    owner, blocks, d_model = find_blocks(model)
+    _require_language_model(model, id)
+    found = find_blocks(model)
     chat = bool(tokenizer.chat_template) and template != "plain"
     format = ChatFormat(system, template_options or {})
-    return check_format(LM(model, tokenizer, id, revision or "", blocks, owner, d_model, chat, format, same_as))
+    return check_format(
+        LM(
+            model, tokenizer, id, revision or "", found.blocks, found.owner, found.d_model, chat, format, same_as,
+            found.stream, found.recurrent,
+        )
+    )  # fmt: skip
 
 
-def _feed_head_contiguously(model: Any) -> None:
-    """Have the head get contiguous states.
-
-    PyTorch multiplies a strided slice of states, as `logits_to_keep` makes them, by a copy of a *frozen* head for each
-    sequence: with a large vocabulary gigabytes, and a minute where a tenth of a second would do.
-    """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None and _contiguous not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(_contiguous)
-
-
-def _contiguous(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(one.contiguous() if isinstance(one, torch.Tensor) else one for one in args)
+def _require_language_model(model: Any, id: str) -> None:
+    """Raise `ModelError` unless it is a decoder with a language-model head, as transformers or PEFT make it."""
+    kind = type(model).__name__
+    if compiled(model):
+        raise ModelError(f"{id}: a compiled {kind}; wrap the model as it was before torch.compile")
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise ModelError(f"{id}: a {kind}; expected a transformers model (of a DataParallel, its .module)")
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{id}: {kind} is an encoder-decoder model; commandv needs a decoder-only one")
+    if model.get_output_embeddings() is None or not hasattr(model, "generate"):
+        raise ModelError(f"{id}: {kind} has no language-model head; load it with AutoModelForCausalLM")
 
 
 def _load_weights(place: str, dtype: torch.dtype, device_map: Any, options: dict[str, Any]) -> nn.Module:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(place, **options)
+    config = transformers.AutoConfig.from_pretrained(_configured(place), **options)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder-decoder model; commandv needs a decoder-only one")
     # Multimodal models (Llava, Gemma 3 4B and larger ...) are not in the causal-LM mapping.
@@ -236,6 +245,14 @@ def _load_weights(place: str, dtype: torch.dtype, device_map: Any, options: dict
     if missing := sorted(info["missing_keys"]):  # transformers would make them up at random
         raise ValueError(f"{len(missing)} weights of the model are not in its files ({', '.join(missing[:3])} ...)")
     return model
+
+
+def _configured(place: str) -> str:
+    """Return where a model's configuration is: of a LoRA directory, with its base."""
+    lora = Path(place) / "adapter_config.json"
+    if not lora.is_file() or (Path(place) / "config.json").is_file():
+        return place
+    return str(read_json(lora, most=MOST_TEXT)["base_model_name_or_path"])
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -264,52 +281,3 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return frozenset(line.split())
-
-
-def find_blocks(model: Any) -> tuple[nn.Module, tuple[nn.Module, ...], int]:
-    """Find the decoder blocks by structure: the shallowest module list that a text-only pass runs layer by layer.
-
-    Candidates have as many entries as the text configuration has layers. A vision tower or a list of experts
-    of the same length is told apart by running one token: every block must run once and put out [1, 1, d_model].
-
-    Returns:
-        (the module that holds the blocks, the blocks, d_model).
-
-    Raises:
-        ModelError: no such list.
-    """
-    config = model.config.get_text_config(decoder=True)
-    n_layers = config.num_hidden_layers
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    ]
-    calls: dict[nn.Module, list[torch.Size]] = {}
-
-    def record(module: nn.Module, _inputs: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        if isinstance(tensor, torch.Tensor):
-            calls.setdefault(module, []).append(tensor.shape)
-
-    handles = [block.register_forward_hook(record) for _, blocks in candidates for block in blocks]
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.get_input_embeddings().weight.device))
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__}: cannot run one token: {first_line(error)}; its configuration and its weights do "
-            "not fit together, or it needs more than input_ids"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, blocks in sorted(candidates, key=lambda item: item[0].count(".")):
-        shapes = {tuple(calls.get(block, [()])[0]) for block in blocks}
-        once = all(len(calls.get(block, [])) == 1 for block in blocks)
-        if once and len(shapes) == 1 and len(shape := shapes.pop()) == 3:
-            return model.get_submodule(name.rpartition(".")[0]), tuple(blocks), shape[-1]
-    raise ModelError(
-        f"{type(model).__name__}: found no list of {n_layers} decoder blocks that each run once and put out "
-        f"[batch, sequence, d_model]; looked at {[name for name, _ in candidates] or 'no module list of that length'}"
-    )

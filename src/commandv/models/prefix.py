@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicLayer
 
-from commandv.adapters.attach import attached, attached_positions, hooked_by_others, prompts_of
 from commandv.models.encoding import Batch, read_ahead
+from commandv.models.live import attached, attached_positions, foreign_hooks, prompts_of
 from commandv.models.load import LM
 from commandv.positions import Positions
 
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # what configurations call the reach of attention
 WORTHWHILE = 8  # tokens; a shorter beginning is not worth a pass of its own
 
 
@@ -73,10 +75,9 @@ def shared_prefix(
     if len(rows) < 2 or untold or any(one.first or one.everywhere for one in acting):
         return NOT_SHARED
     longest = max(prompts) + max(len(row) - n for row, n in zip(rows, prompts, strict=True)) + (new_tokens or 0)
-    window = getattr(lm.model.config.get_text_config(), "sliding_window", None)
     spared = max([1, *(one.last for one in acting)])
     length = min(_common(rows), min(prompts) - spared)
-    if length < WORTHWHILE or (window is not None and longest > window) or hooked_by_others(lm):
+    if length < WORTHWHILE or not _sees_over_gaps(lm, longest) or foreign_hooks(lm):
         return NOT_SHARED
     ids = torch.tensor([list(rows[0][:length])], device=lm.device)
     begun = Batch(ids, torch.ones_like(ids), torch.arange(length, device=lm.device)[None])
@@ -84,6 +85,19 @@ def shared_prefix(
         cache = read_ahead(lm, begun)
     plain = type(cache) is transformers.DynamicCache and all(isinstance(one, DynamicLayer) for one in cache.layers)
     return Prefix(length, cache) if plain else NOT_SHARED
+
+
+def _sees_over_gaps(lm: LM, longest: int) -> bool:
+    """True when padding between a beginning and the rest, of so many columns together, changes nothing.
+
+    Not so where the distance of two tokens is counted in columns: in windows and chunks of attention, and where nobody
+    can tell the model its tokens' positions (ALiBi). Nor where a state goes through every column.
+    """
+    if lm.recurrent or "position_ids" not in inspect.signature(lm.owner.forward).parameters:
+        return False
+    config = lm.model.config.get_text_config(decoder=True)
+    sizes = [getattr(config, name, None) for name in WINDOWS]
+    return all(size is None or longest <= size for size in sizes)
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

@@ -22,6 +22,7 @@ from commandv.files import cache_dir, digest, file_name
 from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.models.generation import batches
 from commandv.models.identity import ModelRef, identity
+from commandv.models.live import reading
 from commandv.models.load import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
 from commandv.profiles.parts import read_part, write_part
@@ -65,7 +66,7 @@ def profile(
         rows_per_text: text rows kept per passage, spread evenly.
         batch_size: sequences per forward pass; they are sorted by length.
         max_length: cut longer prompts at their beginning; by default a prompt longer than the context is an error.
-        padding: side; the result is the same up to rounding.
+        padding: side; the result is the same up to rounding. Recurrent models are padded at the right whatever it is.
         cache: keep the profile in the cache directory, keyed by content (all that the model is at this moment, and the
             prompts); a path keeps it there instead; False only in memory. Of a model with hooks of others nothing is
             kept, which a warning says.
@@ -161,7 +162,8 @@ class _Work:
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: expected 1 or more")
-        self.lm, self.batch_size, self.padding = lm, batch_size, padding
+        self.lm, self.batch_size = lm, batch_size
+        self.padding: Literal["left", "right"] = "right" if lm.recurrent else padding
         self.encoded: list[Encoded] = []
         self.wanted: list[list[tuple[int, int]]] = []  # per item: (token index, offset key)
         for number, item in enumerate(items):
@@ -246,25 +248,12 @@ def read_rows(lm: LM, batch: Batch, at: tuple[Tensor, Tensor], prefix: Prefix = 
     found: dict[int, Tensor] = {}
     rows, columns = at[0], at[1] - prefix.length
 
-    def keep(layer: int) -> Callable[[Any, Any, Any], None]:
-        def hook(_block: Any, _inputs: Any, output: Any) -> None:
-            h = output[0] if isinstance(output, tuple) else output
-            found[layer] = h[rows.to(h.device), columns.to(h.device)].to(torch.bfloat16).cpu()
+    def keep(layer: int, h: Tensor) -> None:
+        found[layer] = h[rows.to(h.device), columns.to(h.device)].to(torch.bfloat16).cpu()
 
-        return hook
-
-    handles: list[Any] = []
-
-    def enter(*_: Any) -> None:  # attached adapters hook the blocks when a pass begins; these hooks come after theirs
-        handles.extend(block.register_forward_hook(keep(layer)) for layer, block in enumerate(lm.blocks))
-
-    handles.append(lm.owner.register_forward_pre_hook(enter))
-    try:
-        with torch.inference_mode():
-            run_blocks(lm, prefix.rest(batch), prefix.past(len(batch.input_ids)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    readers = {layer: functools.partial(keep, layer) for layer in range(lm.n_layers)}
+    with torch.inference_mode(), reading(lm, readers):
+        run_blocks(lm, prefix.rest(batch), prefix.past(len(batch.input_ids)))
     return {layer: states.clone() for layer, states in found.items()}
 
 

@@ -46,7 +46,8 @@ def _states(
     """Yield what `states` yields, of token ids; with `skip_first`, `all` is without the first token."""
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: expected 1 or more")
-    for members in batches([len(one.ids) for one in encoded], batch_size):
+    alike = [one.n_prompt for one in encoded] if lm.recurrent else None  # prompts are padded at their left
+    for members in batches([len(one.ids) for one in encoded], batch_size, alike=alike):
         batch, n_prompt = pad_replies(lm, [encoded[i] for i in members])
         real = batch.attention_mask.bool()
         chosen = positions.select(real[:, :n_prompt], 0, real.shape[1]) & real

@@ -1,0 +1,380 @@
+"""What acts on a live model: compiled models, threads, copies, interrupts, hidden states, nothing left behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import copy
+import io
+import threading
+
+import pytest
+import torch
+import transformers
+from torch.testing import assert_close
+
+import commandv as cv
+import tiny
+from commandv.errors import InputError, ModelError
+from commandv.models.live import attached, foreign_hooks, reading
+
+IDS = torch.tensor([[1, 20, 21, 22, 23]])
+PROMPTS = ["How do I make tea?", "Why does Venus spin backwards, and what about the river?", "x"]
+
+
+@pytest.fixture
+def lm():
+    return tiny.tiny_lm()
+
+
+def logits(model, ids=IDS):
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+def n_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# -- nothing of the user's is changed -------------------------------------------------------------------------------
+
+
+def test_wrapping_changes_neither_model_nor_tokenizer():
+    model, tokenizer = tiny.tiny_model().train(), tiny.tiny_tokenizer()
+    tokenizer.pad_token = None
+    threads = torch.get_num_threads()
+    lm = cv.wrap_model(model, tokenizer, "mine")
+    cv.generate(lm, PROMPTS, max_new_tokens=3)
+    cv.profile(lm, PROMPTS, cache=False)
+    assert all(module.training for module in model.modules())
+    assert tokenizer.pad_token is None
+    assert n_hooks(model) == 0
+    assert torch.get_num_threads() == threads
+    assert "generate" not in vars(model)
+
+
+def test_passes_of_our_own_have_no_dropout():
+    model = tiny.tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    expected = cv.generate(cv.wrap_model(model, tiny.tiny_tokenizer(), "still"), PROMPTS, max_new_tokens=6)
+    model.train()
+    lm = cv.wrap_model(model, tiny.tiny_tokenizer(), "still")
+    for _ in range(2):
+        assert cv.generate(lm, PROMPTS, max_new_tokens=6) == expected
+    one, other = (cv.profile(lm, PROMPTS, cache=False).layer(3) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_the_models_own_generation_settings_neither_act_nor_change(lm):
+    plain = cv.generate(lm, PROMPTS, max_new_tokens=8)
+    own = lm.model.generation_config
+    own.update(repetition_penalty=5.0, do_sample=True, temperature=4.0, min_new_tokens=8, num_beams=3)
+    own.update(bad_words_ids=[[id] for id in range(3, 40)], suppress_tokens=list(range(40, 100)))
+    own.update(no_repeat_ngram_size=1, guidance_scale=2.0, forced_bos_token_id=5)
+    before = own.to_dict()
+    assert cv.generate(lm, PROMPTS, max_new_tokens=8) == plain
+    assert lm.model.generation_config is own
+    assert own.to_dict() == before
+
+
+def test_padding_with_a_token_that_has_no_embedding():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= tiny.VOCAB
+    lm = cv.wrap_model(tiny.tiny_model(), tokenizer, "padded")
+    usual = tiny.tiny_lm()
+    assert cv.generate(lm, PROMPTS, max_new_tokens=4) == cv.generate(usual, PROMPTS, max_new_tokens=4)
+    for side in ("left", "right"):
+        one, other = (cv.profile(m, PROMPTS, cache=False, padding=side).layer(2).float() for m in (lm, usual))
+        assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_a_generate_of_the_users_own_stays(lm):
+    calls = []
+
+    def own(*args, **kwargs):
+        calls.append(kwargs)
+        return type(lm.model).generate(lm.model, *args, **kwargs)
+
+    lm.model.generate = own
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with cv.attach(lm, tiny.random_adapter(lm, (1,), "l1+g2")):
+        through_own = lm.model.generate(input_ids=IDS, **settings)
+        through_class = type(lm.model).generate(lm.model, input_ids=IDS, **settings)
+    assert lm.model.generate is own
+    assert len(calls) == 1
+    assert torch.equal(through_own, through_class)
+
+
+def test_the_head_is_fed_contiguously_in_our_own_passes_only(lm):
+    seen = []
+    head = lm.model.get_output_embeddings()
+    head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].is_contiguous()))
+    cv.generate(lm, PROMPTS, max_new_tokens=2)
+    assert all(seen)
+    assert not head._forward_pre_hooks
+
+
+# -- what is attached is visible, and comes off ---------------------------------------------------------------------
+
+
+def test_the_model_says_what_is_attached(lm):
+    plain = repr(lm)
+    first = cv.attach(lm, tiny.random_adapter(lm, (1, 3), "l1+g2"), scale=0.5)
+    second = cv.attach(lm, tiny.random_adapter(lm, (2,), "all"))
+    assert "random on layers 1, 3 at l1+g2, scale 0.5" in repr(lm)
+    assert [one.layers for one in cv.attached(lm)] == [[1, 3], [2]]
+    again = cv.wrap_model(lm.model, lm.tokenizer, "again")
+    assert cv.attached(again) == cv.attached(lm)
+    del first, second  # a forgotten handle
+    cv.detach_all(again)
+    cv.detach_all(lm)
+    assert attached(lm) == ()
+    assert repr(lm) == plain
+    assert n_hooks(lm.model) == 0
+
+
+def test_hooks_of_others_are_told_from_our_own(lm):
+    lm.model(input_ids=IDS, output_hidden_states=True)  # transformers leaves hooks of its own
+    with cv.attach(lm, tiny.random_adapter(lm)):
+        assert foreign_hooks(lm) == []
+        handle = lm.blocks[1].mlp.register_forward_hook(lambda *_: None)
+        assert foreign_hooks(lm) == ["model.layers.1.mlp"]
+        handle.remove()
+
+
+@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt2", "falcon"])
+def test_hidden_states_shown_while_attached_are_the_edited_ones(arch):
+    lm = tiny.tiny_lm(arch)
+    states = {}
+
+    def entering(layer):
+        return lambda _m, args, kwargs: states.update({layer: args[0] if args else kwargs["hidden_states"]})
+
+    for layer in (1, 2, 3):  # what a block gets is what the one before it put out
+        lm.blocks[layer].register_forward_pre_hook(entering(layer - 1), with_kwargs=True)
+    with torch.inference_mode():
+        lm.model(input_ids=IDS, output_hidden_states=True)
+        with cv.attach(lm, tiny.random_adapter(lm, (0, 1, 2), "all")):
+            shown = lm.model(input_ids=IDS, output_hidden_states=True).hidden_states
+    for layer in range(3):
+        assert torch.equal(shown[layer + 1], states[layer]), layer
+
+
+def test_readers_see_what_the_next_block_gets(lm):
+    read, handles = {}, []
+    handles.append(lm.blocks[1].register_forward_hook(lambda _m, _i, h: h + 1))
+    handles.append(
+        lm.blocks[2].register_forward_pre_hook(
+            lambda _m, a, k: read.update(into=(*a, *k.values())[0]), with_kwargs=True
+        )
+    )
+    with cv.attach(lm, tiny.random_adapter(lm)), reading(lm, {1: lambda h: read.update(out=h)}):
+        logits(lm.model)
+    assert torch.equal(read["into"], read["out"])
+    for handle in handles:
+        handle.remove()
+    assert n_hooks(lm.model) == 0
+
+
+# -- compiled models ------------------------------------------------------------------------------------------------
+
+
+def _compile(model, how):
+    if how == "module":
+        model.compile(backend="eager")
+    elif how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        for block in model.model.layers:
+            block.compile(backend="eager")
+
+
+@pytest.mark.parametrize("how", ["module", "forward", "blocks"])
+def test_a_compiled_model_is_refused(lm, how):
+    _compile(lm.model, how)
+    with pytest.raises(ModelError, match="compiled"):
+        cv.attach(lm, tiny.random_adapter(lm))
+    with pytest.raises(ModelError, match="compiled"):
+        cv.profile(lm, PROMPTS, cache=False)
+    assert n_hooks(lm.model) == 0
+
+
+def test_compiling_while_attached_is_noticed(lm):
+    with cv.attach(lm, tiny.random_adapter(lm)):
+        lm.model.forward = torch.compile(lm.model.forward, backend="eager")
+        with pytest.raises(ModelError, match="compiled"):
+            logits(lm.model)
+
+
+def test_a_compiled_wrapper_is_refused_when_wrapped():
+    with pytest.raises(ModelError, match="before torch"):
+        cv.wrap_model(torch.compile(tiny.tiny_model(), backend="eager"), tiny.tiny_tokenizer(), "compiled")
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_an_attached_model_is_a_model_of_its_own(lm, how):
+    plain = logits(lm.model)
+    with cv.attach(lm, tiny.random_adapter(lm, (1,), "all")):
+        if how == "deepcopy":
+            copied = copy.deepcopy(lm.model)
+        else:
+            file = io.BytesIO()
+            torch.save(lm.model, file)
+            file.seek(0)
+            copied = torch.load(file, weights_only=False)
+        changed = logits(lm.model)
+        assert torch.equal(logits(copied), plain)
+        with torch.no_grad():
+            copied.get_output_embeddings().weight.mul_(2.0)
+        assert_close(logits(copied), 2 * plain)
+        assert torch.equal(logits(lm.model), changed)
+        other = cv.wrap_model(copied, lm.tokenizer, lm.id)
+        assert cv.attached(other) == ()
+        assert foreign_hooks(other) == []
+        out = copied.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(out, copied.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, pad_token_id=0))
+
+
+# -- interrupts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["pass", "generate", "profile"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_leaves_nothing(lm, where, error):
+    def fail(*_):
+        raise error
+
+    run = {
+        "pass": lambda: logits(lm.model),
+        "generate": lambda: cv.generate(lm, PROMPTS, max_new_tokens=4),
+        "profile": lambda: cv.profile(lm, PROMPTS, cache=False),
+    }[where]
+    plain = logits(lm.model)
+    with cv.attach(lm, tiny.random_adapter(lm, (0, 1, 2), "all")):
+        expected = logits(lm.model)
+        handle = lm.blocks[2].register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            run()
+        handle.remove()
+        assert torch.equal(logits(lm.model), expected)
+        assert not any(block._forward_hooks for block in lm.blocks)
+        handle = lm.blocks[2].register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            run()
+        handle.remove()
+    assert n_hooks(lm.model) == 0
+    assert torch.equal(logits(lm.model), plain)
+
+
+# -- threads --------------------------------------------------------------------------------------------------------
+
+
+def in_threads(n, work):
+    """Run work(0) .. work(n - 1) at the same time and return what they return, or the error that one of them raised."""
+    ready = threading.Barrier(n)
+
+    def run(number):
+        ready.wait()
+        return work(number)
+
+    with concurrent.futures.ThreadPoolExecutor(n) as pool:
+        return list(pool.map(run, range(n)))
+
+
+@pytest.mark.parametrize("positions", [None, "l1", "all", "f1+g3"])
+def test_threads_that_start_later_answer_alike(lm, positions):
+    own = lm.model.generation_config
+    changed = [cv.attach(lm, tiny.random_adapter(lm, (1, 2), positions))] if positions else []
+    expected = {n: cv.generate(lm, PROMPTS, max_new_tokens=4 + n) for n in range(3)}
+
+    def work(number):
+        return [cv.generate(lm, PROMPTS, max_new_tokens=4 + number) == expected[number] for _ in range(3)]
+
+    assert all(all(right) for right in in_threads(3, work))
+    for one in changed:
+        one.detach()
+    assert lm.model.generation_config is own
+    assert n_hooks(lm.model) == 0
+
+
+def test_no_thread_gets_the_adapter_of_another(lm):
+    adapters = [None, tiny.random_adapter(lm, (1,), "all"), tiny.random_adapter(lm, (2,), "l1", seed=5)]
+    expected = []
+    for adapter in adapters:
+        if adapter is None:
+            expected.append(cv.generate(lm, PROMPTS, max_new_tokens=4))
+        else:
+            with cv.attach(lm, adapter):
+                expected.append(cv.generate(lm, PROMPTS, max_new_tokens=4))
+
+    def work(number):
+        wrong = []
+        for _ in range(4):
+            with contextlib.suppress(InputError):  # told that another thread has something attached
+                if adapters[number] is None:
+                    wrong.append(cv.generate(lm, PROMPTS, max_new_tokens=4) != expected[number])
+                else:
+                    with cv.attach(lm, adapters[number]):
+                        wrong.append(cv.generate(lm, PROMPTS, max_new_tokens=4) != expected[number])
+        return wrong
+
+    assert not any(any(wrong) for wrong in in_threads(3, work))
+    assert cv.attached(lm) == ()
+    assert n_hooks(lm.model) == 0
+    assert cv.generate(lm, PROMPTS, max_new_tokens=4) == expected[0]
+
+
+def test_attaching_in_the_middle_of_another_threads_answer_is_refused(lm):
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waiting(transformers.StoppingCriteria):
+        def __call__(self, ids, scores, **_):
+            inside.set()
+            go_on.wait(20)
+            return torch.ones(len(ids), dtype=torch.bool)
+
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "stopping_criteria": [Waiting()]}
+    thread = threading.Thread(target=lambda: lm.model.generate(input_ids=IDS, **settings))
+    thread.start()
+    inside.wait(20)
+    with pytest.raises(InputError, match="another thread"):
+        cv.attach(lm, tiny.random_adapter(lm))
+    go_on.set()
+    thread.join()
+    assert n_hooks(lm.model) == 0
+    cv.attach(lm, tiny.random_adapter(lm)).detach()
+
+
+# -- where the prompt ends ------------------------------------------------------------------------------------------
+
+
+def test_a_cache_filled_before_attaching_is_refused_unless_told(lm):
+    with torch.inference_mode():
+        past = lm.model(input_ids=IDS, use_cache=True).past_key_values
+        following = {"input_ids": torch.tensor([[30]]), "use_cache": True}
+        with cv.attach(lm, tiny.random_adapter(lm, (1,), "g1")), pytest.raises(InputError, match="n_prompt"):
+            lm.model(past_key_values=copy.deepcopy(past), **following)
+        with cv.attach(lm, tiny.random_adapter(lm, (1,), "g1"), n_prompt=5):
+            told = lm.model(past_key_values=copy.deepcopy(past), **following).logits
+        with cv.attach(lm, tiny.random_adapter(lm, (1,), "g1")):
+            begun = lm.model(input_ids=IDS, use_cache=True).past_key_values
+            known = lm.model(past_key_values=copy.deepcopy(begun), **following).logits
+    assert_close(told, known)
+
+
+def test_going_on_in_a_conversation_all_that_generate_is_given_is_prompt(lm):
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    with cv.attach(lm, tiny.random_adapter(lm, (1,), "l1")):
+        first = lm.model.generate(input_ids=IDS, **settings)
+    turn = torch.cat([first.sequences, torch.tensor([[40, 41, 42]])], 1)
+    with cv.attach(lm, tiny.random_adapter(lm, (2,), "l1+g1")):
+        again = lm.model.generate(input_ids=turn, past_key_values=first.past_key_values, **settings).sequences
+    with cv.attach(lm, tiny.random_adapter(lm, (1,), "l1")):
+        past = lm.model.generate(input_ids=IDS, **settings).past_key_values
+    past.crop(-(past.get_seq_length() - turn.shape[1] + 4))
+    with cv.attach(lm, tiny.random_adapter(lm, (2,), "l1+g1"), n_prompt=turn.shape[1]), torch.inference_mode():
+        out = lm.model(input_ids=turn[:, -4:], past_key_values=past)
+    assert int(out.logits[0, -1].argmax()) == int(again[0, turn.shape[1]])
