@@ -14,6 +14,7 @@ import commandv as cv
 import tiny
 from commandv.errors import InputError, ModelError
 from commandv.models.encoding import encode, pad
+from commandv.models.live import reading
 from commandv.models.prefix import shared_prefix
 
 OPENING = "the quick brown fox sat on the old mat by the door and "
@@ -52,6 +53,21 @@ def test_profiles_are_the_same_padded_and_alone(models, arch, positions):
     for layer in range(lm.n_layers):
         for one in padded:
             assert_close(one.layer(layer).float(), alone.layer(layer).float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_what_is_read_is_what_the_next_block_gets(models, arch):
+    lm, seen = models[arch], {}
+
+    def entering(_block, args, kwargs):
+        h = args[0] if args else next(one for one in kwargs.values() if isinstance(one, torch.Tensor))
+        seen["into"] = h[lm.stream] if h.ndim == 4 else h
+
+    handle = lm.blocks[1].register_forward_pre_hook(entering, with_kwargs=True)
+    with changed(lm, "all"), reading(lm, {0: lambda h: seen.update(out=h)}), torch.inference_mode():
+        lm.model(input_ids=torch.tensor([[1, 20, 21, 22]]))
+    handle.remove()
+    assert torch.equal(seen["out"], seen["into"])
 
 
 @pytest.mark.parametrize("positions", ["l1", "f1+g2", "all"])
