@@ -177,7 +177,7 @@ def read_config(target: Path, kind: Kind) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise FormatError(f"{target}: not a {kind.format}: {CONFIG} holds a {type(raw).__name__}, expected an object")
     version = raw.get("format_version")
-    if raw.get("format") != kind.format or version not in range(1, VERSION + 1):
+    if raw.get("format") != kind.format or isinstance(version, bool) or version not in range(1, VERSION + 1):
         raise FormatError(
             f"{target}: expected a {kind.format} of version 1 to {VERSION}, got {raw.get('format')!r} version "
             f"{version!r}; a newer version needs a newer commandv"

@@ -126,8 +126,18 @@ def write_bytes(target: Path, data: bytes) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a file; a reader sees the old content or the new, never a part. Raises as `writing` does."""
-    write_bytes(target, text.encode("utf-8"))
+    """Write a file; a reader sees the old content or the new, never a part. Raises as `writing` does.
+
+    Raises:
+        FormatError: the text is none that a file can hold.
+    """
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"{target}: its text holds half of a surrogate pair at character {error.start}, which no file can hold"
+        ) from error
+    write_bytes(target, data)
 
 
 # -- underneath -------------------------------------------------------------------------------------------------------

@@ -402,3 +402,25 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 def test_layer_ranges():
     assert wording.layer_ranges([1, 2, 4, 6, 7, 8]) == "1, 2, 4, 6 to 8"
     assert wording.layer_ranges([]) == "–"
+
+
+def test_names_that_a_plotting_library_would_take_for_formulas(tmp_path):
+    run = runs.study(behaviours=("numbered-list",), seeds=(0,))
+    names = {"pasted": "$x^{", "random": r"$\notacommand{x}$"}
+    cells = [
+        cell.model_copy(
+            update={"arms": [arm.model_copy(update={"method": names.get(arm.method, arm.method)}) for arm in cell.arms]}
+        )
+        for cell in run.cells
+    ]
+    page, _ = write_report(run.model_copy(update={"cells": cells}), tmp_path)
+    assert "$x^{" in page.read_text("utf-8")
+
+
+def test_results_that_no_report_can_be_made_of_are_refused(tmp_path):
+    run = runs.study(behaviours=("numbered-list",), seeds=(0,))
+    with pytest.raises(FormatError, match="half of a surrogate pair"):
+        write_report(run.model_copy(update={"question": "why \ud800?"}), tmp_path)
+    cell = run.cells[0].model_copy(update={"fidelity": {"pasted": [{"donor": 1.0}]}})
+    with pytest.raises(FormatError, match="lacks the layers of a pair"):
+        write_report(run.model_copy(update={"cells": [cell]}), tmp_path)

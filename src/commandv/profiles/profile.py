@@ -146,6 +146,8 @@ def load_profile(path: str | Path) -> Profile:
             rows = {layer: read_safetensors(files[f"layer-{layer:03d}"]).content["rows"] for layer in config["layers"]}
             if keys.dtype != np.int64 or keys.ndim != 2 or keys.shape[1] != 2:
                 raise ValueError(f"keys of {keys.dtype} {keys.shape}, expected int64 [rows, 2]")
+            if len(keys) and (keys.min() < END or keys.max() >= 1 << 31 or len(np.unique(keys, axis=0)) < len(keys)):
+                raise ValueError("keys that are no places in prompts, or repeated")
             if not all(one.is_floating_point() for one in rows.values()) or not isinstance(config["prompts"], str):
                 raise ValueError("rows that are no floating-point numbers, or prompts without a hash")
             model = pydantic.TypeAdapter(ModelRef).validate_python(vars(ModelRef(**config["model"])))

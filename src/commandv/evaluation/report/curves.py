@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from commandv.adapters.edit import MOST_LAYERS
+from commandv.errors import FormatError
 from commandv.evaluation.report.findings import Group, Success
 from commandv.evaluation.results import Cell
 
@@ -120,6 +122,11 @@ def fits(groups: Sequence[Group]) -> list[Fit]:
         for cell in group.cells:
             for method, rows in cell.fidelity.items():
                 for row in rows:
+                    if not all(0 <= row.get(name, -1) <= MOST_LAYERS for name in ("donor", "recipient")):
+                        raise FormatError(
+                            f"a cell of {group.behaviour}: its fidelity of {method} lacks the layers of a pair; "
+                            "remove the cell's file, the study makes it again"
+                        )
                     key = (group.behaviour, method, int(row["donor"]), int(row["recipient"]))
                     found.setdefault(key, []).append(row)
     return [

@@ -183,6 +183,7 @@ def _svg(draw: Callable[[Axes], None], label: str, name: str, *, legend: bool) -
     from matplotlib.figure import Figure
 
     style: Any = {
+        "text.parse_math": False,  # names may hold dollars
         "svg.fonttype": "none", "svg.hashsalt": "commandv", "font.size": 11, "axes.spines.top": False,
         "axes.spines.right": False, "axes.grid": True, "grid.color": RULE, "grid.linewidth": 0.6, "text.color": INK,
         "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True,
