@@ -10,7 +10,7 @@ import pytest
 import runs
 from commandv.errors import FormatError, InputError
 from commandv.evaluation import rate
-from commandv.evaluation.report import curves, findings, wording, write_report
+from commandv.evaluation.report import findings, tables, write_report
 from commandv.evaluation.results import Arm, Cell, Point, Sample, load_run, save_cell, save_head
 from commandv.evaluation.statistics import compare
 
@@ -166,20 +166,19 @@ def test_figures_are_those_computed(reports):
         arm.method: [next(a for a in cell.arms if a.method == arm.method).labels["numbered-list"] for cell in cells]
         for arm in cells[0].arms if arm.method != "donor"
     }  # fmt: skip
-    caption = f"numbered-list, {runs.PAIRS[0][0]} → {runs.PAIRS[0][1]}: numbered-list, test prompts"
-    header, *rows = page.tables[caption]
-    assert [row[0] for row in rows] == list(findings.ORDER)
+    caption = f"numbered-list, {runs.PAIRS[0][0]} → {runs.PAIRS[0][1]}: numbered-list"
+    _, *effects = page.tables[f"{caption}; more is the aim"]
+    header, *rows = page.tables[f"{caption}, compared"]
+    assert [row[0] for row in rows] == [row[0] for row in effects] == list(findings.ORDER)
     for found in compare(labels, "rate", "more"):
+        assert next(row for row in effects if row[0] == found.method)[1] == tables.figure(found.score)
         row = dict(zip(header, next(row for row in rows if row[0] == found.method), strict=True))
         assert row["n"] == str(found.score.n)
-        assert row["rate"] == f"{found.score.value:.2f}"
-        assert row["95 % interval"] == f"[{found.score.low:.2f}, {found.score.high:.2f}]"
-        assert row["difference from unmodified"] == wording.figure(found.difference)
-        assert row["adjusted p"] == wording.p_value(found.adjusted)
-        if found.recovered:
-            assert row["recovered"] == wording.figure(found.recovered)
+        assert row["difference from unmodified"] == tables.figure(found.difference)
+        assert row["adjusted p"] == tables.p_value(found.adjusted)
+        assert row["recovered"] == tables.figure(found.recovered)
     kl = np.mean([next(arm for arm in cell.arms if arm.method == "pasted").price["kl"] for cell in cells])
-    assert dict(zip(header, rows[1], strict=True))["KL to unmodified, nats/token"].startswith(f"{kl:.3f} [")
+    assert effects[1][2].startswith(f"{kl:.3f} [")
 
 
 def test_escaped_texts(reports, tmp_path):
@@ -193,19 +192,17 @@ def test_partial_and_failed(reports):
     page, text = reports["partial"]
     for told in ("".join(page.text), text):
         assert "2 of 40 cells are finished, 0 failed, 38 have not run" in told
-        assert "So far, " in told
     page, text = reports["all failed"]
     assert "0 of 1 cells are finished, 1 failed, 0 have not run" in "".join(page.text)
     assert "There is no answer yet" in text
     assert "alert(1)" in page.tables["Cells that failed"][1][3]
-    assert "Partial run" not in "".join(reports["complete"][0].text)
+    assert "Partial: " not in "".join(reports["complete"][0].text)
 
 
 def test_left_out_controls_are_told_at_the_top(reports):
     page, text = reports["left out"]
     for told in ("".join(page.text), text):
-        assert told.index("Controls left out") < told.index("Verdicts")
-        assert "shuffled (carried through" in told
+        assert told.index("Controls left out by explicit wish: shuffled, random") < told.index("share of answers")
 
 
 def test_one_seed_is_said(reports):
@@ -229,7 +226,7 @@ def test_no_machine_paths(reports):
     ],
 )
 def test_portable(text, expected):
-    assert wording.portable(text) == expected
+    assert tables.portable(text) == expected
 
 
 def verdict(rates, **changes):
@@ -267,7 +264,7 @@ def test_verdict_where_less_is_the_aim_and_labels_count_words():
 
 def test_unknown_aim_is_said(tmp_path):
     page, _ = written(runs.study(cells=[made(BASE, settings={})], planned=1), tmp_path)
-    assert "Aim not recorded" in "".join(page.text)
+    assert "does not say whether more or less is the aim" in "".join(page.text)
 
 
 def test_labels_without_judgment_do_not_count():
@@ -277,73 +274,34 @@ def test_labels_without_judgment_do_not_count():
     arms = [arm.model_copy(update={"labels": {"t": labels}}) if arm.method == "pasted" else arm for arm in cell.arms]
     arms.append(Arm(method="mute", labels={"t": [None] * runs.N_TEST}))
     table = one_table([cell.model_copy(update={"arms": arms})])
-    assert table.row("pasted").found.score == rate("pasted", [bool(label) for label in labels[1:]])._replace(
-        name="pasted"
-    )
-    mute = next(row for row in table.rows if row.method == "mute")
-    assert (mute.found, mute.why_none) == (None, "no judgment on any answer")
-    assert any("pasted 1, mute 60" in note for note in wording.table_notes(table))
-
-
-def test_arm_of_the_chosen_scale_is_in_the_table_and_the_others_are_told():
-    rng = np.random.default_rng(0)
-    weak, strong = (runs.arms({"pasted": share}, "t", rng, scale=scale)[0] for share, scale in ((0.3, 0.6), (0.9, 1.0)))
-    base = [arm for arm in made(BASE).arms if arm.method != "pasted"]
-    curve = [Point(layers="last_third", scale=0.6, value=0.3, kl=0.1, chosen=True)]
-    table = one_table([made(BASE, arms=[*base, strong, weak], curve=curve)])
-    assert table.row("pasted").scales == (0.6,)
-    assert table.row("pasted").found.score.value == pytest.approx(0.3)
-    assert any("pasted at scale 1: 0.90" in note for note in wording.table_notes(table))
-    assert one_table([made(BASE, arms=[*base, weak, strong])]).row("pasted").scales == (1.0,)
+    assert table.score("pasted") == rate("pasted", [bool(label) for label in labels[1:]])._replace(name="pasted")
+    mute = next(row for row in table.rows if row.arm == "mute")
+    assert mute.found is None
+    assert "Answers without a judgment: pasted 1, mute 60." in table.notes
 
 
 def test_arm_missing_in_some_seeds():
     cells = [made(BASE, seed=seed) for seed in range(3)]
     cells[2] = cells[2].model_copy(update={"arms": [arm for arm in cells[2].arms if arm.method != "direct"]})
     table = one_table(cells)
-    assert table.row("direct").found.score.n == runs.N_TEST  # prompts; the third seed has none of it
-    assert table.row("pasted").found.score.n == runs.N_TEST
+    assert table.score("direct").n == runs.N_TEST  # prompts; the third seed has none of it
+    assert table.score("pasted").n == runs.N_TEST
     assert table.verdict.word == findings.CROSSES
-    assert "Measured with some seeds only: direct." in wording.table_notes(table)
+    assert "Measured with some seeds only: direct." in table.notes
 
 
-def point(scale, value, kl, layers="all"):
-    return Point(layers=layers, scale=scale, value=value, kl=kl)
+def test_settings_that_were_tried_are_averaged_over_seeds():
+    points = [Point(layers="all", scale=1, value=value, kl=value / 10, chosen=value > 0.3) for value in (0.2, 0.6)]
+    cells = [made(BASE, curve=[point], seed=seed) for seed, point in enumerate(points)]
+    (group,) = findings.groups(runs.study(cells=cells, planned=2))
+    assert tables.tried(group).rows == [["pasted", "all", "1", "0.40", "0.040", "1 of 2"]]
 
 
-@pytest.mark.parametrize(
-    ("values", "start"),
-    [((0.1,), "one setting"), ((0.1, 0.1), "level"), ((0.1, 0.2), "monotone: never falls"),
-     ((0.2, 0.1, 0.1), "monotone: never rises"), ((0.1, 0.3, 0.2), "not monotone")],
-)  # fmt: skip
-def test_shape_of_the_curve_in_words(values, start):
-    points = [point(scale, value, scale) for scale, value in enumerate(values, 1)]
-    assert curves.shape(curves.tried([made(BASE, curve=points)], "more")).startswith(start)
-
-
-def test_front():
-    points = [point(1, 0.5, 0.1), point(2, 0.4, 0.2), point(3, 0.9, 0.3)]
-    assert [one.front for one in curves.tried([made(BASE, curve=points)], "more")] == [True, False, True]
-    assert [one.front for one in curves.tried([made(BASE, curve=points)], "less")] == [True, True, False]
-
-
-def test_answer():
-    few = runs.study(behaviours=("numbered-list", "pirate"), seeds=(0,))
-    told = wording.answer(few, findings.groups(few))
-    score = findings.groups(few)[0].tables[0].row("pasted").found.score
-    first = f"Numbered-list crosses gemma-3-270m → smollm2-135m-instruct partly ({score.value:.2f} of answers ["
-    assert told.startswith(first)
-    assert "; pirate does not cross gemma" in told
-    many = runs.study(seeds=(0,), pairs=runs.PAIRS)
-    told = wording.answer(many, findings.groups(many))
-    assert told.startswith("Of 6 behaviours and pairs 2 cross, 2 cross partly, 2 do not cross: ")
-
-
-def test_what_did_not_transfer_has_figures(reports):
-    text = reports["complete"][1]
-    section = text[text.index("## What did not transfer") : text.index("## How to run it again")]
-    assert section.count("does not cross; 0.00 of answers [0.00, 0.06]") == 1
-    assert "json" not in section
+def test_verdict_is_one_sentence(reports, tmp_path):
+    one = runs.study(behaviours=("pirate",), seeds=(0,))
+    assert "**pirate does not cross gemma-3-270m → smollm2-135m-instruct: pasted 0.00 [" in written(one, tmp_path)[1]
+    told = "Of 3 behaviours and pairs: 1 crosses partly; 1 crosses; 1 does not cross."
+    assert all(told in text for text in ("".join(reports["complete"][0].text), reports["complete"][1]))
 
 
 def test_run_again(reports):
@@ -400,8 +358,8 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_layer_ranges():
-    assert wording.layer_ranges([1, 2, 4, 6, 7, 8]) == "1, 2, 4, 6 to 8"
-    assert wording.layer_ranges([]) == "–"
+    assert tables.layer_ranges([1, 2, 4, 6, 7, 8]) == "1, 2, 4, 6 to 8"
+    assert tables.layer_ranges([]) == "–"
 
 
 def test_names_that_a_plotting_library_would_take_for_formulas(tmp_path):
