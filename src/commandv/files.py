@@ -37,7 +37,7 @@ def cache_dir() -> Path:
 def digest(*parts: Any) -> str:
     """Hash JSON-serialisable values into 16 hexadecimal characters; equal values give equal hashes."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -418,3 +419,11 @@ def test_a_copy_under_another_name_is_said_to_be_the_same_model(run, models, fil
     )
     fails(run(*pasting), "made for org/Model")
     assert run(*pasting, "--same-as", models["donor"], "--no-fidelity").code == 0
+
+
+def test_names_in_files_cannot_steer_the_terminal(run, tmp_path):
+    adapter = tiny.random_adapter(tiny.tiny_lm())
+    cv.save(dataclasses.replace(adapter, name="\x1b]0;title\x07\x1b[2J\x1b[31mred"), tmp_path / "a")
+    told = run("inspect", tmp_path / "a").out
+    assert not set("\x1b\x07") & set(told)
+    assert "red" in told

@@ -9,6 +9,7 @@ from typing import Any
 
 from commandv.cli import core, exporting, steering, studies  # noqa: F401  (defines the verbs, in this order)
 from commandv.cli.app import app
+from commandv.cli.options import printable
 from commandv.errors import CommandVError
 
 
@@ -30,5 +31,5 @@ def main(run: Callable[[], Any] = app) -> None:
     try:
         run()
     except CommandVError as error:
-        sys.stderr.write(f"commandv: {' '.join(str(error).splitlines())}\n")
+        sys.stderr.write(f"commandv: {printable(' '.join(str(error).splitlines()))}\n")
         sys.exit(2)

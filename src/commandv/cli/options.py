@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,10 +71,15 @@ def output(what: Any) -> None:
 
 
 def escaped(text: str) -> str:
-    """Return text whose brackets are no markup."""
+    """Return text whose brackets are no markup and which cannot steer a terminal, whatever a file has for names."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
+
+
+def printable(text: str) -> str:
+    """Return text with a mark in place of each control character but the line break and the tabulator."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def fitter(name: str) -> Fitter:

@@ -170,6 +170,8 @@ def _read(database: sqlite3.Connection, keys: Iterable[str]) -> dict[str, float]
     found = {}
     for key in keys:
         row = database.execute("SELECT label FROM judgments WHERE key = ?", (key,)).fetchone()
+        if row and not isinstance(row[0], (float, int, type(None))):
+            raise sqlite3.DatabaseError(f"a label is {type(row[0]).__name__}, expected a number")
         if row:
             found[key] = math.nan if row[0] is None else row[0]  # SQLite stores NaN as NULL
     return found
