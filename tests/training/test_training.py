@@ -9,11 +9,10 @@ import commandv as cv
 from commandv.errors import InputError
 from commandv.models.encoding import encode
 from commandv.models.load import LM
-from commandv.positions import EVERYWHERE
+from commandv.positions import EVERYWHERE, as_positions
 from commandv.prompts.sets import Prompt, PromptSet
-from commandv.training import examples as example_module
 from commandv.training import train as training
-from commandv.training.examples import Example
+from commandv.training.examples import Example, read_examples, reply_loss, shared_beginning
 from commandv.training.train import TRAINABLE, TrainSettings, train
 from toy import ANSWER, QUICK, assert_identical, examples, tensors
 
@@ -56,15 +55,21 @@ def test_adapters_of_kinds_without_a_start_of_their_own_begin_as_the_unmodified_
 
 
 def spy_on_losses(monkeypatch) -> list[list]:
-    """Record the examples on which a training measures its held-out loss."""
+    """Record the examples on which a training measures its held-out loss; they fit into one batch here."""
+    return spy_on_batches(monkeypatch, learning=False)
+
+
+def spy_on_batches(monkeypatch, learning: bool) -> list[list]:
+    """Record the batches from which a training learns, or those that it only measures."""
     seen: list[list] = []
-    original = training._Run.loss_on
+    original = training.reply_loss
 
-    def spied(self, rows):
-        seen.append(rows)
-        return original(self, rows)
+    def spied(lm, batch, *more):
+        if torch.is_grad_enabled() == learning:
+            seen.append(batch)
+        return original(lm, batch, *more)
 
-    monkeypatch.setattr(training._Run, "loss_on", spied)
+    monkeypatch.setattr(training, "reply_loss", spied)
     return seen
 
 
@@ -113,50 +118,73 @@ def test_examples_are_what_the_model_sees_when_it_answers(tiny_lm, monkeypatch):
 # -- the prefix without gradients is a shortcut, nothing else ---------------------------------------------------------
 
 
+def learnable(lm: LM, positions: str) -> tuple[cv.Adapter, list[torch.Tensor]]:
+    """An adapter on every layer, and its tensors, which learn."""
+    g = torch.Generator().manual_seed(0)
+    parts = [0.3 * torch.randn(2, lm.d_model, generator=g) for _ in range(2 * lm.n_layers)]
+    parts += [0.3 * torch.randn(2, generator=g) for _ in range(lm.n_layers)]
+    for part in parts:
+        part.requires_grad_()
+    read, write, bias = parts[: lm.n_layers], parts[lm.n_layers : 2 * lm.n_layers], parts[2 * lm.n_layers :]
+    where = as_positions(positions)
+    made = {
+        layer: (cv.Intervention(read[layer], bias[layer], write[layer], "tanh", where),) for layer in range(lm.n_layers)
+    }
+    return cv.Adapter(made, lm.ref), parts
+
+
+def gradients(lm: LM, rows, positions: str, *more) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    adapter, parts = learnable(lm, positions)
+    loss = reply_loss(lm, rows, adapter, *more)
+    loss.backward()
+    return loss.detach(), [part.grad for part in parts]
+
+
+def assert_same_gradients(found, full) -> None:
+    torch.testing.assert_close(found[0], full[0], rtol=1e-5, atol=1e-5)
+    assert any(grad.abs().max() > 1e-3 for grad in full[1])
+    for grad, other in zip(found[1], full[1], strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize("positions", ["l1", "l4", "l40", "g2"])
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "gemma3_text", "bloom", "opt", "mixtral"])
 def test_prefix_gives_the_gradients_of_a_full_pass(arch, positions, tiny_lm):
     lm = tiny_lm(arch)
-    kind = cv.NoReFT(rank=2, layers="all_layers", positions=positions, activation="tanh")
     rows = [Example.of(lm, one.text, one.response, 12) for one in examples(8)]
     assert len({len(row.prompt) for row in rows}) > 2
-    run = training._Run(lm, kind, QUICK, rows, [])
-    torch.manual_seed(0)
-    for module in run.modules.values():  # away from the start, where many gradients vanish
-        for parameter in module.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    found = []
-    for everywhere in (False, True):
-        if everywhere:
-            run.positions = EVERYWHERE  # decides only from where on the pass keeps gradients
-        run.optimizer.zero_grad()
-        loss = run._loss(rows)
-        loss.backward()
-        grads = [p.grad.clone() for module in run.modules.values() for p in module.parameters()]
-        found.append((loss.detach(), grads))
-    (loss, grads), (full_loss, full_grads) = found
-    torch.testing.assert_close(loss, full_loss, rtol=1e-5, atol=1e-5)
-    assert any(grad.abs().max() > 1e-3 for grad in full_grads)
-    for grad, full in zip(grads, full_grads, strict=True):
-        torch.testing.assert_close(grad, full, rtol=1e-3, atol=2e-5)
+    # Where an adapter is said to act decides only from where on the pass keeps gradients.
+    found, full = (gradients(lm, rows, positions, where) for where in (as_positions(positions), EVERYWHERE))
+    assert_same_gradients(found, full)
 
 
-def test_columns_before_the_first_changed_position_run_without_gradients(lm, monkeypatch):
+@pytest.mark.parametrize("positions", ["l1", "l3", "l1+g2"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
+def test_a_shared_beginning_is_read_once_and_gives_the_same_gradients(arch, positions, tiny_lm):
+    lm = tiny_lm(arch)
+    where = as_positions(positions)
+    long = PromptSet(tuple(one._replace(text=f"the cat sleeps in the sun and {one.text}") for one in examples(6)))
+    rows = [Example.of(lm, one.text, one.response, 12) for one in long]
+    beginning = shared_beginning(lm, rows, where)
+    assert beginning.length >= 8
+    assert_same_gradients(gradients(lm, rows, positions, where, beginning), gradients(lm, rows, positions, where))
+    assert shared_beginning(lm, rows, as_positions("f1")).length == 0
+
+
+def test_columns_before_the_first_changed_position_run_without_gradients(lm):
     rows = [Example.of(lm, one.text, one.response, 12) for one in examples(8)]
-    longest = max(len(row.prompt) for row in rows)
-    stops = []
-    original = example_module._prefix
-
-    def spied(lm, batch, stop):
-        past = original(lm, batch, stop)
-        stops.append((stop, None if past is None else past.layers[0].keys.requires_grad))
-        return past
-
-    monkeypatch.setattr(example_module, "_prefix", spied)
-    for positions in ("l1", "l3", "g2", "f1", "f1+l1", "all"):
-        training._Run(lm, cv.DiReFT(rank=1, positions=positions), QUICK, rows, [])._loss(rows)
-    full = (0, None)
-    assert stops == [(longest - 1, False), (longest - 3, False), (longest - 1, False), full, full, full]
+    longest, width = max(len(row.prompt) for row in rows), max(len(row.response) for row in rows)
+    passes: list[tuple[int, bool]] = []
+    handle = lm.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: passes.append((inputs[0].shape[1], torch.is_grad_enabled()))
+    )
+    for positions, before in {"l1": 1, "l3": 3, "g2": 1, "f1": None, "f1+l1": None, "all": None}.items():
+        passes.clear()
+        gradients(lm, rows, positions, as_positions(positions))
+        whole = longest + width - 1
+        untouched = longest - (before or longest)
+        assert passes == [*([(untouched, False)] if untouched else []), (whole - untouched, True)], positions
+    handle.remove()
 
 
 # -- the model stays as it was ----------------------------------------------------------------------------------------
@@ -172,15 +200,15 @@ def test_weights_and_requires_grad_are_left_alone(lm, monkeypatch):
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
     flags, hooked = [parameter.requires_grad for parameter in lm.model.parameters()], hooks(lm)
     during = []
-    original = training._Run.step
+    original = torch.optim.Adam.step
 
-    def spied(self, batch):
-        original(self, batch)
+    def spied(self):
+        original(self)
         during.append(any(parameter.requires_grad for parameter in lm.model.parameters()))
         if len(during) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Run, "step", spied)
+    monkeypatch.setattr(torch.optim.Adam, "step", spied)
     train(lm, examples(12), cv.DiReFT(rank=2), QUICK)  # 4 steps
     with pytest.raises(KeyboardInterrupt):
         train(lm, examples(12), cv.DiReFT(rank=2), QUICK)
@@ -212,14 +240,22 @@ def test_seeds_reproduce_and_differ(lm):
     assert not any(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
-def test_each_epoch_sees_every_example_once_in_an_order_of_its_own(lm):
-    rows = [Example.of(lm, one.text, one.response, 12) for one in examples(19)]
-    run = training._Run(lm, cv.LobiReFT(rank=1), TrainSettings(batch_size=8), rows, [])
-    epochs = [run.epoch(number) for number in (0, 1, 0)]
-    assert [len(batch) for batch in epochs[0]] == [8, 8, 3]
-    first, second, again = ([rows.index(row) for batch in epoch for row in batch] for epoch in epochs)
+def test_each_epoch_sees_every_example_once_in_an_order_of_its_own(lm, monkeypatch):
+    seen = spy_on_batches(monkeypatch, learning=True)
+    for _ in range(2):
+        train(lm, examples(19), cv.LobiReFT(rank=1), TrainSettings(epochs=2, batch_size=8, held_out=0))
+    assert [len(batch) for batch in seen[:3]] == [8, 8, 3]
+    rows = read_examples(lm, examples(19), 512)
+    first, second, again = ([rows.index(row) for batch in seen[a : a + 3] for row in batch] for a in (0, 3, 6))
     assert sorted(first) == sorted(second) == list(range(19))
     assert first == again != second
+
+
+def test_a_training_that_diverges_stops_and_says_so(lm, monkeypatch):
+    losses = iter([torch.tensor(1.0, requires_grad=True), torch.tensor(float("nan"), requires_grad=True)])
+    monkeypatch.setattr(training, "reply_loss", lambda *_: next(losses))
+    with pytest.raises(InputError, match="the loss is nan in epoch 2; take a lower learning rate"):
+        train(lm, examples(6), cv.DiReFT(rank=1), TrainSettings(epochs=2, held_out=0))
 
 
 def test_training_does_not_touch_the_global_generator(lm):

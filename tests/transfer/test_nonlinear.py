@@ -128,28 +128,35 @@ def test_fidelity_is_told_of_every_fitter_and_is_high_where_streams_are_related(
 def test_training_that_was_cut_off_resumes_to_the_same_converter(tmp_path, monkeypatch):
     x, y = planted(curved=True)
     fit = Autoencoder(epochs=4, learning_rate=1e-3)
-    whole = fit(x, y)
-    learn = module._Run.learn
+    steps: list[int] = []
+    original = torch.optim.AdamW.step
 
-    def cut_off(run) -> None:
-        if run.epoch == 2:
+    def counted(optimizer) -> None:
+        if len(steps) == cut_at:
             raise KeyboardInterrupt
-        learn(run)
+        steps.append(1)
+        original(optimizer)
 
-    monkeypatch.setattr(module._Run, "learn", cut_off)
+    cut_at = None
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    whole = fit(x, y)
+    each = len(steps) // 4
+    steps.clear()
+    cut_at = 2 * each + 1  # within the third epoch
     kept = replace(fit, checkpoint=str(tmp_path / "kept"))
     with pytest.raises(KeyboardInterrupt):
         kept(x, y)
-    epochs: list[int] = []
-    monkeypatch.setattr(module._Run, "learn", lambda run: (epochs.append(run.epoch), learn(run))[1])
+    cut_at = None
+    steps.clear()
     resumed = kept(x, y)
-    assert epochs == [2, 3]
+    assert len(steps) == 2 * each
     for name, value in whole.tensors().items():
         assert torch.equal(resumed.tensors()[name], value), name
     assert resumed.facts == whole.facts
     kept(x, y)  # finished: nothing is learned again
+    assert len(steps) == 2 * each
     kept(x + 1, y)  # other rows are another training
-    assert epochs == [2, 3, 0, 1, 2, 3]
+    assert len(steps) == 6 * each
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "text"])

@@ -264,7 +264,11 @@ def run_blocks(lm: LM, batch: Batch, past: Any = None) -> None:
         lm.owner(**model_inputs(lm.owner, batch, use_cache=past is not None, past=past))
 
 
-def read_ahead(lm: LM, batch: Batch) -> Any:
-    """Return the cache of a batch's tokens, for passes that go on from there; None of a model that keeps none."""
+def read_ahead(lm: LM, batch: Batch, past: Any = None) -> Any:
+    """Return the cache of a batch's tokens, for passes that go on from there; None of a model that keeps none.
+
+    `past` as in `model_inputs`.
+    """
     with own_pass(lm):
-        return getattr(lm.owner(**model_inputs(lm.owner, batch, use_cache=True)), "past_key_values", None)
+        output = lm.owner(**model_inputs(lm.owner, batch, use_cache=True, past=past))
+    return getattr(output, "past_key_values", None)

@@ -14,6 +14,7 @@ from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.models.encoding import Batch, Encoded, encode, last_logits, pad_replies, read_ahead
 from commandv.models.load import LM
+from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
 from commandv.models.template import end_of_turn
 from commandv.positions import EVERYWHERE, Positions
 from commandv.prompts.sets import PromptSet
@@ -48,7 +49,11 @@ def read_examples(lm: LM, examples: PromptSet, max_response: int) -> list[Exampl
 
 
 def reply_loss(
-    lm: LM, batch: Sequence[Example], adapter: Adapter | None = None, positions: Positions = EVERYWHERE
+    lm: LM,
+    batch: Sequence[Example],
+    adapter: Adapter | None = None,
+    positions: Positions = EVERYWHERE,
+    beginning: Prefix = NOT_SHARED,
 ) -> Tensor:
     """Return the mean cross-entropy of the replies' tokens, in nats.
 
@@ -60,12 +65,14 @@ def reply_loss(
         batch: examples.
         adapter: to attach meanwhile.
         positions: where it acts; without an adapter everything may be learning, and everything has gradients.
+        beginning: what the prompts begin with, from `shared_beginning` for the same positions; it is not read again.
     """
-    padded, n_prompt = pad_replies(lm, [Encoded(one.prompt + one.response, len(one.prompt), []) for one in batch])
+    rows = [Encoded(one.prompt + one.response, len(one.prompt), []) for one in batch]
+    padded, n_prompt = pad_replies(lm, rows, shared=beginning.length)
     ids, mask, places = padded
     # Left-padded prompts end in one column: before it lies what no intervention can have changed.
     untouched = 0 if positions.first or positions.everywhere else max(0, n_prompt - (positions.last or 1))
-    past = _prefix(lm, padded, untouched)
+    past = _prefix(lm, padded, untouched, beginning)
     here = slice(untouched, ids.shape[1] - 1)
     read = Batch(ids[:, here], mask[:, : here.stop], places[:, here])
     with attach(lm, adapter, n_prompt=n_prompt) if adapter else contextlib.nullcontext():
@@ -74,10 +81,18 @@ def reply_loss(
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
 
 
-def _prefix(lm: LM, batch: Batch, stop: int) -> Any:
-    """Run the first columns without gradients and return their cache."""
-    if not stop:
-        return None
-    before = Batch(*(one[:, :stop] for one in batch))
+def shared_beginning(lm: LM, examples: Sequence[Example], positions: Positions) -> Prefix:
+    """Return what all examples' prompts begin with, read once, as far as nothing acts there; see `shared_prefix`."""
+    rows = [one.prompt + one.response for one in examples]
+    return shared_prefix(lm, rows, [len(one.prompt) for one in examples], positions=[positions])
+
+
+def _prefix(lm: LM, batch: Batch, stop: int, beginning: Prefix) -> Any:
+    """Run the first columns without gradients, from where the shared ones end, and return their cache."""
+    past = beginning.past(len(batch.input_ids))
+    if stop == beginning.length:
+        return past
+    here = slice(beginning.length, stop)
+    before = Batch(batch.input_ids[:, here], batch.attention_mask[:, :stop], batch.position_ids[:, here])
     with torch.no_grad():
-        return read_ahead(lm, before)
+        return read_ahead(lm, before, past)

@@ -11,35 +11,28 @@ token).
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind
-from commandv.errors import FormatError, InputError
-from commandv.files import digest, require_file, tidy, write_bytes
+from commandv.errors import InputError
+from commandv.files import digest
 from commandv.models.encoding import pad
 from commandv.models.identity import identity, require_own
 from commandv.models.layers import LayerChoice, choose_layers, every_other
 from commandv.models.load import LM
 from commandv.positions import Positions, as_positions
 from commandv.profiles.profiling import read_rows
-from commandv.progress import track
 from commandv.prompts.sets import PromptSet
-from commandv.reading import parse_json
-from commandv.tensors import read_safetensors
-from commandv.training.examples import Example, read_examples, reply_loss
-
-log = logging.getLogger(__name__)
+from commandv.training.examples import Example, read_examples, reply_loss, shared_beginning
+from commandv.training.loop import Descent
 
 
 @dataclass(frozen=True)
@@ -128,12 +121,9 @@ def train(
 
     Raises:
         InputError: an example without a response, too few examples, a rank above the model's width, or a model
-            with an adapter attached.
+            with an adapter attached; or the loss is NaN.
         FormatError: the checkpoint is of another training, or damaged.
     """
-    if checkpoint is not None:
-        require_file(checkpoint)
-        tidy(checkpoint)
     require_own(lm, "training")
     if kind.rank > lm.d_model:
         raise InputError(f"rank={kind.rank} is above the model's width {lm.d_model}")
@@ -143,31 +133,21 @@ def train(
         raise InputError(f"{len(rows)} examples leave none to train on with held_out={settings.held_out}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     held_out, learned = [rows[i] for i in order[:n_held_out]], [rows[i] for i in order[n_held_out:]]
-    run = _Run(lm, kind, settings, learned, held_out)
+    modules = _modules(lm, kind, settings, learned)
     stamp = digest(identity(lm).key, examples.hash, _plain(kind, lm), asdict(settings))
-    first = run.resume(checkpoint, stamp) if checkpoint is not None and checkpoint.exists() else 0
-    if first == 0:
-        run.losses.append(run.loss_on(held_out))
-    per_epoch = math.ceil(len(learned) / settings.batch_size)
-    with _frozen(lm), track(f"training {name} on {lm.id}", total=settings.epochs * per_epoch) as advance:
-        advance(first * per_epoch)
-        for epoch in range(first, settings.epochs):
-            for batch in run.epoch(epoch):
-                run.step(batch)
-                advance(1)
-            run.losses.append(run.loss_on(held_out))
-            log.info("epoch %d of %d: held-out loss %.4f", epoch + 1, settings.epochs, run.losses[-1])
-            if checkpoint is not None:
-                run.save(checkpoint, stamp, epoch + 1)
+    with _frozen(lm):
+        found = _descent(lm, modules, learned, held_out, settings).run(
+            settings.epochs, f"training {name} on {lm.id}", stamp=stamp, checkpoint=checkpoint
+        )
     provenance = {
         "made_by": "train",
         "kind": _plain(kind, lm),
         "settings": asdict(settings),
         "examples": {"name": examples.name, "hash": examples.hash, "n": len(examples)},
-        "held_out_loss": [round(loss, 5) for loss in run.losses] if held_out else [],
+        "held_out_loss": [round(loss, 5) for loss in found.losses],
     }
     with torch.no_grad():
-        trained = {layer: tuple(map(_detached, module())) for layer, module in run.modules.items()}
+        trained = {layer: tuple(map(_detached, module())) for layer, module in modules.items()}
     return Adapter(trained, lm.ref, name, provenance)
 
 
@@ -237,111 +217,52 @@ class _Module(nn.Module):
         return replace(one, read=one.read / self.norm, write=one.write * self.norm, positions=self.positions)
 
 
-class _Run:
-    """The state of one training: parameters, optimiser, losses."""
+def _modules(lm: LM, kind: ReFT, settings: TrainSettings, learned: Sequence[Example]) -> dict[int, _Module]:
+    """Return what is trained, layer by layer, at its first values."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    norms = _layer_norms(lm, learned[:64])
+    return {
+        layer: _Module(kind, lm.d_model, norms[layer], generator).to(next(lm.blocks[layer].parameters()).device)
+        for layer in choose_layers(kind.layers, lm.n_layers)
+    }
 
-    def __init__(
-        self, lm: LM, kind: ReFT, settings: TrainSettings, learned: list[Example], held_out: list[Example]
-    ) -> None:
-        self.lm, self.settings, self.learned = lm, settings, learned
-        self.positions = as_positions(kind.positions)
-        self.losses: list[float] = []
-        generator = torch.Generator().manual_seed(settings.seed)
-        layers = choose_layers(kind.layers, lm.n_layers)
-        norms = _layer_norms(lm, learned[:64])
-        self.modules = {layer: _Module(kind, lm.d_model, norms[layer], generator) for layer in layers}
-        for layer, module in self.modules.items():
-            module.to(next(lm.blocks[layer].parameters()).device)
-        parameters = [p for module in self.modules.values() for p in module.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
-        per_epoch = math.ceil(len(learned) / settings.batch_size)
-        total, warm = per_epoch * settings.epochs, settings.warmup * per_epoch * settings.epochs
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min((step + 1) / (warm + 1), (total - step) / max(1.0, total - warm))
-        )
 
-    def epoch(self, number: int) -> list[list[Example]]:
-        """Return the batches of one epoch; their order depends on the seed and the epoch alone."""
-        generator = torch.Generator().manual_seed(self.settings.seed * 1000 + number + 1)
-        order = torch.randperm(len(self.learned), generator=generator).tolist()
-        size = self.settings.batch_size
-        return [[self.learned[i] for i in order[a : a + size]] for a in range(0, len(order), size)]
+def _descent(
+    lm: LM,
+    modules: dict[int, _Module],
+    learned: list[Example],
+    held_out: list[Example],
+    settings: TrainSettings,
+) -> Descent[list[Example]]:
+    positions = next(iter(modules.values())).positions
+    size, per_epoch = settings.batch_size, math.ceil(len(learned) / settings.batch_size)
+    total, warm = per_epoch * settings.epochs, settings.warmup * per_epoch * settings.epochs
+    beginning = shared_beginning(lm, [*learned, *held_out], positions)
 
-    def step(self, batch: list[Example]) -> None:
-        """Take one optimiser step."""
-        self.optimizer.zero_grad()
-        with torch.enable_grad():
-            self._loss(batch).backward()
-        self.optimizer.step()
-        self.scheduler.step()
+    def batches(epoch: int) -> list[list[Example]]:
+        generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch + 1)
+        order = torch.randperm(len(learned), generator=generator).tolist()
+        return [[learned[i] for i in order[a : a + size]] for a in range(0, len(order), size)]
 
-    def loss_on(self, examples: list[Example]) -> float:
-        """Return the mean loss per example-batch, without learning; NaN when there are no examples."""
-        size = self.settings.batch_size
-        with torch.no_grad():
-            losses = [float(self._loss(examples[a : a + size])) for a in range(0, len(examples), size)]
-        return sum(losses) / len(losses) if losses else float("nan")
+    def loss(batch: list[Example]) -> Tensor:
+        adapter = Adapter({layer: module() for layer, module in modules.items()}, lm.ref)
+        return reply_loss(lm, batch, adapter, positions, beginning)
 
-    def _loss(self, batch: list[Example]) -> Tensor:
-        adapter = Adapter({layer: module() for layer, module in self.modules.items()}, self.lm.ref)
-        return reply_loss(self.lm, batch, adapter, self.positions)
+    def validate() -> float:
+        losses = [float(loss(held_out[a : a + size])) for a in range(0, len(held_out), size)]
+        return sum(losses) / len(losses)
 
-    def save(self, file: Path, stamp: str, epoch: int) -> None:
-        """Write a checkpoint atomically."""
-        tensors = {
-            f"module.{layer}.{name}": value.contiguous()
-            for layer, module in self.modules.items()
-            for name, value in module.state_dict().items()
-        }
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": torch.as_tensor(value).contiguous() for name, value in state.items()}
-        facts = {"stamp": stamp, "epoch": epoch, "losses": self.losses, "steps": self.scheduler.last_epoch}
-        write_bytes(file, safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
-
-    def resume(self, file: Path, stamp: str) -> int:
-        """Load a checkpoint and return how many epochs it has behind it."""
-        try:
-            tensors, metadata = read_safetensors(file)
-        except FormatError as error:
-            raise FormatError(f"not a checkpoint of commandv ({error}); delete it to train anew") from error
-        facts = parse_json(metadata.get("facts", ""), f"{file}: not a checkpoint of commandv")
-        if not isinstance(facts, dict) or facts.get("stamp") != stamp:
-            raise FormatError(
-                f"{file}: a checkpoint of another training (model, examples, kind or settings differ); "
-                "delete it or choose another file"
-            )
-        self._require_whole(file, tensors, facts)
-        for layer, module in self.modules.items():
-            head = f"module.{layer}."
-            module.load_state_dict({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("adam."):
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.scheduler.last_epoch = facts["steps"]
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = rate * self.scheduler.lr_lambdas[0](facts["steps"])
-        self.losses = list(facts["losses"])
-        return int(facts["epoch"])
-
-    def _require_whole(self, file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Raise `FormatError` unless a checkpoint has just what `save` writes."""
-        shapes = {
-            f"module.{layer}.{name}": value.shape
-            for layer, module in self.modules.items()
-            for name, value in module.state_dict().items()
-        }
-        learned = (parameter for module in self.modules.values() for parameter in module.parameters())
-        for index, parameter in enumerate(learned):
-            shapes |= {f"adam.{index}.{name}": parameter.shape for name in ("exp_avg", "exp_avg_sq")}
-            shapes[f"adam.{index}.step"] = torch.Size([])
-        losses = facts.get("losses")
-        numbers = [facts.get("epoch"), facts.get("steps"), *(losses if isinstance(losses, list) else [None])]
-        whole = {name: one.shape for name, one in tensors.items() if one.dtype == torch.float32} == shapes
-        if not whole or not all(isinstance(one, (int, float)) for one in numbers) or not 0 < numbers[0] <= 10**6:
-            raise FormatError(f"{file}: a damaged checkpoint; delete it to train anew")
+    parameters = {
+        f"{layer}.{name}": value for layer, module in modules.items() for name, value in module.named_parameters()
+    }
+    return Descent(
+        parameters,
+        torch.optim.Adam(parameters.values(), lr=settings.learning_rate),
+        batches,
+        lambda batch: [loss(batch)],
+        validate if held_out else None,
+        lambda step: min((step + 1) / (warm + 1), (total - step) / max(1.0, total - warm)),
+    )
 
 
 def _layer_norms(lm: LM, examples: Sequence[Example]) -> list[float]:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from commandv.adapters.network import Network
-from commandv.errors import FormatError, InputError
-from commandv.files import digest, require_file, tidy, write_bytes
-from commandv.progress import track
+from commandv.errors import InputError
+from commandv.files import digest
+from commandv.training.loop import Descent, Learned
 from commandv.transfer.convert.fitters import check_pairs
 from commandv.transfer.convert.kept import Kept
 from commandv.transfer.convert.linear import Converter, Dense
 from commandv.transfer.convert.rows import Rows
-
-log = logging.getLogger(__name__)
 
 READ = 1024  # rows read together where nothing is learned
 
@@ -88,29 +83,15 @@ class Autoencoder:
         """Fit; see `Fitter`. Training keeps nothing of `x` alone."""
         check_pairs(x, y)
         rows, targets = (Rows.of(one, centre=True, standardise=True) for one in (x, y))
-        run = _Run(self, rows, targets, np.arange(rows.n) if groups is None else groups)
-        file = None if self.checkpoint is None else Path(self.checkpoint) / f"autoencoder-{run.stamp}.safetensors"
-        if file is not None:
-            require_file(file)
-            tidy(file)
-            if file.exists():
-                run.resume(file)
-        with track("training the autoencoder", total=self.epochs) as advance:
-            advance(run.epoch)
-            while run.epoch < self.epochs and not run.stopped:
-                run.learn()
-                advance(1)
-                if file is not None:
-                    run.save(file)
-        return run.converter()
+        return _Training(self, rows, targets, np.arange(rows.n) if groups is None else groups).run()
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the result, JSON-able."""
         return asdict(replace(self, checkpoint=None))
 
 
-class _Run:
-    """The state of one training: weights, optimiser, the best epoch so far."""
+class _Training:
+    """One training: its rows, its weights, and the converter that they make."""
 
     def __init__(self, fit: Autoencoder, x: Rows, y: Rows, groups: np.ndarray) -> None:
         self.fit, self.x, self.y = fit, x, y
@@ -128,51 +109,50 @@ class _Run:
             "shift": uniform(hidden, fan_in=x.d),
             "decode": uniform(hidden, y.d, fan_in=hidden),
         }
-        self.best = self._copy()
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=fit.learning_rate)
-        self.epoch, self.best_epoch, self.losses = 0, 0, [self._validation_loss()]
 
-    @property
-    def stopped(self) -> bool:
-        """True when the last epochs have brought nothing."""
-        return bool(len(self.unseen)) and self.epoch - self.best_epoch >= self.fit.patience
-
-    def learn(self) -> None:
-        """Go once over the rows; their order depends on the seed and the epoch alone."""
+    def run(self) -> Converter:
+        """Train, and return the best epoch's converter."""
         fit = self.fit
-        generator = torch.Generator().manual_seed(fit.seed * 1000 + self.epoch + 1)
+        descent = Descent(
+            self.weights,
+            torch.optim.AdamW(self.weights.values(), lr=fit.learning_rate),
+            self._batches,
+            self._losses,
+            self._validation_loss if len(self.unseen) else None,
+            patience=fit.patience,
+        )
+        file = None if fit.checkpoint is None else Path(fit.checkpoint) / f"autoencoder-{self.stamp}.safetensors"
+        return self._converter(descent.run(fit.epochs, "training the autoencoder", stamp=self.stamp, checkpoint=file))
+
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        """Return the rows of each step; their order depends on the seed and the epoch alone."""
+        fit = self.fit
+        generator = torch.Generator().manual_seed(fit.seed * 1000 + epoch + 1)
         order = self.learned[torch.randperm(len(self.learned), generator=generator).numpy()]
         step = fit.batch_size * fit.accumulate
-        for a in range(0, len(order), step):
-            self.optimizer.zero_grad()
-            together = order[a : a + step]
-            with torch.enable_grad():
-                for b in range(0, len(together), fit.batch_size):
-                    index = together[b : b + fit.batch_size]
-                    (self._error(index) / (len(together) * self.y.d)).backward()
-            self.optimizer.step()
-        self.epoch += 1
-        self.losses.append(self._validation_loss())
-        if not len(self.unseen) or self.losses[-1] < self.losses[self.best_epoch]:
-            self.best, self.best_epoch = self._copy(), self.epoch
+        return [order[a : a + step] for a in range(0, len(order), step)]
 
-    def converter(self) -> Converter:
+    def _losses(self, together: np.ndarray) -> Iterator[Tensor]:
+        for a in range(0, len(together), self.fit.batch_size):
+            yield self._error(together[a : a + self.fit.batch_size]) / (len(together) * self.y.d)
+
+    def _converter(self, found: Learned) -> Converter:
         """Return the best epoch's converter, in the streams' own units."""
         fit, x, y = self.fit, self.x, self.y
-        encode, shift, decode = (self.best[name].detach().double() for name in ("encode", "shift", "decode"))
+        encode, shift, decode = (self.weights[name].detach().double() for name in ("encode", "shift", "decode"))
         # A column that is constant is known; what was learned of it is noise.
         low, high = torch.aminmax(y.raw, dim=0)
         scale = torch.from_numpy(y.scale) * (low < high)
         decode = decode * scale
         total = torch.zeros(y.d, dtype=torch.float64)
         for index in _blocks(np.arange(x.n)):
-            total += self._hidden(index, self.best).double().sum(0) @ decode
+            total += self._hidden(index).detach().double().sum(0) @ decode
         bias = torch.from_numpy(y.mean) - total / x.n
         encode = encode / torch.from_numpy(x.scale)[:, None]
         mean = torch.from_numpy(x.mean)
-        shared = {"epochs": self.epoch, "best_epoch": self.best_epoch, "hidden": len(shift)}
-        facts = {"fit": fit.name, **shared, "validation_loss": [round(loss, 5) for loss in self.losses]}
-        if not len(self.unseen):
+        shared = {"epochs": found.epochs, "best_epoch": found.best, "hidden": len(shift)}
+        facts = {"fit": fit.name, **shared, "validation_loss": [round(loss, 5) for loss in found.losses]}
+        if not found.losses:
             del facts["validation_loss"]
         if not fit.relu:
             weight = encode @ decode
@@ -180,56 +160,18 @@ class _Run:
         parts = {"mean": mean, "encode": encode, "shift": shift, "decode": decode, "bias": bias}
         return replace(Network.from_tensors({name: part.float() for name, part in parts.items()}, "relu"), facts=facts)
 
-    def _hidden(self, index: np.ndarray, weights: dict[str, Any]) -> Tensor:
+    def _hidden(self, index: np.ndarray) -> Tensor:
         z = torch.from_numpy(self.x.at(index).dense(np.float32))
-        inner = torch.addmm(weights["shift"], z, weights["encode"])
+        inner = torch.addmm(self.weights["shift"], z, self.weights["encode"])
         return torch.relu(inner) if self.fit.relu else inner
 
     def _error(self, index: np.ndarray) -> Tensor:
         """Return the sum of squared errors of some rows, standardised."""
         true = torch.from_numpy(self.y.at(index).dense(np.float32))
-        return (self._hidden(index, self.weights) @ self.weights["decode"] - true).square().sum()
+        return (self._hidden(index) @ self.weights["decode"] - true).square().sum()
 
     def _validation_loss(self) -> float:
-        with torch.no_grad():
-            total = sum(float(self._error(index)) for index in _blocks(self.unseen))
-        return total / (len(self.unseen) * self.y.d) if len(self.unseen) else float("nan")
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.weights.items()}
-
-    def save(self, file: Path) -> None:
-        """Write a checkpoint atomically."""
-        tensors = {f"now.{name}": value.detach() for name, value in self.weights.items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        facts = {"stamp": self.stamp, "epoch": self.epoch, "best_epoch": self.best_epoch, "losses": self.losses}
-        write_bytes(file, safetensors.torch.save(tensors, {"facts": json.dumps(facts)}))
-
-    def resume(self, file: Path) -> None:
-        """Load a checkpoint of the same training."""
-        try:
-            with safetensors.safe_open(file, "pt") as opened:
-                facts = json.loads((opened.metadata() or {})["facts"])
-            tensors = safetensors.torch.load_file(file)
-            if facts["stamp"] != self.stamp:
-                raise ValueError("of other rows or settings")
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in self.weights.items():
-                value.data.copy_(tensors[f"now.{name}"])
-                self.best[name] = tensors[f"best.{name}"]
-            for key, part in tensors.items():
-                if key.startswith("adam."):
-                    _, index, name = key.split(".")
-                    state.setdefault(int(index), {})[name] = part
-            self.epoch, self.best_epoch, self.losses = facts["epoch"], facts["best_epoch"], list(facts["losses"])
-        except (safetensors.SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise FormatError(
-                f"{file}: not the checkpoint of this training ({error}); delete it to train anew"
-            ) from error
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        log.info("autoencoder: resumed after epoch %d", self.epoch)
+        return sum(float(self._error(index)) for index in _blocks(self.unseen)) / (len(self.unseen) * self.y.d)
 
 
 def _split(groups: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
