@@ -73,6 +73,8 @@ def reply_loss(
     # Left-padded prompts end in one column: before it lies what no intervention can have changed.
     untouched = 0 if positions.first or positions.everywhere else max(0, n_prompt - (positions.last or 1))
     past = _prefix(lm, padded, untouched, beginning)
+    if past is None:  # nothing comes before, or the model keeps nothing to go on from
+        untouched = 0
     here = slice(untouched, ids.shape[1] - 1)
     read = Batch(ids[:, here], mask[:, : here.stop], places[:, here])
     with attach(lm, adapter, n_prompt=n_prompt) if adapter else contextlib.nullcontext():
