@@ -33,6 +33,7 @@ from .adapters.kinds import (
 from .adapters.kinds import (
     steering_vector as steering_vector,
 )
+from .adapters.network import Network as Network
 from .adapters.store import save as save
 from .errors import CommandVError as CommandVError
 from .evaluation import Score as Score
@@ -145,7 +146,13 @@ from .transfer.convert import (
     Affine as Affine,
 )
 from .transfer.convert import (
+    AffineMap as AffineMap,
+)
+from .transfer.convert import (
     Autoencoder as Autoencoder,
+)
+from .transfer.convert import (
+    Dense as Dense,
 )
 from .transfer.convert import (
     FourierRidge as FourierRidge,
@@ -166,6 +173,9 @@ from .transfer.fidelity import Fidelity as Fidelity
 from .transfer.link import Link as Link
 from .transfer.link import link as link
 from .transfer.match import LayerPair as LayerPair
+from .transfer.match import (
+    LayerPair as LayerPair,
+)
 from .transfer.match import (
     explicit as explicit,
 )

@@ -52,7 +52,7 @@ def carried(
     pulled: list[tuple[Tensor, Tensor] | None]
     if any(one.read.any() for one in many):
         reading = into()
-        pulled, read_facts = [reading.pull(one.read) for one in many], reading.facts
+        pulled, read_facts = [reading.pull(one.read) for one in many], dict(reading.facts)
         if None in pulled:
             through = reading.network()
         del reading  # frees its factorisation before the next is made
@@ -71,12 +71,12 @@ def carried(
                 "everything that the adapter writes comes out as zero: the fit found no relation between the models' "
                 "rows; profile more, and different, prompts"
             )
-        return Passage(tuple(folded), read_facts, writing.facts)
+        return Passage(tuple(folded), read_facts, dict(writing.facts))
     if through is None:
         reading = into()
-        through, read_facts = reading.network(), reading.facts
+        through, read_facts = reading.network(), dict(reading.facts)
     out = writing.network()
-    return Passage(tuple(Carried(one, through, out) for one in many), read_facts, writing.facts)
+    return Passage(tuple(Carried(one, through, out) for one in many), read_facts, dict(writing.facts))
 
 
 def fold(one: Intervention, read: Tensor, shift: Tensor | float, write: Tensor) -> Intervention:

@@ -73,12 +73,7 @@ class Autoencoder:
             raise InputError("learning_rate: expected above 0; validation: a share from 0 to below 1")
 
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        groups: np.ndarray | None = None,
-        kept: Kept | None = None,
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
     ) -> Converter:
         """Fit; see `Fitter`. Training keeps nothing of `x` alone."""
         check_pairs(x, y)

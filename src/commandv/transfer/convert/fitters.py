@@ -83,12 +83,7 @@ class Pinv:
     exact: bool = False
 
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        groups: np.ndarray | None = None,
-        kept: Kept | None = None,
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
     ) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)
@@ -104,12 +99,7 @@ class Affine:
     name: ClassVar[str] = "affine"
 
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        groups: np.ndarray | None = None,
-        kept: Kept | None = None,
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
     ) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)
@@ -142,12 +132,7 @@ class Ridge:
             raise InputError(f"select={self.select!r}: expected 'loo' or 'gcv'")
 
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        groups: np.ndarray | None = None,
-        kept: Kept | None = None,
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
     ) -> Converter:
         """Fit; see `Fitter`."""
         solver, rows, targets, facts = self.solve(x, y, groups=groups, kept=kept)
@@ -196,12 +181,7 @@ class ReducedRank:
             raise InputError(f"rank={self.rank}: expected 1 or more")
 
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        groups: np.ndarray | None = None,
-        kept: Kept | None = None,
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
     ) -> Converter:
         """Fit; see `Fitter`."""
         solver, rows, targets, facts = self.ridge.solve(x, y, groups=groups, kept=kept)
@@ -224,12 +204,7 @@ class Procrustes:
     name: ClassVar[str] = "procrustes"
 
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        groups: np.ndarray | None = None,
-        kept: Kept | None = None,
+        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
     ) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from commandv.adapters.network import Network
 from commandv.errors import InputError
@@ -61,14 +62,7 @@ class FourierRidge:
             if value is not None and not (np.isfinite(value) and value > 0):
                 raise InputError(f"{name}={value}: expected a positive number, or None to choose it per layer")
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        *,
-        groups: np.ndarray | None = None,
-        kept: Kept | None = None,
-    ) -> Network:
+    def __call__(self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None) -> Network:
         """Fit; see `Fitter`."""
         first, rows, targets, facts = Ridge().solve(x, y, groups=groups, kept=kept)
         bandwidth = self.bandwidth or median_distance(rows)
@@ -101,9 +95,7 @@ class FourierRidge:
         frequencies = generator.standard_normal((rows.d, self.features)) / bandwidth
         return _Cosines.of_rows(rows, frequencies, generator.uniform(0, 2 * np.pi, self.features))
 
-    def _choose(
-        self, x: torch.Tensor, targets: Rows, groups: np.ndarray, linear_strength: float, bandwidth: float
-    ) -> float:
+    def _choose(self, x: Tensor, targets: Rows, groups: np.ndarray, linear_strength: float, bandwidth: float) -> float:
         """Return the strength that does best on a fifth of the prompts after both fits on the others."""
         names, of_row = np.unique(groups, return_inverse=True)
         kept = (np.random.default_rng(self.seed).permutation(len(names)) < ASIDE * len(names))[of_row]
@@ -154,7 +146,7 @@ class _Cosines(Rows):
         """Number of cosines."""
         return len(self.phases)
 
-    def _filled(self, out: torch.Tensor, rows: slice, columns: slice) -> np.ndarray:
+    def _filled(self, out: Tensor, rows: slice, columns: slice) -> np.ndarray:
         z = super()._filled(torch.empty((len(out), self.raw.shape[1]), dtype=out.dtype), rows, slice(None))
         values = out.numpy()
         np.matmul(z, self.frequencies[:, columns].astype(z.dtype), out=values)
@@ -171,7 +163,7 @@ class _Residuals(Rows):
     x: Rows
     weights: np.ndarray  # A, [d_x, d_y]
 
-    def _filled(self, out: torch.Tensor, rows: slice, columns: slice) -> np.ndarray:
+    def _filled(self, out: Tensor, rows: slice, columns: slice) -> np.ndarray:
         values = super()._filled(out, rows, columns)
         part = self.weights[:, columns].astype(values.dtype)
         start, stop, _ = rows.indices(self.n)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +24,7 @@ class Converter(Protocol):
     """
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Mapping[str, Any]:
         """What the fit chose, JSON-able."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -50,10 +52,10 @@ class Converter(Protocol):
 class AffineMap(abc.ABC):
     """y = x A + a: the converters through which interventions fold.
 
-    A class of your own says `d_y`, `pull`, `push` and `facts`; the rest follows.
+    A class of your own says `d_y`, `pull` and `push`, and `facts` if there is something to tell; the rest follows.
     """
 
-    facts: dict[str, Any]
+    facts: Mapping[str, Any] = MappingProxyType({})
 
     @property
     @abc.abstractmethod
@@ -87,11 +89,11 @@ class AffineMap(abc.ABC):
         d_x, none = len(weight), torch.zeros(0)
         linear = weight.float().contiguous()
         parts = (none.reshape(d_x, 0), none, none.reshape(0, self.d_y))
-        return Network(torch.zeros(d_x), *parts, bias.float(), linear, facts=self.facts)
+        return Network(torch.zeros(d_x), *parts, bias.float(), linear, facts=dict(self.facts))
 
     def dense(self) -> Dense:
         """Return it as a matrix."""
-        return Dense(*self.matrix(), self.facts)
+        return Dense(*self.matrix(), dict(self.facts))
 
 
 @dataclass(frozen=True, eq=False)
