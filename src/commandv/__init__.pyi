@@ -174,9 +174,6 @@ from .transfer.link import Link as Link
 from .transfer.link import link as link
 from .transfer.match import LayerPair as LayerPair
 from .transfer.match import (
-    LayerPair as LayerPair,
-)
-from .transfer.match import (
     explicit as explicit,
 )
 from .transfer.match import (
