@@ -43,9 +43,9 @@ def block_of_3b(dtype: torch.dtype) -> cv.LM:
 
 
 @contextlib.contextmanager
-def removing(handle: Any) -> Iterator[None]:
+def removing(handle: Any) -> Iterator[Any]:
     try:
-        yield
+        yield handle
     finally:
         handle.remove()
 
@@ -97,11 +97,15 @@ def attached(lm: cv.LM, clock: Clock) -> Iterator[None]:
         for name in OWNER:
             timed = clock.around(name, getattr(live.Live, name))
             stack.enter_context(mock.patch.object(live.Live, name, timed))
-        # The edit's hook comes between the last two: it is registered when a pass begins, and the norm comes next.
         stack.enter_context(removing(lm.blocks[0].register_forward_pre_hook(clock.stamp())))
-        stack.enter_context(removing(lm.blocks[0].register_forward_hook(clock.stamp("block"))))
+        ends = stack.enter_context(removing(lm.blocks[0].register_forward_hook(clock.stamp("block"))))
         stack.enter_context(removing(lm.owner.norm.register_forward_pre_hook(clock.stamp("hook"))))
         stack.enter_context(cv.attach(lm, adapter))
+
+        def first(*_: Any) -> None:  # edits are put before other hooks, and the block ends before them
+            lm.blocks[0]._forward_hooks.move_to_end(ends.id, last=False)
+
+        stack.enter_context(removing(lm.owner.register_forward_pre_hook(first)))
         yield
 
 

@@ -220,12 +220,12 @@ class Live:
 
     def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         # Some models (Gemma 3 with its vision tower) hand the blocks' owner masks that no longer show the padding.
-        _require_hooks_to_run(self.lm, (self.lm.model, self.lm.owner))
+        _require_hooks_to_run(self.lm, (self.lm.model,))
         self._given[threading.get_ident()] = self._arguments(self.lm.model, args, kwargs)
 
     def _begin(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self.end()  # an interrupted pass does not reach its end
-        _require_hooks_to_run(self.lm, (self.lm.model, self.lm.owner))
+        _require_hooks_to_run(self.lm, (self.lm.owner,))
         me = threading.current_thread()
         for one in self.attachments:
             one.require(me)
@@ -255,7 +255,7 @@ class Live:
 
     def _arguments(self, module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
         """Return what a call passes by name, whether by position or by keyword."""
-        return {**dict(zip(self._names[module], args, strict=False)), **kwargs}
+        return kwargs if not args else {**dict(zip(self._names[module], args, strict=False)), **kwargs}
 
     def _pass(self, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> Pass:
         """Return what a pass is, from the arguments of the blocks' owner and of the whole model around it."""

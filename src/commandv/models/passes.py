@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ def with_stream(output: Any, stream: Tensor, index: int) -> Any:
     return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """One forward pass through the blocks.
 
     Attributes:

@@ -43,9 +43,9 @@ def compiled(model: Any) -> bool:
     """True for a model that `torch.compile` has changed, in any of the ways that it offers."""
     forward = model.__dict__.get("forward")
     return (
-        hasattr(model, "_orig_mod")
-        or getattr(model, "_compiled_call_impl", None) is not None
-        or hasattr(forward, "_torchdynamo_orig_callable")
+        "_orig_mod" in model.__dict__.get("_modules", ())
+        or model.__dict__.get("_compiled_call_impl") is not None
+        or (forward is not None and hasattr(forward, "_torchdynamo_orig_callable"))
     )
 
 
