@@ -104,9 +104,10 @@ def test_a_template_that_raises_is_an_error_of_ours(template, message):
         cv.generate(lm, PROMPTS[:1], max_new_tokens=1)
 
 
-def test_a_loaded_model_has_one_date_and_another_day_is_another_profile():
+def test_a_loaded_model_has_one_date_and_another_day_is_another_profile(caplog):
     dated = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %b %Y, %H:%M') }}.\n{% endif %}" + SWITCH
     lm = chat(dated)
+    assert "the chat template of tiny writes the date" in caplog.text
     one = cv.profile(lm, PROMPTS)
     assert format_prompt(lm, "Hi").startswith(lm.format.date.strftime("Today is %d %b %Y, %H:%M.\n<|user|>"))
     assert cv.profile(lm, PROMPTS).path == one.path
@@ -129,6 +130,25 @@ def test_a_reply_ends_where_generation_stops():
     plain = tiny.tiny_lm()
     plain.model.generation_config.eos_token_id = 7
     assert (end_of_turn(plain), stop_tokens(plain)) == (eos, [eos, 7])
+
+
+def test_the_end_of_a_turn_is_not_in_the_answer():
+    lm = tiny.tiny_lm()
+    first = encode(lm, PROMPTS[0]).ids
+    said = lm.model.generate(torch.tensor([first]), do_sample=False, max_new_tokens=4, pad_token_id=0)[0, len(first) :]
+    lm.model.generation_config.eos_token_id = int(said[-1])  # a token that is no special one
+    kept = said[: said.tolist().index(said[-1])]
+    assert cv.generate(lm, PROMPTS[:1], max_new_tokens=6) == [lm.tokenizer.decode(kept).strip()]
+
+
+def test_a_date_that_an_option_fixes_is_no_date(caplog):
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    lm = chat(dated + "Today is {{ date_string }}.\n" + SWITCH)
+    assert "template_options={'date_string': ...} fixes it" in caplog.text
+    caplog.clear()
+    fixed = lm.with_template(options={"date_string": "1 May 2024"})
+    assert format_prompt(fixed, "Hi").startswith("Today is 1 May 2024.\n<|user|>Hi")
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("reply", ["Boil", " Boil", "\nBoil", "\n\nBoil", "\tBoil", "  Boil"])

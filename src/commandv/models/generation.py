@@ -75,7 +75,7 @@ def generate(
             )
             for i, ids in zip(members, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
                 end = next((place for place, id in enumerate(ids) if id in stops), len(ids))  # then comes padding
-                text = lm.tokenizer.decode(ids[: end + 1], skip_special_tokens=True)
+                text = lm.tokenizer.decode(ids[:end], skip_special_tokens=True)
                 answers[i] = text if lm.chat else text.split(PLAIN_STOP)[0].strip()
     return answers
 

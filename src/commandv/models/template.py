@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -17,6 +18,8 @@ from commandv.errors import InputError
 
 if TYPE_CHECKING:
     from commandv.models.load import LM
+
+log = logging.getLogger(__name__)
 
 # How a base model is asked. The answer starts on a line of its own, as it does in most chat templates, so that the last
 # prompt token of both kinds of model predicts a word without a leading space. It ends where a new question starts.
@@ -109,12 +112,13 @@ def source_of(lm: LM) -> Any:
 
 
 def check_format(lm: LM) -> LM:
-    """Return the model if its template takes the system prompt and the options it was given.
+    """Return the model if its template takes the system prompt and the options it was given; say if it writes the date.
 
     Raises:
         InputError: the plain format with either; an option that the template does not know; a system prompt that the
             template refuses, or leaves out without a word.
     """
+    _say_date(lm)
     if not str(lm.format):
         return lm
     if not lm.chat:
@@ -126,6 +130,21 @@ def check_format(lm: LM) -> LM:
     if lm.format.system is not None and lm.format.system.strip() not in render(lm, [{"role": "user", "content": MARK}]):
         raise InputError(f"{lm.id}: its chat template leaves the system prompt out; put it before the prompts instead")
     return lm
+
+
+def _say_date(lm: LM) -> None:
+    """Warn of a template whose prompts are others on another day."""
+    if "strftime_now" not in str(source_of(lm)):
+        return
+    turn = {"role": "user", "content": MARK}
+    other = replace(lm, format=replace(lm.format, date=lm.format.date - timedelta(days=400, hours=1, minutes=1)))
+    try:
+        dated = render(lm, [turn]) != render(other, [turn])
+    except InputError:  # said when a prompt is made
+        return
+    if dated:
+        fixed = "; template_options={'date_string': ...} fixes it" if "date_string" in options_of(lm) else ""
+        log.warning("the chat template of %s writes the date: what is made today is of today's prompts%s", lm.id, fixed)
 
 
 def options_of(lm: LM) -> list[str]:
