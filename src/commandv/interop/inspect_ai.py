@@ -256,8 +256,8 @@ class CommandVAPI(ModelAPI):
         padding = {self.lm.tokenizer.pad_token_id} - ends
         length = next((place for place, token in enumerate(generated) if token in ends | padding), len(generated))
         eos = generated[length : length + 1]
-        length += bool(ends & set(eos))
         text = self.lm.tokenizer.decode(generated[:length], skip_special_tokens=True)
+        length += bool(ends & set(eos))
         cuts = [at for stop in request.settings.stop if (at := text.find(stop)) >= 0]
         ended = bool(cuts) or bool(eos)
         text = text[: min(cuts)] if cuts else text
