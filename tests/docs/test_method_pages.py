@@ -57,9 +57,9 @@ def started(tmp_path_factory):
         whole = load_contrast(source)
         return cv.Contrast(whole.positive[:12], whole.negative[:12], whole.paired)
 
-    def adapter(source: str, layer: int | None = None) -> cv.Adapter:
+    def adapter(source: str, **how: Any) -> cv.Adapter:
         if not source.startswith("builtin:"):
-            return load_adapter(source, layer=layer)
+            return load_adapter(source, **how)
         return tiny.random_adapter(model(source.split("@")[1]), layers=(18, 24, 29))
 
     names: dict[str, Any] = {}
