@@ -385,7 +385,7 @@ def test_direct_is_left_out_only_by_an_explicit_word(content, tmp_path):
 def test_files_that_are_no_study(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         load_study(tmp_path / "none.yaml")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="a directory, expected a file"):
         load_study(tmp_path)
     for text, message in (("a: [", "not YAML"), ("- a", "expected a mapping")):
         (tmp_path / "s.yaml").write_text(text)
