@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -127,7 +128,7 @@ class Additions:
         """The layers that it may change."""
         return sorted(self.addends)
 
-    @property
+    @functools.cached_property
     def positions(self) -> set[Positions]:
         """Where it acts."""
         return {one.positions for many in self.addends.values() for one in many}
