@@ -370,7 +370,7 @@ def test_the_name_decides_where_no_revision_is_known(lm):
         cv.attach(lm, adapter)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None, torch.ones(2)])
 def test_scale_must_be_finite(lm, scale):
     with pytest.raises(InputError, match="finite"):
         cv.attach(lm, tiny.random_adapter(lm), scale=scale)

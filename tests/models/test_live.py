@@ -365,6 +365,18 @@ def test_a_cache_filled_before_attaching_is_refused_unless_told(lm):
     assert_close(told, known)
 
 
+def test_a_prompt_fed_in_chunks_by_hand_is_refused_unless_told(lm):
+    with torch.inference_mode(), cv.attach(lm, tiny.random_adapter(lm)):
+        whole = lm.model(input_ids=IDS).logits[:, -1]
+        past = lm.model(input_ids=IDS[:, :2], use_cache=True).past_key_values
+        with pytest.raises(InputError, match="n_prompt"):
+            lm.model(input_ids=IDS[:, 2:], past_key_values=past)
+    with torch.inference_mode(), cv.attach(lm, tiny.random_adapter(lm), n_prompt=5):
+        past = lm.model(input_ids=IDS[:, :2], use_cache=True).past_key_values
+        chunked = lm.model(input_ids=IDS[:, 2:], past_key_values=past).logits[:, -1]
+    assert_close(chunked, whole)
+
+
 def test_going_on_in_a_conversation_all_that_generate_is_given_is_prompt(lm):
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
     with cv.attach(lm, tiny.random_adapter(lm, (1,), "l1")):

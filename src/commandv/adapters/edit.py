@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,8 +31,8 @@ def require_numbers(tensor: Tensor, what: str) -> None:
 
 def require_scale(scale: float) -> None:
     """Raise `InputError` unless a scale is a finite number of at most `LARGEST` in size."""
-    if not -LARGEST <= scale <= LARGEST:
-        raise InputError(f"scale={scale}: expected a finite number of at most {LARGEST:.0e} in size")
+    if not isinstance(scale, numbers.Real) or not -LARGEST <= scale <= LARGEST:
+        raise InputError(f"scale={scale!r}: expected a finite number of at most {LARGEST:.0e} in size")
 
 
 class Spec(pydantic.BaseModel):

@@ -6,8 +6,8 @@ of them are prompt, where the padding is), asks every attachment what it changes
 changed for this one pass. A pass that nothing changes runs the blocks untouched. Nothing else of the model is replaced.
 
 What counts as prompt: the columns that `generate` was called with, while it runs, however it feeds them (at once, in
-chunks, uncached, drafted by another model, in beams); else the first pass into a cache; else the pass itself. Whoever
-knows better says so with `n_prompt`.
+chunks, uncached, drafted by another model, in beams); else the first pass into a cache, which single tokens go on from;
+else the pass itself. Whoever knows better says so with `n_prompt`.
 
 Threads: an attachment acts on the thread that made it and on threads that start later. A thread that was running
 already gets an error instead of another one's adapter.
@@ -269,7 +269,9 @@ class Live:
         if cache is None and n_prompt is not None and told is None and tokens.shape[1] < n_prompt:
             start = None  # the model goes on from a state that it keeps to itself
         if n_prompt is None:
-            n_prompt = tokens.shape[1] if start == 0 else getattr(cache, _MARK, None)
+            n_prompt = tokens.shape[1]
+            if start != 0:  # several tokens that go on from a cache may be prompt or not
+                n_prompt = getattr(cache, _MARK, None) if tokens.shape[1] == 1 else None
         if isinstance(cache, Cache) and n_prompt is not None:
             setattr(cache, _MARK, n_prompt)
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")

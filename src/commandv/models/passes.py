@@ -149,8 +149,8 @@ class Additions:
         if n_prompt is None:
             if not all(one.everywhere for one in self.positions):
                 raise InputError(
-                    f"{self.name} was attached after the cache had been filled, so that nobody knows how much of it is "
-                    "prompt; attach before the prompt runs, or give n_prompt="
+                    f"{self.name}: nobody knows where the prompt ends when several tokens go on from a cache, or when "
+                    "it was filled before attaching; give n_prompt=, or run the prompt in one pass while attached"
                 )
             n_prompt = start
         if not any(one.touches(n_prompt, start) for one in self.positions):
