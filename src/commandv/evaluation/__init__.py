@@ -36,7 +36,7 @@ from commandv.evaluation.formats import (
     repetition,
     word_count,
 )
-from commandv.evaluation.graders import GRADERS, Grader, loops
+from commandv.evaluation.graders import GRADERS, Grader
 from commandv.evaluation.judges import JUDGES, Phrases, load_judge, refusal_phrases
 from commandv.evaluation.judgments import Cached, CostlyJudge, Judgment
 from commandv.evaluation.model_judges import Classifier, Guard
@@ -65,6 +65,7 @@ from commandv.evaluation.statistics import (
     recovered_fraction,
 )
 from commandv.evaluation.tasks import ByText, Judge, Outcome, Split, Task, measure
+from commandv.prompts.loops import loops
 
 __all__ = [
     "FORMATS",

@@ -15,11 +15,12 @@ from typing import Literal
 from commandv.errors import FormatError, InputError
 from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, sum_is_right
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
-from commandv.evaluation.graders import GRADERS, Grader, answered, loops, refusal
+from commandv.evaluation.graders import GRADERS, Grader, answered, refusal
 from commandv.evaluation.reasoning import is_right, reasons_first
 from commandv.evaluation.tasks import ANSWER_TOKENS, ByText, Outcome, Split, Task
 from commandv.evaluation.tone import formal, positive_sentiment
 from commandv.files import require_file, storage_errors, write_text
+from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts, to_prompt
 
 _DEV, _TEST, _TRAIN = ("dev", "validation", "valid", "val"), ("test",), ("train",)

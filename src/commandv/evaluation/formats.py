@@ -8,8 +8,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from commandv.evaluation.graders import Grader, loops, unless_looping
+from commandv.evaluation.graders import Grader, unless_looping
 from commandv.evaluation.scores import Score, mean, rate
+from commandv.prompts.loops import loops
 
 Labeller = Callable[[str], float]
 

@@ -11,11 +11,12 @@ from typing import Literal, Protocol
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
-from commandv.evaluation.graders import Grader, loops
+from commandv.evaluation.graders import Grader
 from commandv.evaluation.scores import Score, mean, rate
 from commandv.models.generation import generate
 from commandv.models.identity import require_own
 from commandv.models.load import LM
+from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet
 
 Split = Literal["dev", "test"]
@@ -95,7 +96,7 @@ class Outcome:
         arm: what was measured.
         unit: of the labels.
         labels: in the order of the prompts; NaN where the judge had no judgment.
-        loops: whether each answer loops, whoever judged it; see `commandv.evaluation.graders.loops`.
+        loops: whether each answer loops, whoever judged it; see `commandv.prompts.loops.loops`.
         answers: the texts, empty where the task keeps none.
     """
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from commandv.errors import InputError
-from commandv.evaluation.graders import loops
+from commandv.prompts.loops import loops
 
 # In the same clause with at most one word between: "not good", "never a joy". "Not only good" is praise.
 _NEGATED = re.compile(
