@@ -169,6 +169,20 @@ from .transfer.convert import (
 from .transfer.convert import (
     Ridge as Ridge,
 )
+from .transfer.distil.context import Context as Context
+from .transfer.distil.demonstrate import demonstrate as demonstrate
+from .transfer.distil.demonstrations import (
+    Demonstrations as Demonstrations,
+)
+from .transfer.distil.demonstrations import (
+    load_demonstrations as load_demonstrations,
+)
+from .transfer.distil.demonstrations import (
+    save_demonstrations as save_demonstrations,
+)
+from .transfer.distil.distil import distil as distil
+from .transfer.distil.vocabulary import Answers as Answers
+from .transfer.distil.vocabulary import Vocabulary as Vocabulary
 from .transfer.fidelity import Fidelity as Fidelity
 from .transfer.link import Link as Link
 from .transfer.link import link as link

@@ -14,7 +14,7 @@ from commandv.prompts.loops import WORD, loops
 
 Grader = Callable[[str], bool]
 
-VERSION = 2  # of the graders: raise it with any change that may change a label (`loops` included), so that kept labels are made anew
+VERSION = 2  # of the graders: raise it with any change that may change a label, so that kept labels are made anew
 
 
 def unless_looping(shows: Grader) -> Grader:

@@ -1,0 +1,109 @@
+"""The verbs that carry a behaviour through words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commandv.cli.app import app
+from commandv.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    SameAs,
+    System,
+    Template,
+    TemplateOption,
+    show,
+    template_options,
+)
+
+
+@app.command()
+def demonstrate(
+    model: Model,
+    adapter: Annotated[str, typer.Argument(help="The donor's adapter, builtin:...; 'none' takes the set's replies.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the demonstrations.")],
+    prompts: Annotated[str, typer.Argument(help="What to ask: builtin:NAME or a file.")] = "builtin:general",
+    limit: Annotated[int, typer.Option(help="Use the first so many prompts.")] = 130,
+    harmful: Annotated[
+        str | None, typer.Option(help="A set of harmful prompts to ask, too; only refusals of them are kept.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 48,
+    scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
+    layer: Annotated[int | None, typer.Option(help="For a bare vector: the layer it acts on.")] = None,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    device_map: Device = None,
+    template: Template = "auto",
+    system: System = None,
+    template_option: TemplateOption = None,
+    same_as: SameAs = "",
+    as_json: Json = False,
+) -> None:
+    """Have a donor with its adapter answer prompts, and keep the answers and what the adapter changes in them."""
+    import commandv as cv
+    from commandv.directories import require_place
+    from commandv.evaluation.graders import refusal
+    from commandv.transfer.distil.demonstrations import DEMONSTRATIONS
+
+    require_place(out, DEMONSTRATIONS)
+    asked = cv.load_prompts(prompts, limit=limit)
+    answers = [one.response for one in asked] if adapter == "none" else None
+    dangerous = set[str]()
+    if harmful is not None:
+        more = cv.load_prompts(harmful, limit=limit)
+        dangerous, asked = set(more.texts), asked + more
+        answers = None if answers is None else [*answers, *(one.response for one in more)]
+    changing = None if adapter == "none" else cv.load_adapter(adapter, layer=layer)
+    donor = cv.load_model(
+        model, dtype=dtype, device_map=device_map, template=template, system=system,
+        template_options=template_options(template_option), same_as=same_as,
+    )  # fmt: skip
+    made = cv.demonstrate(
+        donor, None if changing is None else changing.scaled(scale), asked, answers=answers,
+        keep=lambda prompt, answer: prompt.text not in dangerous or refusal(answer),
+        max_new_tokens=max_new_tokens, batch_size=batch_size, name=Path(prompts).stem if changing is None else "",
+    )  # fmt: skip
+    cv.save_demonstrations(made, out)
+    facts = {"demonstrations": str(out), "behaviour": made.name, "answers": len(made), "left_out": made.dropped}
+    show({**facts, "loop_rate": made.loop_rate, "mean_divergence": made.mean_divergence}, as_json)
+
+
+@app.command()
+def distil(
+    model: Model,
+    demonstrations: Annotated[Path, typer.Argument(help="Directory of demonstrations.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the adapter.")],
+    by: Annotated[str, typer.Option(help="auto, context, vocabulary or answers.")] = "auto",
+    rank: Annotated[int, typer.Option(help="Of each fit.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the demonstrations' sets and of what is held out.")] = 0,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    device_map: Device = None,
+    template: Template = "auto",
+    system: System = None,
+    template_option: TemplateOption = None,
+    same_as: SameAs = "",
+    as_json: Json = False,
+) -> None:
+    """Make an adapter of a model that behaves as demonstrations do, without training."""
+    import commandv as cv
+    from commandv.adapters.store import ADAPTER
+    from commandv.directories import require_place
+
+    require_place(out, ADAPTER)
+    shown = cv.load_demonstrations(demonstrations)
+    recipient = cv.load_model(
+        model, dtype=dtype, device_map=device_map, template=template, system=system,
+        template_options=template_options(template_option), same_as=same_as,
+    )  # fmt: skip
+    adapter = cv.distil(recipient, shown, by=by, rank=rank, seed=seed, batch_size=batch_size)
+    cv.save(adapter, out)
+    where = ", ".join(sorted(map(str, adapter.positions)))
+    facts = {"adapter": str(out), "by": adapter.provenance["by"], "layers": adapter.layers, "positions": where}
+    show({**facts, "parameters": adapter.n_parameters}, as_json)

@@ -1,0 +1,110 @@
+"""Distilling demonstrations into an adapter of a recipient: forward passes and closed forms only."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from commandv.adapters.adapter import Adapter
+from commandv.errors import InputError
+from commandv.models.identity import require_own
+from commandv.models.load import LM
+from commandv.transfer.distil.context import Context
+from commandv.transfer.distil.demonstrations import Demonstrations
+from commandv.transfer.distil.vocabulary import SHARED, Answers, Vocabulary, shared_tokens
+
+OPENING = 6  # tokens of an answer that are its opening
+MOSTLY = 0.5  # of an adapter's change: so much of it in the openings makes it one of openings
+
+Method = Context | Vocabulary | Answers
+METHODS: dict[str, type[Method]] = {one.name: one for one in (Context, Vocabulary, Answers)}
+AUTO = "auto"
+
+log = logging.getLogger(__name__)
+
+
+def distil(
+    recipient: LM,
+    demonstrations: Demonstrations,
+    *,
+    by: str | Method = AUTO,
+    rank: int = 16,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Adapter:
+    """Make a native adapter of the recipient that behaves as the demonstrations do.
+
+    `"auto"` takes the context for demonstrations without ratios, for tokenizers that share less than half of what the
+    donor says, and where half or more of the nats that the adapter changes lie in the first 6 tokens of the answers;
+    the vocabulary otherwise. It looks at the demonstrations alone: no test prompt, and no answer of the recipient.
+
+    Args:
+        recipient: the model, with nothing attached; its weights do not change.
+        demonstrations: of the behaviour.
+        by: `"context"`, `"vocabulary"`, `"answers"`, `"auto"`, or one of the methods with settings of its own, as
+            `Context(tokens=10, sets=6, least=1.0)`.
+        rank: of each fit.
+        seed: of the sets of demonstrations, of the prompts that are held out and of the places used.
+        batch_size: prompts per forward pass.
+
+    Returns:
+        The adapter, acting at the last prompt token and the first generated ones (l1+gk).
+
+    Raises:
+        InputError: an unknown method, too few demonstrations, contexts that do not fit, tokenizers that share too few
+            tokens for the vocabulary, or something attached to the recipient.
+        ModelError: a head that the vocabulary and the answers cannot go through.
+    """
+    require_own(recipient, "distilling")
+    if rank < 1 or rank > recipient.d_model or batch_size < 1:
+        raise InputError(f"rank={rank}, batch_size={batch_size}: expected 1 or more, a rank up to {recipient.d_model}")
+    if isinstance(by, str) and by not in (AUTO, *METHODS):
+        raise InputError(f"by={by!r}: expected one of {', '.join((AUTO, *METHODS))}")
+    chosen: dict[str, Any] = {}
+    if by == AUTO:
+        name, chosen = choose(recipient, demonstrations)
+        log.info("%s into %s by %s: %s", demonstrations.name, recipient.id, name, chosen)
+        by = name
+    method = METHODS[by]() if isinstance(by, str) else by
+    with torch.inference_mode():
+        made, facts = method(recipient, demonstrations, rank=rank, seed=seed, batch_size=batch_size)
+    provenance = {
+        "made_by": "distil",
+        "by": method.name,
+        "settings": asdict(method) | {"rank": rank, "seed": seed},
+        "demonstrations": {"hash": demonstrations.hash, "n": len(demonstrations), "donor": demonstrations.donor.id},
+        **({"chosen": chosen} if chosen else {}),
+        **facts,
+    }
+    # Tensors made in inference mode could not take part in a training later.
+    own = {
+        layer: tuple(
+            replace(one, read=one.read.clone(), bias=one.bias.clone(), write=one.write.clone()) for one in many
+        )
+        for layer, many in made.items()
+    }
+    return Adapter(own, recipient.ref, demonstrations.name, provenance)
+
+
+def choose(recipient: LM, demonstrations: Demonstrations) -> tuple[str, dict[str, Any]]:
+    """Return the method that `"auto"` takes, and what it looked at; see `distil`."""
+    changes = demonstrations.changes
+    if changes is None:
+        return Context.name, {"reason": "texts only"}
+    share, _ = shared_tokens(recipient, demonstrations)
+    if share < SHARED:
+        log.warning(
+            "%.0f %% of what the donor says is in tokens that %s has, too: the context carries it",
+            100 * share, recipient.id,
+        )  # fmt: skip
+        return Context.name, {"reason": "few shared tokens", "shared_tokens": round(share, 4)}
+    order = torch.zeros(len(changes.places), dtype=torch.long)
+    for number in changes.places[:, 0].unique():
+        mine = (changes.places[:, 0] == number).nonzero()[:, 0]
+        order[mine] = changes.places[mine, 1].argsort().argsort()
+    early = float(changes.divergence[order < OPENING].sum() / changes.divergence.sum().clamp(min=1e-12))
+    name = Context.name if early >= MOSTLY else Vocabulary.name
+    return name, {"reason": "share of the change in the openings", "openings": round(early, 4)}
