@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from commandv.interop.load import detect, load_adapter
 from commandv.profiles.profile import END, load_profile
+from commandv.transfer.distil.demonstrations import load_demonstrations
 
 NEEDED_GB = 3.0  # converted packaged models (0.9 GB), their profiles, and room to write
 
@@ -39,6 +40,19 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
             "end_rows": n_end,
             "text_rows": len(one) - n_end,
             "prompts": one.prompts,
+        }
+    if kind == "commandv-demonstrations":
+        shown = load_demonstrations(source)
+        return {
+            "what": kind,
+            "name": shown.name,
+            "donor": shown.donor.id or "not stated",
+            "answers": len(shown),
+            "left_out": shown.dropped,
+            "places": 0 if shown.changes is None else len(shown.changes.places),
+            "mean_divergence": shown.mean_divergence,
+            "loop_rate": shown.loop_rate,
+            "hash": shown.hash,
         }
     adapter = load_adapter(source, layer=layer)
     interventions = [{"layer": at, **one.facts()} for at in adapter.layers for one in adapter.interventions[at]]

@@ -17,7 +17,7 @@ from commandv.reading import read_json
 
 
 def detect(path: str | Path) -> str:
-    """Tell what a path holds: `commandv-adapter`, `commandv-profile`, `pyreft`, `vector` or `control-vector`.
+    """Tell what a path holds: an adapter, a profile, demonstrations, `pyreft`, `vector` or `control-vector`.
 
     Raises:
         FormatError: none of these; says what was found.
@@ -35,7 +35,7 @@ def detect(path: str | Path) -> str:
         raise FormatError(f"{path}: no such file or directory")
     if is_pyreft(path):
         return "pyreft"
-    if (format := _stated_format(path)) in ("commandv-profile", "commandv-adapter"):
+    if (format := _stated_format(path)) in ("commandv-profile", "commandv-adapter", "commandv-demonstrations"):
         return format
     if list(path.glob("keys*.safetensors")) or list(path.glob("layer-*.safetensors")):
         return "commandv-profile"
@@ -83,7 +83,10 @@ def _loaded(source: str | Path, layer: int | None, convention: str | None) -> Ad
         return read_vector(Path(source), layer=layer, convention=_convention(convention, LayerConvention))
     if kind == "control-vector":
         return read_control_vector(Path(source), layer=layer, convention=_convention(convention, Convention))
-    raise FormatError(f"{source}: a profile, not an adapter; open it with load_profile")
+    what, opener = (
+        ("demonstrations", "distil()") if kind == "commandv-demonstrations" else ("a profile", "load_profile()")
+    )
+    raise FormatError(f"{source}: {what}, not an adapter; use {opener}")
 
 
 def _stated_format(target: Path) -> str | None:
