@@ -23,7 +23,7 @@ from typing import Any
 
 import commandv as cv
 from commandv.evaluation import GRADERS, Grader, arithmetic_prompts, loops
-from commandv.evaluation.controls import published, text_bridge
+from commandv.evaluation.arms import make_arm
 from commandv.evaluation.graders import VERSION
 from commandv.evaluation.material import Material
 from commandv.prompts.sets import Prompt, PromptSet
@@ -142,8 +142,7 @@ def material(models: Models, donor: str, recipient: str) -> Material:
     made = DONORS[donor]
     return Material(
         adapter=made.get(models.lm(other), donor),
-        donor=models.profile(other),
-        recipient=models.profile(recipient),
+        link=cv.link(models.profile(other), models.profile(recipient)),
         donor_lm=models.lm(other),
         recipient_lm=models.lm(recipient),
         prompts=cv.load_prompts("builtin:general")[:N_PROFILE],
@@ -154,14 +153,8 @@ def material(models: Models, donor: str, recipient: str) -> Material:
 
 def adapters(parts: Material) -> dict[str, cv.Adapter | None]:
     """Return the adapter of each arm, None for the unmodified model."""
-    return {
-        "unmodified": None,
-        "pasted": parts.pasted(),
-        "published": published(parts),
-        "random": parts.random(),
-        "text-bridge": text_bridge(parts),
-        "direct": parts.own(),
-    }
+    names = ("unmodified", "pasted", "published", "random", "text-bridge", "direct")
+    return {name: make_arm(name, parts).adapter for name in names}
 
 
 def demonstrated(parts: Material, examples: str, prompts: PromptSet) -> PromptSet:

@@ -201,4 +201,5 @@ from .transfer.match import (
 )
 from .transfer.paste import fidelity as fidelity
 from .transfer.paste import paste as paste
+from .transfer.paste import published as published
 from .transfer.paste import random_like as random_like

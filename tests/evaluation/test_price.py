@@ -22,7 +22,8 @@ from commandv.evaluation import (
     perplexity,
     perplexity_values,
 )
-from commandv.evaluation.price import reply_log_probs, reply_nats
+from commandv.evaluation.meter import price_scores
+from commandv.evaluation.price import MEASURES, prices, reply_log_probs
 from commandv.models.encoding import encode
 from commandv.prompts.sets import Prompt, PromptSet
 from tiny import SENTENCES, random_adapter, tiny_lm
@@ -59,12 +60,43 @@ def alone(lm, ids, n_prompt, adapter=None):
     return -losses.double()
 
 
-def test_the_nats_of_replies_are_those_of_their_own_first_tokens(lm, adapter):
-    found = reply_nats(lm, PASSAGES, reply_log_probs(lm, PASSAGES, adapter, tokens=3))
-    for value, one in zip(found, PASSAGES, strict=True):
+def test_the_first_token_and_what_follows_are_priced_apart(lm, adapter):
+    """Against each passage alone: KL(unmodified || adapted) and the nats of the reply's own tokens, by position."""
+    plain = reply_log_probs(lm, PASSAGES, tokens=4)
+    found = prices(lm, PASSAGES, plain, reply_log_probs(lm, PASSAGES, adapter, tokens=4))
+    for number, one in enumerate(PASSAGES):
         encoded = encode(lm, one.text, one.response)
-        log_probs = alone(lm, encoded.ids[: encoded.n_prompt + 3], encoded.n_prompt, adapter)
-        assert value == pytest.approx(-float(log_probs.mean()), rel=2e-3)  # kept in half precision
+        ids, n = torch.tensor([encoded.ids[: encoded.n_prompt + 4]]), encoded.n_prompt
+        with torch.inference_mode():
+            p = lm.model(input_ids=ids).logits[0, n - 1 : -1].log_softmax(-1).double()
+            with cv.attach(lm, adapter, n_prompt=n):
+                q = lm.model(input_ids=ids).logits[0, n - 1 : -1].log_softmax(-1).double()
+        kl = (p.exp() * (p - q)).sum(-1)
+        nats = -q.gather(1, ids[0, n:, None])[:, 0]
+        expected = {
+            "kl": kl.mean(), "kl_first": kl[0], "kl_after": kl[1:].mean(), "perplexity_first": nats[0],
+            "perplexity_after": nats[1:].mean(),
+        }  # fmt: skip
+        assert set(expected) == set(MEASURES)
+        for name, value in expected.items():
+            # kept in half precision
+            assert found[name][number] == pytest.approx(float(value), rel=5e-3, abs=2e-3), name
+
+
+def test_the_unmodified_model_has_nothing_to_differ_from(lm):
+    found = prices(lm, PASSAGES, reply_log_probs(lm, PASSAGES, tokens=4))
+    assert set(found) == {"perplexity_first", "perplexity_after"}
+    one_token = prices(lm, PASSAGES, reply_log_probs(lm, PASSAGES, tokens=1))
+    assert all(math.isnan(value) for value in one_token["perplexity_after"])
+    scores = price_scores(one_token)
+    assert set(scores) == {"perplexity_first"}
+
+
+def test_an_adapter_at_the_last_prompt_token_moves_the_first_token_most(lm):
+    strong = random_adapter(lm, (1, 2), "l1", size=2.0)
+    plain = reply_log_probs(lm, PASSAGES)
+    found = prices(lm, PASSAGES, plain, reply_log_probs(lm, PASSAGES, strong))
+    assert sum(found["kl_first"]) > sum(found["kl"]) > sum(found["kl_after"])
 
 
 def nothing(adapter):

@@ -11,8 +11,9 @@ import runs
 from commandv.errors import FormatError, InputError
 from commandv.evaluation import rate
 from commandv.evaluation.report import findings, tables, write_report
-from commandv.evaluation.results import Arm, Cell, Point, Sample, load_run, save_cell, save_head
+from commandv.evaluation.results import Arm, Cell, Sample, load_run, save_cell, save_head
 from commandv.evaluation.statistics import compare
+from commandv.evaluation.tune import Setting, Tried
 
 NASTY = "<script>alert(1)</script> | `code` *bold* [x](javascript:y) & </table>\nsecond line"
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
@@ -169,7 +170,11 @@ def test_figures_are_those_computed(reports):
     caption = f"numbered-list, {runs.PAIRS[0][0]} → {runs.PAIRS[0][1]}: numbered-list"
     _, *effects = page.tables[f"{caption}; more is the aim"]
     header, *rows = page.tables[f"{caption}, compared"]
-    assert [row[0] for row in rows] == [row[0] for row in effects] == list(findings.ORDER)
+    assert (
+        [row[0] for row in rows]
+        == [row[0] for row in effects]
+        == [one for one in findings.ORDER if one in runs.CROSSING]
+    )
     for found in compare(labels, "rate", "more"):
         assert next(row for row in effects if row[0] == found.method)[1] == tables.figure(found.score)
         row = dict(zip(header, next(row for row in rows if row[0] == found.method), strict=True))
@@ -177,8 +182,8 @@ def test_figures_are_those_computed(reports):
         assert row["difference from unmodified"] == tables.figure(found.difference)
         assert row["adjusted p"] == tables.p_value(found.adjusted)
         assert row["recovered"] == tables.figure(found.recovered)
-    kl = np.mean([next(arm for arm in cell.arms if arm.method == "pasted").price["kl"] for cell in cells])
-    assert effects[1][2].startswith(f"{kl:.3f} [")
+    kl = np.mean([next(arm for arm in cell.arms if arm.method == "pasted").price["kl_after"] for cell in cells])
+    assert effects[1][3].startswith(f"{kl:.3f} [")
 
 
 def test_escaped_texts(reports, tmp_path):
@@ -291,10 +296,14 @@ def test_arm_missing_in_some_seeds():
 
 
 def test_settings_that_were_tried_are_averaged_over_seeds():
-    points = [Point(layers="all", scale=1, value=value, kl=value / 10, chosen=value > 0.3) for value in (0.2, 0.6)]
-    cells = [made(BASE, curve=[point], seed=seed) for seed, point in enumerate(points)]
+    used, other = Setting("last_third", 1.0), Setting("last_third", 0.6)  # the arms have the first
+    curves = [[Tried(one, value, value / 10) for one in (used, other)] for value in (0.2, 0.6)]
+    cells = [made(BASE, curve={"pasted": curve}, seed=seed) for seed, curve in enumerate(curves)]
     (group,) = findings.groups(runs.study(cells=cells, planned=2))
-    assert tables.tried(group).rows == [["pasted", "all", "1", "0.40", "0.040", "1 of 2"]]
+    assert tables.tried(group).rows == [
+        ["pasted", "last_third", "1", "0.40", "0.040", "2 of 2"],
+        ["pasted", "last_third", "0.6", "0.40", "0.040", "0 of 2"],
+    ]
 
 
 def test_verdict_is_one_sentence(reports, tmp_path):

@@ -11,6 +11,7 @@ import tiny
 from commandv import cli
 from commandv.errors import FormatError
 from commandv.evaluation import session
+from commandv.evaluation.price import MEASURES
 from commandv.evaluation.session import ADAPTED, UNMODIFIED, evaluate
 
 ROWS = [{"prompt": f"What is {n} and {m}?", "split": "dev" if m == 0 else "test"} for n in range(4) for m in (0, 1)]
@@ -36,7 +37,7 @@ def lm(folder):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     passages = cv.load_prompts("builtin:drift")[:2]
-    monkeypatch.setattr("commandv.evaluation.session.load_prompts", lambda source: passages)
+    monkeypatch.setattr("commandv.evaluation.meter.load_prompts", lambda source: passages)
 
 
 def test_labels_go_into_a_directory_that_holds_other_files_and_replace_labels_only(lm, folder, tmp_path, monkeypatch):
@@ -47,7 +48,7 @@ def test_labels_go_into_a_directory_that_holds_other_files_and_replace_labels_on
     labels = tmp_path / "unmodified-gcg.jsonl"
     assert labels.exists()
     labels.write_text("not labels")
-    monkeypatch.setattr(session, "_judged", None)  # nothing is generated
+    monkeypatch.setattr(session, "Meter", None)  # nothing is generated
     with pytest.raises(FormatError, match=r"unmodified-gcg\.jsonl.*choose another place"):
         evaluate(lm, task, judges=["gcg"], out=tmp_path)
     assert labels.read_text() == "not labels"
@@ -63,9 +64,10 @@ def test_arms_price_and_notes(lm, folder):
     assert [row.method for row in rows] == [UNMODIFIED, ADAPTED, "random"]
     assert rows[0].score.n == 4
     assert rows[1].adjusted is not None
-    assert set(found.price) == {ADAPTED, "random"}
+    assert set(found.price[ADAPTED]) == set(MEASURES)
+    assert set(found.price[UNMODIFIED]) == {"perplexity_first", "perplexity_after"}  # nothing to differ from
     assert {arm: score.n for arm, score in found.loops.items()} == {UNMODIFIED: 4, ADAPTED: 4, "random": 4}
-    assert "loops" in [column.header for column in found.tables()[0].columns]
+    assert set(found.words) == set(found.loops)
     assert found.as_dict()["loops"][UNMODIFIED]["name"] == "loops"
     assert "text-bridge" in found.notes[0]
     assert json.dumps(found.as_dict())
@@ -74,7 +76,7 @@ def test_arms_price_and_notes(lm, folder):
 def test_without_an_adapter_only_the_model_is_measured(lm, folder):
     found = evaluate(lm, f"pirate:{folder / 'rows.jsonl'}")
     assert [row.method for row in found.rows["pirate"]] == [UNMODIFIED]
-    assert found.price == {}
+    assert set(found.price) == {UNMODIFIED}
 
 
 def test_leaving_controls_out_is_said(lm, folder):

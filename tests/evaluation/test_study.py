@@ -11,13 +11,14 @@ import yaml
 import commandv as cv
 import tiny
 from commandv.errors import FormatError, InputError
-from commandv.evaluation import tasks_of
-from commandv.evaluation.controls import ARMS
-from commandv.evaluation.results import Arm, Cell, Run, load_run, save_cell, save_head
+from commandv.evaluation import ByText, Task, arms, tasks_of, versions
+from commandv.evaluation.arms import ARMS
+from commandv.evaluation.results import Arm, Cell, Run, cell_key, load_cell, load_run, save_cell, save_head
 from commandv.evaluation.study import cell as cell_module
 from commandv.evaluation.study import load_study, plan, run_study
 from commandv.evaluation.study import shared as shared_module
 from commandv.evaluation.study.models import ModelSource
+from commandv.evaluation.study.running import cell_content
 from commandv.prompts.sets import load_prompts
 from places import ROOT
 
@@ -83,20 +84,28 @@ def short(monkeypatch):
         return passages if source == "builtin:drift" else original(source, **options)
 
     monkeypatch.setattr(shared_module, "load_prompts", load)
+    # Training on the donor's answers in one quick epoch; random models' answers may loop.
+    monkeypatch.setattr(arms, "PRACTICE_SETTINGS", cv.TrainSettings(epochs=1, max_response=3, batch_size=4))
+    monkeypatch.setattr("commandv.evaluation.material.ANSWER_TOKENS", 4)
+    monkeypatch.setattr("commandv.evaluation.material.loops", lambda text: False)
 
 
 def test_a_run_measures_every_arm(content, tmp_path):
     run = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run")
     (cell,) = run.cells
     assert (cell.state, cell.error) == ("done", "")
-    assert [arm.method for arm in cell.arms] == ["unmodified", *ARMS, "error-map", "donor"]
+    assert [arm.method for arm in cell.arms] == [*ARMS, "error-map", "donor"]
     for arm in cell.arms:
         assert len(arm.labels["pirate:questions"]) == 4
-        assert len(arm.price["loops"]) == 4
-        assert set(arm.price["loops"]) <= {0.0, 1.0}
-        assert len(arm.price.get("kl", [])) == (0 if arm.method == "unmodified" else 2)
-    assert {point.method for point in cell.curve} == {"pasted", "pinv", "text-bridge"}
-    assert sum(point.chosen for point in cell.curve) == 3
+        assert set(arm.loops["pirate:questions"]) <= {0.0, 1.0}
+        assert len(arm.loops["pirate:questions"]) == len(arm.words["pirate:questions"]) == 4
+        for measure in ("kl", "kl_first", "kl_after"):
+            assert len(arm.price.get(measure, [])) == (0 if arm.method == "unmodified" else 2)
+        assert len(arm.price["perplexity_first"]) == 2
+    settings = {arm.method: arm.setting for arm in cell.arms}
+    assert set(cell.curve) == {"pasted", "text-bridge"}
+    assert all(settings[method] in [one.setting for one in tried] for method, tried in cell.curve.items())
+    assert next(arm for arm in cell.arms if arm.method == "few-shot").cost.tokens > 0
     assert cell.fidelity["pasted"]
     assert cell.samples
     assert cell.settings["success"] == {"pirate:questions": "more"}
@@ -279,10 +288,12 @@ def test_a_vector_is_measured_beside_the_native_one(kind, steered, tmp_path, cac
     run = run_study(written({**steered, "seeds": [0, 1]}, tmp_path / "s.yaml"), tmp_path / "run")
     assert [cell.error for cell in run.cells] == ["", ""]
     cell = run.cells[0]
-    assert {arm.method for arm in cell.arms} == {"unmodified", *ARMS, "plain", "donor"}
-    tried = {method: [point.scale for point in cell.curve if point.method == method] for method in ("direct", "random")}
-    assert tried == {"direct": [0.5, 1.0], "random": [0.5, 1.0]}
-    assert all(arm.layers == [tiny.LAYERS // 2] for arm in cell.arms if arm.method not in ("unmodified", "donor"))
+    assert {arm.method for arm in cell.arms} == {*ARMS, "plain", "donor"}
+    tried = {method: [one.setting.scale for one in many] for method, many in cell.curve.items()}
+    tuned = ("pasted", "text-bridge", "direct", "random", "random-in-span")
+    assert tried == {name: [0.5, 1.0] for name in tuned}
+    elsewhere = ("unmodified", "donor", "few-shot", "donor-answers")
+    assert all(arm.layers == [tiny.LAYERS // 2] for arm in cell.arms if arm.method not in elsewhere)
 
 
 def test_a_vector_and_examples_exclude_each_other(steered, folder, tmp_path):
@@ -338,6 +349,100 @@ def test_results_that_are_not_finite_are_read_again(tmp_path):
     assert values[1] != values[1]
 
 
+def test_labels_are_kept_as_characters_and_lists_on_lines(tmp_path):
+    made = Arm(
+        method="pasted",
+        labels={"a": [1, 0, None], "b": [3.25, None]},
+        units={"b": "words"},
+        price={"kl": [0.123456789]},
+    )
+    file = tmp_path / "cells" / "c.json"
+    save_cell(Cell(donor="a", recipient="b", behaviour="c", seed=0, arms=[made]), file)
+    lines = [line.strip() for line in file.read_text().splitlines()]
+    assert '"a": "10-",' in lines
+    assert '"b": [3.25, null]' in lines
+    assert '"kl": [0.12346]' in lines
+    (again,) = load_cell(file).arms
+    assert again.labels == made.labels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": {"a": "10"}}, "different numbers of labels"),
+        ({"labels": {"a": "1x1"}}, "labels with 'x'"),
+        ({"loops": {"a": "11"}}, "3 labels and 2 others"),
+        ({"method": "unmodified"}, "more than once"),
+    ],
+)
+def test_labels_that_are_short_doubled_or_strange(change, message, tmp_path):
+    content = {"donor": "a", "recipient": "b", "behaviour": "c", "seed": 0}
+    one = {"method": "pasted", "labels": {"a": "101"}}
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({**content, "arms": [{**one, "method": "unmodified"}, {**one, **change}]}))
+    with pytest.raises(FormatError, match=message):
+        load_cell(file)
+
+
+def test_a_cell_of_code_that_is_not_known_is_not_counted(content, tmp_path, monkeypatch):
+    study = written(content, tmp_path / "s.yaml")
+    run_study(study, tmp_path / "run")
+    monkeypatch.setitem(versions.VERSIONS, "price", versions.VERSIONS["price"] - 1)
+    run = load_run(tmp_path / "run")
+    assert run.cells == []
+    assert "made by code that this version does not know" in next(iter(run.ignored.values()))
+
+
+@pytest.mark.parametrize("part", ["graders", "arms", "price", "tuning", "carrying", "answering"])
+def test_cells_are_made_anew_when_the_code_of_a_part_has_a_new_version(part, content, tmp_path, monkeypatch):
+    study = written(content, tmp_path / "s.yaml")
+    source = ModelSource(study)
+    before = study_keys(study, source)
+    monkeypatch.setitem(versions.VERSIONS, part, versions.VERSIONS[part] + 1)
+    assert set(before).isdisjoint(study_keys(study, source))
+
+
+def study_keys(study, source):
+    shared = shared_module.Shared(study, source)
+    return [cell_key(*spec, cell_content(shared, spec)) for spec in study.cells()]
+
+
+def test_cells_are_made_anew_when_an_adapter_or_a_model_behind_a_name_has_changed(content, folder, tmp_path):
+    study = written(content, tmp_path / "s.yaml")
+    before = study_keys(study, ModelSource(study))
+    assert before == study_keys(study, ModelSource(study))
+    place = folder / "two-adapter"
+    kept = cv.load_adapter(place)
+    cv.save(kept.scaled(2.0), place)
+    try:
+        assert before != study_keys(study, ModelSource(study))
+    finally:
+        cv.save(kept, place)
+    assert before == study_keys(study, ModelSource(study))
+
+
+def test_a_judge_that_raises_fails_its_cell_and_is_named(content, tmp_path):
+    def broken(answer):
+        raise ZeroDivisionError("nothing to divide")
+
+    asked = load_prompts(content["prompts"])
+    known = {"mine": Task("mine", asked[:2], asked[2:5], ByText("broken", broken), max_new_tokens=2)}
+    content["behaviours"]["pirate"]["task"] = "mine"
+    run = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run", tasks=known)
+    assert run.cells[0].state == "failed"
+    assert "judge broken of task mine failed" in run.cells[0].error
+    assert "nothing to divide" in run.cells[0].error
+
+
+def test_an_arm_that_cannot_be_made_is_told_and_the_others_stand(content, tmp_path, monkeypatch):
+    monkeypatch.setattr("commandv.evaluation.material.loops", lambda text: True)
+    (cell,) = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run").cells
+    assert cell.state == "done"
+    assert set(cell.missing) == {"few-shot", "donor-answers"}
+    assert "empty or loop" in cell.missing["few-shot"]
+    assert {arm.method for arm in cell.arms} >= {"pasted", "random", "direct"}
+
+
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -347,10 +452,11 @@ def test_results_that_are_not_finite_are_read_again(tmp_path):
         ({"sedes": [1]}, "sedes: unknown key"),
         ({"pairs": [["one", "three"]]}, "'three' is not among the models"),
         ({"pairs": []}, "pairs: expected at least one"),
-        ({"leave_out": ["luck"]}, "'luck': expected one of pinv, random"),
+        ({"leave_out": ["luck"]}, "'luck'.* cannot be left out; expected some of published, random"),
+        ({"leave_out": ["pasted"]}, "'pasted'.* cannot be left out"),
         ({"layers": ["top"]}, r"layers: .*'top'"),
         ({"scales": [-1]}, "scales.0: Input should be greater than 0"),
-        ({"methods": {"pinv": {}}}, "names of the default and its controls"),
+        ({"methods": {"published": {}}}, "names of arms"),
         ({"methods": {"mine": {"fit": "magic"}}}, "methods.mine.fit: 'magic': expected one of ridge"),
         ({"name": "a/b"}, "name: "),
         ({"behaviours": {"x": {"task": "pirate"}}}, "neither examples, a vector nor an adapter for the donor 'one'"),
@@ -442,9 +548,9 @@ def test_plan_counts_the_work(content, tmp_path):
     study = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
     counted = plan(study)
     assert (counted.cells, counted.adapters, counted.profiles) == (2, 0, 2)
-    assert counted.arms == len(ARMS) + 2  # unmodified and the extra method
-    # 4 test prompts for every arm and the donor, 2 development prompts for the three that are calibrated.
-    assert counted.answers == 2 * (4 * (counted.arms + 1) + 2 * 3)
+    assert counted.arms == len(ARMS) + 1  # and the extra method
+    # 4 test prompts for every arm and the donor, 2 development prompts for the two that are tuned.
+    assert counted.answers == 2 * (4 * (counted.arms + 1) + 2 * 2)
     assert counted.seconds is None
     assert plan(study, ModelSource(study)).seconds is not None
 

@@ -129,11 +129,14 @@ def test_late_layers_and_costly_settings_are_left_aside(loud, monkeypatch):
     lm, task, adapter = loud
     monkeypatch.setattr(Task, "prompts", lambda self, split: self.dev if split == "dev" else pytest.fail("test split"))
     free = choose_layer(lm, adapter, task, strengths=(0.5, 1.0), budget=None, passages=PASSAGES, depth=0.75)
-    assert [(one.layer, one.strength) for one in free.tried] == [(n, s) for n in range(3) for s in (0.5, 1.0)]
+    assert [(one.setting.layers, one.setting.scale) for one in free.tried] == [
+        (str(n), s) for n in range(3) for s in (0.5, 1.0)
+    ]
     assert free.chosen.value == max(one.value for one in free.tried)
-    assert free.adapter.layers == [free.chosen.layer]
-    written = free.adapter.interventions[free.chosen.layer][0].write
-    torch.testing.assert_close(written, free.chosen.strength * adapter.interventions[free.chosen.layer][0].write)
+    layer = int(free.chosen.setting.layers)
+    assert free.adapter.layers == [layer]
+    written = free.adapter.interventions[layer][0].write
+    torch.testing.assert_close(written, free.chosen.setting.scale * adapter.interventions[layer][0].write)
     cheapest = min(one.kl for one in free.tried)
     tight = choose_layer(lm, adapter, task, strengths=(0.5, 1.0), budget=cheapest, passages=PASSAGES, depth=0.75)
     assert (tight.chosen.kl, tight.within_budget) == (cheapest, True)
@@ -147,7 +150,7 @@ def test_a_side_effect_rules_settings_out(loud):
         lm, adapter, task, layers=[1], strengths=(0.0, 1.0), budget=None, side_task=fewer, passages=PASSAGES
     )
     assert all(one.side is not None for one in both.tried)
-    plain = next(one.side for one in both.tried if one.strength == 0.0)
+    plain = next(one.side for one in both.tried if one.setting.scale == 0.0)
     assert both.within_budget
     assert both.chosen.side <= plain
 

@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from commandv.evaluation.results import Arm, Cell, Point, Run, Sample
+from commandv.evaluation.results import Arm, Cell, Run, Sample
+from commandv.evaluation.tune import Setting, Tried
 from commandv.files import digest
 
 PAIRS = (("gemma-3-270m", "smollm2-135m-instruct"), ("smollm2-135m-instruct", "gemma-3-270m"))
 N_TEST, N_PASSAGES = 60, 20
 KL = {
-    "pasted": 0.21, "pinv": 0.9, "random": 0.05, "shuffled": 0.12, "mean-ablation": 4.0, "text-bridge": 0.1,
+    "pasted": 0.21, "published": 0.9, "random": 0.05, "shuffled": 0.12, "mean-ablation": 4.0, "text-bridge": 0.1,
     "direct": 0.3, "donor": 0.28, "ridge-nearest": 0.25,
 }  # fmt: skip
 CROSSING = {
-    "unmodified": 0.02, "pasted": 0.97, "pinv": 0.4, "random": 0.0, "shuffled": 0.03, "mean-ablation": 0.0,
+    "unmodified": 0.02, "pasted": 0.97, "published": 0.4, "random": 0.0, "shuffled": 0.03, "mean-ablation": 0.0,
     "text-bridge": 0.15, "direct": 0.99, "donor": 0.99,
 }  # fmt: skip
 PARTLY = CROSSING | {"pasted": 0.55}
@@ -33,15 +34,18 @@ def arms(
         exact = np.arange(N_TEST) < round(rate * N_TEST)
         labels = rng.permutation(exact).astype(float) if unit == "rate" else rng.normal(100 * rate, 8, N_TEST)
         cost = KL.get(method)
-        price = {} if cost is None else {"kl": rng.gamma(9, cost / 9, N_PASSAGES).tolist()}
+        price = {} if cost is None else {"kl": rng.gamma(9, cost / 9, N_PASSAGES).round(3).tolist()}
+        price |= {"kl_first": [round(5 * one, 2) for one in price["kl"]], "kl_after": price["kl"]} if price else {}
         own = 1.0 if method in ("unmodified", "mean-ablation", "direct", "donor") else scale
         made.append(
             Arm(
                 method=method,
-                scale=own,
+                setting=Setting("last_third", own),
                 layers=[] if method == "unmodified" else [20, 21, 22, 24],
                 labels={task: labels.tolist()},
                 units={task: unit},
+                loops={task: [0.0] * N_TEST},
+                words={task: [30] * N_TEST},
                 price=price,
                 seconds=12.5,
             )
@@ -49,19 +53,18 @@ def arms(
     return made
 
 
-def curve(top: float, chosen: float, *, monotone: bool = True) -> list[Point]:
+def curve(top: float, *, monotone: bool = True) -> dict[str, list[Tried]]:
     """Return the settings of two methods in two layer choices."""
-    points = []
-    for method, factor in (("pasted", 1.0), ("pinv", 0.5)):
+    found: dict[str, list[Tried]] = {}
+    for method, factor in (("pasted", 1.0), ("text-bridge", 0.5)):
         for layers in ("last_third", "all_layers"):
             for scale in (0.4, 0.6, 1.0, 1.4):
                 value = top * factor * min(scale, 1.0) * (0.8 if layers == "all_layers" else 1.0)
                 if not monotone and scale > 1:
                     value *= 0.5
                 kl = KL[method] * scale**2 * (1.5 if layers == "all_layers" else 1.0)
-                pick = layers == "last_third" and scale == chosen
-                points.append(Point(method=method, layers=layers, scale=scale, value=value, kl=kl, chosen=pick))
-    return points
+                found.setdefault(method, []).append(Tried(Setting(layers, scale), value, kl))
+    return found
 
 
 def fidelity(rng: np.random.Generator, *, low: float = 0.3) -> list[dict[str, float]]:
@@ -80,7 +83,7 @@ def cell(donor: str, recipient: str, behaviour: str, seed: int, **changes: Any) 
     content: dict[str, Any] = {
         "donor": donor, "recipient": recipient, "behaviour": behaviour, "seed": seed,
         "arms": arms(rates, behaviour, rng),
-        "curve": curve(rates["pasted"], 1.0, monotone=behaviour == "json"),
+        "curve": curve(rates["pasted"], monotone=behaviour == "json"),
         "fidelity": {"pasted": fidelity(rng), "ridge-nearest": fidelity(rng, low=-1.5)},
         "samples": [
             Sample(

@@ -59,6 +59,7 @@ def evaluate(
 ) -> None:
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
     import commandv as cv
+    from commandv.cli.tables import arms_table
     from commandv.evaluation.catalogue import load_task, tasks_of
     from commandv.evaluation.session import evaluate as run
 
@@ -75,8 +76,10 @@ def evaluate(
     if as_json:
         show(found.as_dict(), True)
         return
-    for table in found.tables():
-        output(table)
+    aim = "more is the aim" if found.task.success == "more" else "less is the aim"
+    for name, rows in found.rows.items():
+        title = f"{found.task.name}, judged by {name} ({aim}); KL in nats per token of benign text"
+        output(arms_table(title, rows, price=found.price, loops=found.loops, words=found.words))
     for line in found.notes:
         output(escaped(line))
 

@@ -34,50 +34,47 @@ def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def score_table(title: str, rows: Sequence[tuple[str, Score, Score | None]]) -> Table:
-    """Return rates with intervals beside their drift; the second score of a row may be missing."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for header in ("rate", "95 % interval", "n", "benign drift, nats/token"):
-        table.add_column(header, justify="right")
-    for name, behaviour, cost in rows:
-        drifted = "0 (reference)" if cost is None else f"{cost.value:.3f} [{cost.low:.3f}, {cost.high:.3f}]"
-        interval = f"{behaviour.low:.2f} to {behaviour.high:.2f}"
-        table.add_row(name, f"{behaviour.value:.2f}", interval, str(behaviour.n), drifted)
-    return table
-
-
-def comparison_table(
-    title: str, rows: Sequence[Comparison], price: Mapping[str, Score], loops: Mapping[str, Score]
+def arms_table(
+    title: str,
+    rows: Sequence[Comparison],
+    *,
+    price: Mapping[str, Mapping[str, Score]],
+    loops: Mapping[str, Score],
+    words: Mapping[str, float],
+    tokens: Mapping[str, float] | None = None,
 ) -> Table:
-    """Return arms with their figures, the share of answers that loop, what tells them from the first, their drift."""
+    """Return arms with effect and price together.
+
+    Args:
+        title: of the table.
+        rows: from `compare`.
+        price: arm -> measure -> what it costs on benign text.
+        loops: arm -> share of answers that loop.
+        words: arm -> mean length of its answers.
+        tokens: arm -> tokens that it adds to every request; without it there is no such column.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    headers = (
-        rows[0].score.unit,
-        "95 % interval",
-        "n",
-        "loops",
-        "difference",
-        "p (Holm)",
-        "recovered",
-        "drift, nats/token",
-    )
-    for header in headers:
+    unit = rows[0].score.unit
+    headers = [f"{unit} [95 %]", "n", "difference", "p (Holm)", "recovered", "loops", "words", "KL at 1st", "KL after"]
+    for header in [*headers, *(["tokens"] if tokens is not None else [])]:
         table.add_column(header, justify="right")
     for row in rows:
-        score, cost = row.score, price.get(row.method)
-        table.add_row(
-            row.method,
-            f"{score.value:.2f}",
-            f"{score.low:.2f} to {score.high:.2f}",
-            str(score.n),
-            f"{loops[row.method].value:.2f}",
+        cost = price.get(row.method, {})
+        cells = [
+            _with_interval(row.score),
+            str(row.score.n),
             _with_interval(row.difference),
             "" if row.adjusted is None else f"{row.adjusted:.3f}" if row.adjusted >= 0.001 else "< .001",
             _with_interval(row.recovered),
-            _with_interval(cost),
-        )
+            f"{loops[row.method].value:.2f}",
+            f"{words[row.method]:.0f}",
+            _with_interval(cost.get("kl_first")),
+            _with_interval(cost.get("kl_after")),
+        ]
+        if tokens is not None:
+            cells.append(f"{tokens.get(row.method, 0):.0f}")
+        table.add_row(row.method, *cells)
     return table
 
 

@@ -1,8 +1,9 @@
-"""Does a behaviour arrive, and what does it cost? Tasks, judges, controls, statistics."""
+"""Does a behaviour arrive, and what does it cost? Tasks, judges, arms, statistics."""
 
 from commandv.evaluation.arithmetic import (
     arithmetic_prompts,
 )
+from commandv.evaluation.arms import ARMS, Arm, Cost, Made, make_arm
 from commandv.evaluation.catalogue import (
     NEEDS_FILE,
     TASKS,
@@ -19,7 +20,6 @@ from commandv.evaluation.choices import (
     load_questions,
     multiple_choice,
 )
-from commandv.evaluation.choosing import Choice, choose_layer
 from commandv.evaluation.endpoint import Endpoint, Usage
 from commandv.evaluation.formats import (
     FORMATS,
@@ -39,12 +39,15 @@ from commandv.evaluation.formats import (
 from commandv.evaluation.graders import GRADERS, Grader
 from commandv.evaluation.judges import JUDGES, Phrases, load_judge, refusal_phrases
 from commandv.evaluation.judgments import Cached, CostlyJudge, Judgment
+from commandv.evaluation.material import DirectionMaterial, Material
+from commandv.evaluation.meter import Measured, Meter, price_scores
 from commandv.evaluation.model_judges import Classifier, Guard
 from commandv.evaluation.price import (
     drift,
     drift_values,
     perplexity,
     perplexity_values,
+    prices,
     reply_log_probs,
 )
 from commandv.evaluation.reasoning import (
@@ -65,14 +68,17 @@ from commandv.evaluation.statistics import (
     recovered_fraction,
 )
 from commandv.evaluation.tasks import ByText, Judge, Outcome, Split, Task, measure
+from commandv.evaluation.tune import Choice, Setting, Tried, Tuned, choose_layer, grid, tune
 from commandv.prompts.loops import loops
 
 __all__ = [
+    "ARMS",
     "FORMATS",
     "GRADERS",
     "JUDGES",
     "NEEDS_FILE",
     "TASKS",
+    "Arm",
     "ByPrompt",
     "ByText",
     "Cached",
@@ -80,19 +86,28 @@ __all__ = [
     "Choices",
     "Classifier",
     "Comparison",
+    "Cost",
     "CostlyJudge",
+    "DirectionMaterial",
     "Endpoint",
     "Final",
     "Grader",
     "Guard",
     "Judge",
     "Judgment",
+    "Made",
+    "Material",
+    "Measured",
+    "Meter",
     "Outcome",
     "Phrases",
     "Question",
     "Score",
+    "Setting",
     "Split",
     "Task",
+    "Tried",
+    "Tuned",
     "Usage",
     "arithmetic_prompts",
     "as_letters",
@@ -105,6 +120,7 @@ __all__ = [
     "drift",
     "drift_values",
     "final_answer",
+    "grid",
     "holm",
     "in_another_language",
     "is_right",
@@ -118,6 +134,7 @@ __all__ = [
     "load_splits",
     "load_task",
     "loops",
+    "make_arm",
     "mean",
     "measure",
     "multiple_choice",
@@ -127,6 +144,8 @@ __all__ = [
     "perplexity",
     "perplexity_values",
     "pooled",
+    "price_scores",
+    "prices",
     "rate",
     "reasons_first",
     "recovered_fraction",
@@ -134,6 +153,7 @@ __all__ = [
     "repetition",
     "reply_log_probs",
     "tasks_of",
+    "tune",
     "word_count",
     "words_before_answer",
     "write_outcome",

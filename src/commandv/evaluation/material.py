@@ -1,95 +1,107 @@
-"""What the arms of one comparison are made of: a donor's adapter, or directions that both models have."""
+"""What the arms of one comparison are made of: a linked pair of models, a donor's adapter or directions, prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
+from commandv.adapters.attach import attach
 from commandv.errors import InputError
-from commandv.models.layers import LayerChoice, all_layers, choose_layers
+from commandv.evaluation.tune import Setting
+from commandv.models.generation import generate
+from commandv.models.layers import all_layers, choose_layers
 from commandv.models.load import LM
 from commandv.positions import EVERYWHERE, Positions
-from commandv.profiles.profile import END, Profile, Rows
-from commandv.prompts.sets import PromptSet
+from commandv.profiles.profile import END
+from commandv.prompts.loops import loops
+from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import carry_directions, from_directions
 from commandv.steering.carrying import Rescale
-from commandv.transfer.convert import Fitter, Ridge
-from commandv.transfer.convert.kept import Kept
 from commandv.transfer.link import Link
 from commandv.transfer.match import Matcher, covering, nearest, proportional
-from commandv.transfer.paste import random_like
+from commandv.transfer.paste import as_published, random_like
+
+ANSWER_TOKENS = 48  # of the donor's answers, as many as are graded
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Material:
-    """What the arms of one comparison are made of.
+    """What the arms of one comparison are made of. An arm says what it needs of it (`arms.Arm.needs`).
 
     Attributes:
-        adapter: the donor's.
-        donor: profile of the donor.
-        recipient: profile of the recipient, over the same prompts.
-        donor_lm: the donor itself; for the text bridge.
-        recipient_lm: the recipient itself; for the text bridge.
-        prompts: task-agnostic prompts, those of the profiles; for the text bridge.
-        direct: an adapter that was trained on the recipient, or None when there is none to compare with.
-        fit: of the pasted arm.
+        adapter: the donor's; without a link the recipient's own, which is then measured as it is.
+        link: the two models; that of the pasted arm.
+        recipient_lm: the recipient itself.
+        donor_lm: the donor itself.
+        prompts: task-agnostic prompts, those of the profiles.
+        asked: prompts of the behaviour, which the donor answers for the arms that learn from its answers; none that
+            is tested on.
+        direct: an adapter that was trained on the recipient with the original data.
         match: of the pasted arm.
-        layers: of the pasted arm, and of the controls that mirror it.
-        read_rows: of the pasted arm.
-        write_rows: of the pasted arm.
-        published_match: of the published method.
-        published_layers: of the published method.
-        seed: of random controls.
-        kept: fits, and what the text bridge read, for all arms.
+        setting: of the pasted arm, and of those that mirror it.
+        seed: of what is drawn at random.
     """
 
     adapter: Adapter
-    donor: Profile
-    recipient: Profile
-    donor_lm: LM
     recipient_lm: LM
-    prompts: PromptSet
+    link: Link | None = None
+    donor_lm: LM | None = None
+    prompts: PromptSet | None = None
+    asked: PromptSet | None = None
     direct: Adapter | None = None
-    fit: Fitter = Ridge()
     match: Matcher = proportional
-    layers: LayerChoice | str = "last_third"
-    read_rows: Rows = "end"
-    write_rows: Rows | None = None
-    published_match: Matcher = nearest
-    published_layers: LayerChoice | str = all_layers
+    setting: Setting = Setting()
     seed: int = 0
-    kept: Kept = field(default_factory=Kept, repr=False)
 
-    def link(self, **changes: Any) -> Link:
-        """Return the link that the pasted arm goes through; `changes` are fields of `Link`."""
-        fields: dict[str, Any] = {"fit": self.fit, "read_rows": self.read_rows, "write_rows": self.write_rows}
-        return Link(self.donor, self.recipient, kept=self.kept, **(fields | changes))
+    def lacks(self, needs: frozenset[str]) -> list[str]:
+        """Return the names among `needs` of what is not there."""
+        return sorted(name for name in needs if getattr(self, name) is None)
 
-    def pasted(
-        self, *, match: Matcher | None = None, layers: LayerChoice | str | None = None, **changes: Any
-    ) -> Adapter:
-        """Return the pasted arm; `changes` are fields of `Link`."""
-        return self.link(**changes).paste(self.adapter, match=match or self.match, layers=layers or self.layers)
+    def linked(self) -> Link:
+        """Return the link that the pasted arm goes through: with the rows of the setting, where it says any.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.link is None:
+            raise InputError("no link between two models is given; give link=, or leave out what is carried")
+        rows = self.setting.rows
+        return self.link if rows in (None, self.link.write_rows) else replace(self.link, write_rows=rows)
+
+    def pasted(self, link: Link | None = None) -> Adapter:
+        """Return the pasted arm at the layers of the setting; through another link where one is given."""
+        if link is None and self.link is None:
+            return self.adapter
+        return (link or self.linked()).paste(self.adapter, match=self.match, layers=self.setting.layers)
+
+    def published(self) -> Adapter:
+        """Return the adapter as it was published: see `commandv.published`."""
+        return as_published(self.linked()).paste(self.adapter, match=nearest, layers=all_layers)
 
     def fidelity(self) -> list[dict[str, float]]:
         """Return the converters' quality on prompts that they have not seen, by layer pair; see `Fidelity`."""
-        return [row._asdict() for row in self.link().fidelity(self.adapter, match=self.match, layers=self.layers)]
+        found = self.linked().fidelity(self.adapter, match=self.match, layers=self.setting.layers)
+        return [row._asdict() for row in found]
 
-    def random(self) -> Adapter:
-        """Return deltas that have the pasted adapter's norm on every state, in random directions."""
-        return random_like(self.pasted(), self.seed)
+    def random(self, *, in_span: bool = False) -> Adapter:
+        """Return deltas that have the pasted adapter's norm on every state, in random directions.
+
+        Args:
+            in_span: draw the directions as the recipient's own activations vary, not from the whole space.
+        """
+        return random_like(self.pasted(), self.seed, within=self.linked().recipient if in_span else None)
 
     def mean_ablation(self) -> Adapter:
         """Return what replaces the state by its mean over the profile's last-token rows: h + (mean - h).
 
         It acts at the pasted adapter's layers and positions, and tells what destroying what is there does.
         """
-        like, profile = self.pasted(), self.recipient
+        like, profile = self.pasted(), self.linked().recipient
         ends = torch.from_numpy(profile.keys[:, 1] == END)
         identity = torch.eye(profile.d_model)
 
@@ -110,8 +122,36 @@ class Material:
             raise InputError("no adapter trained on the recipient is given; give one, or leave the direct arm out")
         return self.direct
 
+    def donors_answers(self) -> PromptSet:
+        """Return the prompts of the behaviour with the donor's answers, its adapter attached; those that loop left out.
 
-@dataclass(frozen=True, kw_only=True)
+        Raises:
+            InputError: no donor or no prompts, or no answer that is any good.
+        """
+        return self.kept(("answers", self.adapter), self._answers)
+
+    def kept(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what was made under this name before, or make it; it does not depend on the setting."""
+        if self.link is None or self.link.kept is None:
+            return make()
+        return self.link.kept.get(name, make)
+
+    def _answers(self) -> PromptSet:
+        if self.donor_lm is None or self.asked is None:
+            raise InputError("the donor's answers are wanted: give donor_lm= and asked=, or leave out the arms of them")
+        with attach(self.donor_lm, self.adapter):
+            answers = generate(self.donor_lm, self.asked, max_new_tokens=ANSWER_TOKENS, batch_size=64)
+        good = [
+            Prompt(text, answer)
+            for text, answer in zip(self.asked.texts, answers, strict=True)
+            if answer.strip() and not loops(answer)
+        ]
+        if not good:
+            raise InputError(f"the donor's {len(answers)} answers are empty or loop; check its adapter")
+        return PromptSet(tuple(good), "answers of the donor")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DirectionMaterial(Material):
     """Material of a comparison of directions, one per layer, which each model has of its own.
 
@@ -131,15 +171,20 @@ class DirectionMaterial(Material):
     at: Positions = EVERYWHERE
     rescale: Rescale | None = None
     match: Matcher = covering
-    published_match: Matcher = covering
 
-    def pasted(
-        self, *, match: Matcher | None = None, layers: LayerChoice | str | None = None, **changes: Any
-    ) -> Adapter:
-        """Return the carried directions, applied as the native ones are; `changes` are fields of `Link`."""
-        carried = self._carried(match=match, layers=layers, **changes)
-        facts = {"made_by": "carry_directions", "donor": self.donor.model.id, "prompts": self.donor.prompts}
-        return replace(self._applied(carried, self.kind), provenance=facts)
+    def pasted(self, link: Link | None = None) -> Adapter:
+        """Return the carried directions, applied as the native ones are."""
+        donor = self.linked().donor
+        facts = {"made_by": "carry_directions", "donor": donor.model.id, "prompts": donor.prompts}
+        return replace(self._applied(self._carried(link), self.kind), provenance=facts)
+
+    def published(self) -> Adapter:
+        """Return the directions through the published converters, at the layers of the setting.
+
+        The published method is of adapters. Of directions there is one for every layer, so that a map of layers under
+        which several meet would add them up.
+        """
+        return self.pasted(as_published(self.linked()))
 
     def fidelity(self) -> list[dict[str, float]]:
         """Return by layer the cosine of the carried direction to the recipient's own.
@@ -147,24 +192,23 @@ class DirectionMaterial(Material):
         Each dimension is in units of its standard deviation in the recipient's last-token rows, so that a few
         giant ones do not decide; `n` counts these rows.
         """
-        ends = torch.from_numpy(self.recipient.keys[:, 1] == END)
+        donor, recipient = self.linked().donor, self.linked().recipient
+        ends = torch.from_numpy(recipient.keys[:, 1] == END)
         carried, rows = self._carried(), []
-        for pair in self.match(self.donor, self.recipient, range(self.donor.n_layers)):
+        for pair in self.match(donor, recipient, range(donor.n_layers)):
             if pair.recipient in carried:
-                spread = self.recipient.layer(pair.recipient)[ends].double().std(0).clamp(min=1e-12)
+                spread = recipient.layer(pair.recipient)[ends].double().std(0).clamp(min=1e-12)
                 ours, own = (v[pair.recipient].double() / spread for v in (carried, self.native))
                 cosine = torch.cosine_similarity(ours, own, dim=0)
                 rows.append({**pair._asdict(), "n": float(ends.sum()), "native_cosine": float(cosine)})
         return rows
 
-    def random(self) -> Adapter:
-        """Return random directions, each as long as the carried one, applied in its place."""
-        generator = torch.Generator().manual_seed(self.seed)
-        found = {}
-        for layer, v in self._carried().items():
-            drawn = torch.randn(v.shape, generator=generator)
-            found[layer] = drawn / drawn.norm() * v.norm()
-        return self._applied(found, self.kind)
+    def random(self, *, in_span: bool = False) -> Adapter:
+        """Return random directions, each as long as the carried one, applied in its place; see `Material.random`."""
+        carried, within = self._carried(), self.linked().recipient if in_span else None
+        drawn = random_like(self._applied(carried, "add", 1.0), self.seed, within=within)
+        found = {layer: many[0].writes[0] for layer, many in drawn.interventions.items()}
+        return self._applied({layer: v / v.norm() * carried[layer].norm() for layer, v in found.items()}, self.kind)
 
     def mean_ablation(self) -> Adapter:
         """Return what gives every state the mean's part along the carried direction."""
@@ -172,20 +216,16 @@ class DirectionMaterial(Material):
 
     def own(self) -> Adapter:
         """Return the recipient's own directions on the same layers."""
-        layers = choose_layers(self.layers, self.recipient.n_layers)
+        layers = choose_layers(self.setting.layers, self.linked().recipient.n_layers)
         return self._applied({layer: self.native[layer] for layer in layers}, self.kind)
 
-    def _carried(
-        self, *, match: Matcher | None = None, layers: LayerChoice | str | None = None, **changes: Any
-    ) -> dict[int, Tensor]:
+    def _carried(self, link: Link | None = None) -> dict[int, Tensor]:
         return carry_directions(
-            self.directions, self.link(**changes), match=match or self.match, layers=layers or self.layers,
-            rescale=self.rescale,
-        )  # fmt: skip
+            self.directions, link or self.linked(), match=self.match, layers=self.setting.layers, rescale=self.rescale
+        )
 
     def _applied(self, directions: Mapping[int, Tensor], kind: str, strength: float | None = None) -> Adapter:
-        amount = self.strength if strength is None else strength
+        amount, typical = self.strength if strength is None else strength, self.linked().recipient
         return from_directions(
-            directions, self.recipient.model, kind=kind, strength=amount, at=self.at, typical=self.recipient,
-            name=self.adapter.name,
-        )  # fmt: skip
+            directions, typical.model, kind=kind, strength=amount, at=self.at, typical=typical, name=self.adapter.name
+        )

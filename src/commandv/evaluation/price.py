@@ -12,7 +12,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.evaluation.scores import Score, geometric_mean, mean
-from commandv.models.encoding import Encoded, encode, last_logits, opening, pad_replies
+from commandv.models.encoding import Encoded, Turns, encode, last_logits, opening, pad_replies
 from commandv.models.finite import require_finite
 from commandv.models.generation import batches
 from commandv.models.load import LM
@@ -21,6 +21,7 @@ from commandv.prompts.sets import PromptSet, as_prompts
 
 REPLY_TOKENS = 16  # of each passage on which drift is measured
 CONTEXT_TOKENS = 16  # of each passage that are read before perplexity counts
+MEASURES = ("kl", "kl_first", "kl_after", "perplexity_first", "perplexity_after")
 
 
 def drift(
@@ -71,25 +72,53 @@ def drift_values(
 
 def divergences(plain: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> list[float]:
     """Return the mean KL(plain || changed) of each passage, nats per token; both as `reply_log_probs` gives them."""
-    return [
-        float((a.float().exp() * (a.float() - b.float())).sum(-1).mean()) for a, b in zip(plain, changed, strict=True)
-    ]
+    return [float(one.mean()) for one in _by_token(plain, changed)]
 
 
-def reply_nats(lm: LM, passages: PromptSet, log_probs: Sequence[torch.Tensor]) -> list[float]:
-    """Return minus the mean log-probability of each reply's own tokens, as many as `log_probs` has rows.
+def prices(
+    lm: LM,
+    passages: PromptSet,
+    plain: Sequence[torch.Tensor],
+    changed: Sequence[torch.Tensor] | None = None,
+) -> dict[str, list[float]]:
+    """Return what a change costs, passage by passage, at the first token of the replies and after it apart.
+
+    The first token is where a pasted adapter acts hardest: a mean over all hides it.
 
     Args:
         lm: the model.
         passages: prompts with replies.
-        log_probs: result of `reply_log_probs`.
+        plain: `reply_log_probs` of the model as it is.
+        changed: the same of the model as changed; None for the model as it is.
+
+    Returns:
+        Measure of `MEASURES` -> figures in nats per token: `kl` over all tokens (what budgets are kept in),
+        `kl_first`, `kl_after`; `perplexity_first` and `perplexity_after` as logarithms, since they are averaged so.
+        No `kl` for the model as it is; no figure after the first of a reply of one token (NaN).
     """
-    out = []
-    for one, rows in zip(passages, log_probs, strict=True):
+    found: dict[str, list[float]] = {}
+    if changed is not None:
+        kl = _by_token(plain, changed)
+        found["kl"] = [float(one.mean()) for one in kl]
+        found |= {f"kl_{place}": values for place, values in _apart(kl).items()}
+    nats = []
+    for one, rows in zip(passages, plain if changed is None else changed, strict=True):
         encoded = encode(lm, one.text, one.response)
         wanted = torch.tensor(encoded.ids[encoded.n_prompt :][: len(rows)])
-        out.append(-float(rows.float().gather(1, wanted[:, None]).mean()))
-    return out
+        nats.append(-rows.float().gather(1, wanted[:, None])[:, 0])
+    return found | {f"perplexity_{place}": values for place, values in _apart(nats).items()}
+
+
+def _by_token(plain: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return KL(plain || changed) of each passage, token by token."""
+    return [(a.float().exp() * (a.float() - b.float())).sum(-1) for a, b in zip(plain, changed, strict=True)]
+
+
+def _apart(by_token: Sequence[torch.Tensor]) -> dict[str, list[float]]:
+    return {
+        "first": [float(one[0]) for one in by_token],
+        "after": [float(one[1:].mean()) if len(one) > 1 else math.nan for one in by_token],
+    }
 
 
 def perplexity(
@@ -170,10 +199,14 @@ def reply_log_probs(
     *,
     scale: float = 1.0,
     tokens: int = REPLY_TOKENS,
+    turns: Turns = (),
     batch_size: int = 8,
 ) -> list[torch.Tensor]:
-    """Return the log-probabilities [tokens, vocabulary] of each reply's first `tokens`, float16, in order."""
-    encoded = [encode(lm, one.text, one.response) for one in passages]
+    """Return the log-probabilities [tokens, vocabulary] of each reply's first `tokens`, float16, in order.
+
+    `turns` are earlier turns of the conversation in which the passages are read; the rest as in `drift`.
+    """
+    encoded = [encode(lm, one.text, one.response, turns=turns) for one in passages]
     encoded = [one._replace(ids=one.ids[: one.n_prompt + tokens]) for one in encoded]
     out: list[torch.Tensor | None] = [None] * len(encoded)
     for item, logits in _reply_logits(lm, encoded, adapter, scale, batch_size):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
 from commandv.errors import FormatError
+from commandv.evaluation.arms import Cost
+from commandv.evaluation.tune import Setting, Tried
+from commandv.evaluation.versions import VERSIONS
 from commandv.files import digest, write_text
 from commandv.reading import read_bytes
 
-VERSION = 2  # 1 named the files of cells by their models, behaviour and seed
+VERSION = 3  # 1 named the files of cells by their models, behaviour and seed; 2 had a number per label, and one price
+SIGNIFICANT = 5  # digits of per-prompt figures
 MOST_RESULT = 1 << 28  # bytes of one cell's file
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -22,38 +29,69 @@ class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
+def _spelled(labels: Any) -> Any:
+    """Read labels: "01-" stands for 0, 1 and no judgment."""
+    if not isinstance(labels, str):
+        return labels
+    if wrong := set(labels) - set("01-"):
+        raise ValueError(f"labels with {sorted(wrong)[0]!r}; expected 0, 1 and - for no judgment")
+    return [None if one == "-" else int(one) for one in labels]
+
+
+def _spell(labels: list[float | None]) -> Any:
+    """Write labels: one character each where they are 0, 1 and no judgment."""
+    if all(one is None or one in (0, 1) for one in labels):
+        return "".join("-" if one is None else str(int(one)) for one in labels)
+    return [None if one is None else _short(one) for one in labels]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{SIGNIFICANT}g}") if math.isfinite(value) else value
+
+
+Labels = Annotated[list[float | None], pydantic.BeforeValidator(_spelled), pydantic.PlainSerializer(_spell)]
+Figures = Annotated[list[float], pydantic.PlainSerializer(lambda values: [_short(one) for one in values])]
+
+
 class Arm(_Strict):
-    """One column of a table: a method at one strength, prompt by prompt.
+    """One row of a table: an arm at one setting, prompt by prompt, with effect and price together.
 
     Attributes:
-        method: `"unmodified"`, `"pasted"`, a control of `CONTROLS`, `"direct"` or `"donor"`.
-        scale: factor on the adapter's deltas.
-        layers: recipient layers it acts on.
-        labels: task -> one label per test prompt, null where the judge had no judgment.
+        method: a name in `arms.ARMS`, a method of the study, or `"donor"`: the donor with its own adapter.
+        setting: that was chosen for it; that of the paste where it mirrors it.
+        layers: recipient layers that it acts on.
+        labels: task -> one label per test prompt, None where the judge had no judgment.
         units: task -> unit of its labels, `"rate"` for 0 and 1.
-        price: measure -> figures. `"kl"`, `"perplexity"`: nats per token of each passage (perplexity is that of the
-            passage); `"loops"`: 1 for each answer to the behaviour's own task that loops, else 0.
-        seconds: wall clock that making and measuring it took.
+        loops: task -> 1 for each answer that loops.
+        words: task -> number of words of each answer.
+        price: measure (see `prices`) -> figure of each passage.
+        cost: of making it, and per request.
+        seconds: wall clock of measuring it.
     """
 
     method: str
-    scale: float = 1.0
+    setting: Setting = Setting()
     layers: list[int] = []
-    labels: dict[str, list[float | None]] = {}
+    labels: dict[str, Labels] = {}
     units: dict[str, str] = {}
-    price: dict[str, list[float]] = {}
+    loops: dict[str, Labels] = {}
+    words: dict[str, list[int]] = {}
+    price: dict[str, Figures] = {}
+    cost: Cost = Cost()
     seconds: float = 0.0
 
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> Arm:
+        for task, labels in self.labels.items():
+            for what in (self.loops, self.words):
+                if task in what and len(what[task]) != len(labels):
+                    raise ValueError(f"{self.method}, task {task}: {len(labels)} labels and {len(what[task])} others")
+        return self
 
-class Point(_Strict):
-    """One setting of one method, tried on the development split."""
-
-    method: str = "pasted"
-    layers: str
-    scale: float
-    value: float  # share or mean of what the task's judge finds
-    kl: float  # nats per token on benign text
-    chosen: bool = False
+    @property
+    def scale(self) -> float:
+        """Factor on its deltas."""
+        return self.setting.scale
 
 
 class Sample(_Strict):
@@ -69,10 +107,11 @@ class Cell(_Strict):
 
     Attributes:
         arms: every method that was measured.
-        curve: settings tried on the development split.
+        curve: arm -> settings tried on the development split; the chosen one is the arm's.
+        missing: arm -> why it could not be made; the others stand.
         fidelity: held-out quality of the converters: method -> rows of `commandv.Fidelity` as mappings.
         samples: before and after; none for tasks that keep no answers.
-        settings: all that is needed to run the cell again.
+        settings: all that decides what the cell finds: what is run, on what, and the versions of the code.
         error: why it failed.
     """
 
@@ -83,11 +122,23 @@ class Cell(_Strict):
     state: Literal["done", "failed"] = "done"
     error: str = ""
     arms: list[Arm] = []
-    curve: list[Point] = []
+    curve: dict[str, list[Tried]] = {}
+    missing: dict[str, str] = {}
     fidelity: dict[str, list[dict[str, float]]] = {}
     samples: list[Sample] = []
     settings: dict[str, Any] = {}
     seconds: float = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_each(self) -> Cell:
+        methods = [arm.method for arm in self.arms]
+        if twice := sorted({one for one in methods if methods.count(one) > 1}):
+            raise ValueError(f"arms {twice} are there more than once")
+        for task in {task for arm in self.arms for task in arm.labels}:
+            counts = {arm.method: len(arm.labels[task]) for arm in self.arms if task in arm.labels}
+            if len(set(counts.values())) > 1:
+                raise ValueError(f"task {task}: arms have different numbers of labels: {counts}")
+        return self
 
 
 class Run(_Strict):
@@ -179,7 +230,10 @@ def _foreign(cell: Cell, name: str, run: Run) -> str:
     content = {key: value for key, value in cell.settings.items() if key not in ("content", "success")}
     if run.plan:
         key = cell_key(*where, content)
-        return "" if run.plan[name] == where and key == name == stated else "its content is not what its name says"
+        if run.plan[name] != where or not key == name == stated:
+            return "its content is not what its name says"
+        newer = {part: n for part, n in content.get("versions", {}).items() if n > VERSIONS.get(part, 0)}
+        return f"made by code that this version does not know ({newer}); take a newer commandv" if newer else ""
     if name != "-".join(map(str, where)):
         return f"its name is not that of the cell of {', '.join(map(str, where))}"
     if stated is not None and stated != digest(content):
@@ -201,9 +255,19 @@ def _read(file: Path, kind: type[M]) -> M:
 
 def save_head(run: Run, folder: Path) -> None:
     """Write `run.json` without the cells."""
-    write_text(folder / "run.json", run.model_dump_json(exclude={"cells", "ignored"}, indent=1))
+    write_text(folder / "run.json", _written(run.model_dump_json(exclude={"cells", "ignored"})))
 
 
 def save_cell(cell: Cell, file: Path) -> None:
     """Write one cell."""
-    write_text(file, cell.model_dump_json(indent=1))
+    write_text(file, _written(cell.model_dump_json()))
+
+
+def _written(text: str) -> str:
+    """Return JSON with a line per key, and lists of plain values on one line, so that changes can be read."""
+    indented = json.dumps(json.loads(text), indent=1, ensure_ascii=False)
+    return re.sub(r"\[\s*((?:[^\[\]{}\"]|\"(?:[^\"\\]|\\.)*\")*?)\s*\]", _joined, indented) + "\n"
+
+
+def _joined(found: re.Match[str]) -> str:
+    return "[" + re.sub(r",\n\s*", ", ", found[1]) + "]"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
-from commandv.errors import InputError
+from commandv.errors import CommandVError, InputError
 from commandv.evaluation.graders import Grader
 from commandv.evaluation.scores import Score, mean, rate
+from commandv.models.encoding import Turns
 from commandv.models.generation import generate
 from commandv.models.identity import require_own
 from commandv.models.load import LM
@@ -81,6 +83,12 @@ class Task:
                 f"task {self.name}: {len(shared)} prompts are in both splits, the first {sorted(shared)[0]!r}; what "
                 "settings are chosen on must not be reported on. Remove them from one"
             )
+        again = next((text for text, n in Counter(self.test.texts).items() if n > 1), None)
+        if again is not None:
+            raise InputError(
+                f"task {self.name}: the test prompt {again[:60]!r} is there more than once; intervals count prompts, "
+                "and the same one twice is one. Remove the copies"
+            )
 
     def prompts(self, split: Split) -> PromptSet:
         """Return one split."""
@@ -98,6 +106,7 @@ class Outcome:
         labels: in the order of the prompts; NaN where the judge had no judgment.
         loops: whether each answer loops, whoever judged it; see `commandv.prompts.loops.loops`.
         answers: the texts, empty where the task keeps none.
+        words: number of words of each answer.
     """
 
     task: str
@@ -106,6 +115,7 @@ class Outcome:
     labels: tuple[float, ...]
     loops: tuple[bool, ...]
     answers: tuple[str, ...] = ()
+    words: tuple[int, ...] = ()
 
     def score(self) -> Score:
         """Return the rate or mean of the labels that were given, with its 95 % interval."""
@@ -118,6 +128,10 @@ class Outcome:
         """Return the share of answers that loop, with its 95 % interval."""
         return rate("loops", self.loops)
 
+    def mean_words(self) -> float:
+        """Return the mean number of words of an answer."""
+        return sum(self.words) / len(self.words)
+
 
 def measure(
     lm: LM,
@@ -128,6 +142,7 @@ def measure(
     scale: float = 1.0,
     split: Split = "test",
     limit: int | None = None,
+    turns: Turns = (),
     batch_size: int = 64,
 ) -> Outcome:
     """Generate an answer to each prompt of a split and let the task's judge label it.
@@ -140,9 +155,13 @@ def measure(
         scale: factor on the adapter's deltas.
         split: `"test"` for reporting, `"dev"` for choosing settings.
         limit: use the first so many prompts.
+        turns: earlier turns of the conversation in which each prompt is asked.
         batch_size: prompts per batch.
+
+    Raises:
+        InputError: the judge fails, or gives labels that are not one for each answer.
     """
-    answers = answered(lm, task, adapter, scale=scale, split=split, limit=limit, batch_size=batch_size)
+    answers = answered(lm, task, adapter, scale=scale, split=split, limit=limit, turns=turns, batch_size=batch_size)
     return judged(task, answers, arm=arm, split=split)
 
 
@@ -154,19 +173,30 @@ def answered(
     scale: float = 1.0,
     split: Split = "test",
     limit: int | None = None,
+    turns: Turns = (),
     batch_size: int = 64,
 ) -> list[str]:
     """Generate an answer to each prompt of a split; arguments as in `measure`."""
     require_own(lm, "measuring")
     prompts = task.prompts(split)[:limit]
     with attach(lm, adapter, scale=scale) if adapter else contextlib.nullcontext():
-        return generate(lm, prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size)
+        return generate(lm, prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size, turns=turns)
 
 
 def judged(task: Task, answers: Sequence[str], *, arm: str = "unmodified", split: Split = "test") -> Outcome:
-    """Let a task's judge label answers to the first prompts of a split."""
-    labels = task.judge(task.prompts(split).prompts[: len(answers)], answers)
+    """Let a task's judge label answers to the first prompts of a split; errors as in `measure`."""
+    try:
+        labels = task.judge(task.prompts(split).prompts[: len(answers)], answers)
+    except CommandVError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"judge {task.judge.name} of task {task.name} failed on {len(answers)} answers: "
+            f"{type(error).__name__}: {error}; mend the judge, or take another"
+        ) from error
     if len(labels) != len(answers):
         raise InputError(f"judge {task.judge.name}: {len(labels)} labels for {len(answers)} answers; expected one each")
     looping = tuple(loops(answer) for answer in answers)
-    return Outcome(task.name, arm, task.judge.unit, tuple(labels), looping, tuple(answers) if task.keep_answers else ())
+    words = tuple(len(answer.split()) for answer in answers)
+    kept = tuple(answers) if task.keep_answers else ()
+    return Outcome(task.name, arm, task.judge.unit, tuple(labels), looping, kept, words)

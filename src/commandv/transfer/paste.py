@@ -10,13 +10,13 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.edit import Edit
-from commandv.models.layers import LayerChoice, last_third
+from commandv.models.layers import LayerChoice, all_layers, last_third
 from commandv.profiles.profile import Profile, Rows
-from commandv.transfer.convert import Ridge
+from commandv.transfer.convert import Pinv, Ridge
 from commandv.transfer.convert.fitters import AnyFitter
 from commandv.transfer.fidelity import Fidelity
 from commandv.transfer.link import HOLDOUT, Link
-from commandv.transfer.match import Matcher, proportional
+from commandv.transfer.match import Matcher, nearest, proportional
 
 
 def paste(
@@ -107,23 +107,65 @@ def fidelity(
     return once.fidelity(adapter, match=match, layers=layers)
 
 
-def random_like(adapter: Adapter, seed: int) -> Adapter:
+def as_published(link: Link) -> Link:
+    """Return the link of the published method: pseudo-inverse, last-token rows on both sides, nothing held out."""
+    return replace(link, fit=Pinv(), read_rows="end", write_rows="end", holdout=0.0, shuffle=None)
+
+
+def published(adapter: Adapter, donor: Profile, recipient: Profile) -> Adapter:
+    """Carry an adapter exactly as published, for comparisons: the one meaning of "as published" in all tables.
+
+    Float32's tolerance in the pseudo-inverse (`Pinv`), all prompts' last-token rows, the released code's map to the
+    nearest layer, every layer, scale 1.
+
+    Args:
+        adapter: the donor's adapter.
+        donor: profile of the model the adapter is for.
+        recipient: profile of the model to carry it into, over the same prompts.
+
+    Raises:
+        InputError: as in `paste`.
+        MismatchError: as in `paste`.
+
+    Source: arXiv 2506.19140, section 3, and its released code.
+    """
+    link = as_published(Link(donor, recipient, write_rows="end", kept=None))
+    return link.paste(adapter, match=nearest, layers=all_layers)
+
+
+def random_like(adapter: Adapter, seed: int, *, within: Profile | None = None) -> Adapter:
     """Return a control that reads the same and writes as much, in random directions.
 
     All that is written at a layer is turned by one random rotation, so that on every state the layer's delta has
     exactly the norm of the original's.
+
+    Args:
+        adapter: what to be like.
+        seed: of the directions.
+        within: draw them as the activations of this profile of the same model vary, instead of evenly from the whole
+            space, most of which a model never visits.
+
+    Raises:
+        MismatchError: a profile of another model.
     """
+    if within is not None:
+        adapter.model.require(within.model, f"adapter {adapter.name}")
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(n: int) -> Tensor:
-        drawn = torch.linalg.qr(torch.randn(adapter.d_model, n, generator=generator, dtype=torch.float64))
-        return drawn.Q * drawn.R.diagonal().sign()  # LAPACK's own signs favour half of the space
+    def drawn(layer: int, n: int) -> Tensor:
+        if within is None:
+            wanted = torch.randn(adapter.d_model, n, generator=generator, dtype=torch.float64)
+        else:
+            rows = within.layer(layer).double()
+            wanted = (rows - rows.mean(0)).T @ torch.randn(len(rows), n, generator=generator, dtype=torch.float64)
+        made = torch.linalg.qr(wanted)
+        return made.Q * made.R.diagonal().sign()  # LAPACK's own signs favour half of the space
 
-    def turn(many: tuple[Edit, ...]) -> tuple[Edit, ...]:
+    def turn(layer: int, many: tuple[Edit, ...]) -> tuple[Edit, ...]:
         # One turn of all that is written at a layer, by an orthonormal basis of it and as many random directions.
         basis = torch.linalg.qr(torch.cat([one.writes for one in many]).double().T).Q
-        drawn = uniform(basis.shape[1])
-        return tuple(one.turned(lambda rows: (rows.double() @ basis @ drawn.T).to(rows.dtype)) for one in many)
+        onto = drawn(layer, basis.shape[1])
+        return tuple(one.turned(lambda rows: (rows.double() @ basis @ onto.T).to(rows.dtype)) for one in many)
 
-    interventions = {layer: turn(many) for layer, many in adapter.interventions.items()}
+    interventions = {layer: turn(layer, many) for layer, many in adapter.interventions.items()}
     return replace(adapter, interventions=interventions, name=f"random of the norm of {adapter.name}")

@@ -15,9 +15,10 @@ import yaml
 from markupsafe import Markup
 
 from commandv.errors import FormatError
+from commandv.evaluation.arms import PASTED
 from commandv.evaluation.report import tables
 from commandv.evaluation.report.figure import effect_against_price, require_matplotlib
-from commandv.evaluation.report.findings import ALPHA, PASTED, WHOLE, Group, groups
+from commandv.evaluation.report.findings import ALPHA, WHOLE, Group, groups
 from commandv.evaluation.report.tables import Grid
 from commandv.evaluation.results import Run
 from commandv.files import require_file, write_text

@@ -9,7 +9,8 @@ import re
 from typing import Any
 
 from commandv.errors import InputError
-from commandv.evaluation.report.findings import UNMODIFIED, Table
+from commandv.evaluation.arms import UNMODIFIED
+from commandv.evaluation.report.findings import Table
 
 SIZE = (4.9, 3.9)  # inches; at 72 units to the inch the text's size is that of a phone's page
 WIDE = 30.0  # prices that differ by more than this factor are drawn on a scale that is logarithmic away from 0

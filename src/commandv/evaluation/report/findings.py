@@ -10,12 +10,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from commandv.errors import InputError
+from commandv.evaluation.arms import ARMS, DIRECT, PASTED, RANDOM, UNMODIFIED
+from commandv.evaluation.meter import price_scores
 from commandv.evaluation.results import Arm, Cell, Run
-from commandv.evaluation.scores import Score, geometric_mean, mean, pooled
+from commandv.evaluation.scores import Score, mean, pooled
 from commandv.evaluation.statistics import Comparison, compare, difference, holm, paired_p
 
-UNMODIFIED, PASTED, RANDOM, DIRECT, DONOR = "unmodified", "pasted", "random", "direct", "donor"
-ORDER = (UNMODIFIED, PASTED, "pinv", RANDOM, "shuffled", "mean-ablation", "text-bridge", DIRECT, DONOR)
+DONOR = "donor"
+ORDER = (*ARMS, DONOR)
 ALPHA = 0.05
 WHOLE = 0.8  # a recovered fraction whose whole interval lies below this is a part only
 
@@ -135,6 +137,8 @@ def _table(cells: Sequence[Cell], task: str) -> Table:
         notes.append("One seed: nothing is said of how the figures vary between seeds.")
     if short := [name for name in names if None in arms[name]]:
         notes.append(f"Measured with some seeds only: {', '.join(short)}.")
+    missing = {name: why for cell in cells for name, why in cell.missing.items()}
+    notes += [f"{name} could not be made: {why}." for name, why in missing.items()]
     return Table(task, unit, success, rows, _verdict(judged, found, unit, success), notes)
 
 
@@ -174,25 +178,28 @@ def _row(name: str, arms: Sequence[Arm], task: str, found: Comparison | None) ->
         found,
         [float(np.mean(labels)) for labels in given if labels],
         sum(len(arm.labels[task]) for arm in arms) - sum(map(len, given)),
-        _price(arms),
+        _price(arms, task),
         sorted({arm.scale for arm in arms}),
         sorted({layer for arm in arms for layer in arm.layers}),
     )
 
 
-def _price(arms: Sequence[Arm]) -> dict[str, Score]:
-    found = {}
-    for measure in dict.fromkeys(name for arm in arms for name in arm.price):
-        lists = [arm.price[measure] for arm in arms if measure in arm.price]
+def _price(arms: Sequence[Arm], task: str) -> dict[str, Score]:
+    """Return what an arm costs: on benign text, and in loops and length of its answers to this task."""
+    many: list[dict[str, Any]] = [
+        {**arm.price, "loops": arm.loops.get(task, []), "words": arm.words.get(task, [])} for arm in arms
+    ]
+    averaged = {}
+    for measure in dict.fromkeys(name for one in many for name in one):
+        lists = [one[measure] for one in many if one.get(measure)]
         values = []
-        for passage in range(max(map(len, lists))):
-            given = [one[passage] for one in lists if passage < len(one) and math.isfinite(one[passage])]
+        for place in range(max(map(len, lists), default=0)):
+            given = [one[place] for one in lists if place < len(one) and math.isfinite(one[place] or 0.0)]
             if given:
                 values.append(float(np.mean(given)))
-        if values:  # perplexities are kept as nats per token
-            geometric = measure.startswith("perplexity")
-            found[measure] = geometric_mean(measure, values, "") if geometric else mean(measure, values, "")
-    return found
+        averaged[measure] = values
+    found = price_scores(averaged)
+    return found | {name: mean(name, averaged[name], "") for name in ("loops", "words") if averaged[name]}
 
 
 def _verdict(judged: dict[str, Labels], found: dict[str, Comparison], unit: str, success: Success) -> Verdict:

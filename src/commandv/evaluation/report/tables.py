@@ -11,12 +11,21 @@ import numpy as np
 
 from commandv.adapters.edit import MOST_LAYERS
 from commandv.errors import FormatError
-from commandv.evaluation.report.findings import DIRECT, DONOR, PASTED, RANDOM, UNMODIFIED, Group, Row, Table
+from commandv.evaluation.arms import DIRECT, PASTED, RANDOM, UNMODIFIED
+from commandv.evaluation.report.findings import DONOR, Group, Row, Table
 from commandv.evaluation.results import Cell, Run
 from commandv.evaluation.scores import Score
 
 NONE = "–"
-MEASURES = {"kl": "KL, nats/token", "perplexity": "perplexity", "loops": "loops"}
+MEASURES = {
+    "kl": "KL, nats/token",
+    "kl_first": "KL at the first token",
+    "kl_after": "KL after it",
+    "perplexity_first": "perplexity at the first token",
+    "perplexity_after": "perplexity after it",
+    "loops": "loops",
+    "words": "words",
+}
 _PATH = re.compile(r"(?<![\w./~>])(?:[A-Za-z]:[\\/]|/(?!/)|~/)(?:[^\s\\/'\":,;|()<>]+[\\/])+([^\s\\/'\":,;|()<>]*)")
 _FILE_URL = re.compile(r"file://\S*/(\S+)")
 
@@ -81,7 +90,7 @@ def verdicts(groups: Sequence[Group]) -> Grid:
 
 def effect_and_price(group: Group, table: Table) -> Grid:
     """Return what every arm does and what it costs, a row each."""
-    measures = sorted({name for row in table.rows for name in row.price})
+    measures = [name for name in MEASURES if name != "kl" and any(name in row.price for row in table.rows)]
     what = "share of answers" if table.unit == "rate" else table.unit
     header = ["arm", what, *(MEASURES.get(name, name) for name in measures)]
     rows = [
@@ -116,8 +125,12 @@ def tried(group: Group) -> Grid:
     """Return the settings that were tried on the development split, averaged over seeds."""
     points: dict[tuple[str, str, float], list[tuple[float, float, bool]]] = {}
     for cell in group.cells:
-        for one in cell.curve:
-            points.setdefault((one.method, one.layers, one.scale), []).append((one.value, one.kl, one.chosen))
+        settings = {arm.method: arm.setting for arm in cell.arms}
+        for method, many in cell.curve.items():
+            for one in many:
+                at, rows_used = one.setting, f", {one.setting.rows} rows" if one.setting.rows else ""
+                key = (method, at.layers + rows_used, at.scale)
+                points.setdefault(key, []).append((one.value, one.kl, settings.get(method) == at))
     rows = [
         [method, layers, f"{scale:g}", number(_mean([one[0] for one in found])),
          number(_mean([one[1] for one in found]), 3), f"{sum(one[2] for one in found)} of {len(found)}"]

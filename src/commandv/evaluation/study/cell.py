@@ -9,23 +9,32 @@ from typing import Any
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
-from commandv.evaluation.calibration import Setting
-from commandv.evaluation.controls import ARMS, PASTED, arms_without
+from commandv.evaluation.arms import DIRECT, PASTED, RANDOM, UNMODIFIED, Arm, Made, make_arm
 from commandv.evaluation.material import DirectionMaterial, Material
-from commandv.evaluation.results import Arm, Cell, Point, Sample
+from commandv.evaluation.results import Arm as Result
+from commandv.evaluation.results import Cell, Sample
 from commandv.evaluation.study.parts import Method
 from commandv.evaluation.study.schema import CellSpec
-from commandv.evaluation.study.shared import Shared, points
+from commandv.evaluation.study.shared import Shared
+from commandv.evaluation.tune import Setting, Tried
 from commandv.models.generation import generate
 from commandv.positions import as_positions
+from commandv.prompts.sets import PromptSet, load_prompts
 from commandv.transfer.convert import FITTERS
+from commandv.transfer.link import link
 from commandv.transfer.match import MATCHERS
 
-CALIBRATED = (PASTED, "pinv", "text-bridge")  # arms whose strength is chosen; the others mirror the pasted one
-# A vector's length is arbitrary: a random one at the strength that suits ours would flatter ours.
-CALIBRATED_VECTORS = (*CALIBRATED, "random")
-FULL_STRENGTH = ("mean-ablation", "direct")
+DONOR = "donor"
+N_ASKED = 128  # prompts of the behaviour that the donor answers, for arms that learn from its answers
 N_SAMPLES, SAMPLE_TOKENS = 3, 40
+
+
+def is_tuned(name: str, arm: Arm, vector: bool) -> bool:
+    """Tell whether an arm's strength is chosen.
+
+    A vector's length is arbitrary: a random one at the strength that suits ours would flatter ours.
+    """
+    return arm.strength == "tuned" or (vector and (name == DIRECT or name.startswith(RANDOM)))
 
 
 def run_cell(shared: Shared, spec: CellSpec, identity: Mapping[str, Any]) -> Cell:
@@ -43,107 +52,130 @@ class _CellRun:
 
     def _material(self) -> Material:
         shared, (donor, recipient, behaviour, seed) = self.shared, self.spec
+        vector = self.vector
+        profiles = shared.profiled(donor), shared.profiled(recipient)
         common: dict[str, Any] = {
-            "donor": shared.profiled(donor),
-            "recipient": shared.profiled(recipient),
+            "link": link(*profiles) if vector is None else link(*profiles, write_rows=vector.rows),
             "donor_lm": shared.models[donor],
             "recipient_lm": self.recipient,
             "prompts": self.study.profile_prompts(),
-            "layers": self.study.layers[0],
+            "asked": self._asked(),
+            "setting": self.study.settings()[0],
             "seed": seed,
         }
-        if self.vector is not None:
+        if vector is not None:
             return DirectionMaterial(
                 adapter=shared.native(behaviour, donor, seed).adapter,
                 directions=shared.directions(behaviour, donor, seed),
                 native=shared.directions(behaviour, recipient, seed),
-                kind=self.vector.kind,
-                strength=self.vector.strength,
-                at=as_positions(self.vector.at),
-                rescale=self.vector.rescale,
-                write_rows=self.vector.rows,
+                kind=vector.kind,
+                strength=vector.strength,
+                at=as_positions(vector.at),
+                rescale=vector.rescale,
                 **common,
             )
         adapter = shared.adapter(behaviour, donor, seed)
         if adapter is None:
             raise InputError(f"behaviour {behaviour}: no adapter for the donor {donor}")
-        direct = None if "direct" in self.study.leave_out else shared.adapter(behaviour, recipient, seed)
+        direct = None if DIRECT in self.study.leave_out else shared.adapter(behaviour, recipient, seed)
         return Material(adapter=adapter, direct=direct, **common)
+
+    def _asked(self) -> PromptSet:
+        """Return the prompts that the donor was trained on, or else those of the development split."""
+        examples = self.study.behaviours[self.spec.behaviour].examples
+        return self.tasks[0].dev if examples is None else load_prompts(examples)[:N_ASKED]
 
     def run(self, identity: Mapping[str, Any]) -> Cell:
         """Return the cell's result."""
         _, recipient, behaviour, seed = self.spec
-        chosen, curve = self._calibrated()
-        settings = chosen[PASTED]
-        self.material = replace(self.material, layers=settings.layers)
-        arms = [self.shared.unmodified(behaviour, recipient)]
-        made: dict[str, Adapter] = {}
-        for name, make in arms_without(self.study.leave_out).items():
-            if name == "direct" and self.vector is not None:
+        chosen, curve, missing = self._tuned()
+        setting = chosen[PASTED]
+        made: dict[str, Made] = {}
+        rows = []
+        for name, arm in self.study.arms().items():
+            if name == UNMODIFIED:
+                rows.append(self.shared.unmodified(behaviour, recipient))
+            elif name == DIRECT and self.vector is not None:
                 native = self.shared.native(behaviour, recipient, seed)
-                arms.append(native.arm)
-                curve += native.curve
-                continue
-            pick = chosen.get(name, settings)
-            made[name] = make(replace(self.material, layers=pick.layers, published_layers=pick.layers))
-            arms.append(self._measured(name, made[name], 1.0 if name in FULL_STRENGTH else pick.scale))
+                rows.append(native.arm)
+                curve[name] = native.curve
+            elif name not in missing:
+                own = chosen.get(name, setting)
+                at = replace(own, scale=1.0) if arm.strength == "full" else own
+                try:
+                    made[name] = make_arm(name, replace(self.material, setting=own))
+                    rows.append(self._measured(name, made[name], at))
+                except InputError as error:
+                    if name == PASTED:
+                        raise
+                    missing[name] = str(error)
+        self.material = replace(self.material, setting=setting)
         fits = {PASTED: self.material.fidelity()}
         for name, method in self.study.methods.items():
-            material = self._by(method, settings.layers)
-            arms.append(self._measured(name, material.pasted(), settings.scale))
+            material = self._by(method)
+            rows.append(self._measured(name, Made(material.pasted()), material.setting))
             # On part of the prompts others are held out, and the figures would not compare.
             fits[name] = [] if method.prompts else material.fidelity()
-        arms.append(self._donor())
+        rows.append(self._donor())
         success = {task.name: task.success for task in self.tasks}
         return Cell(
             **{**identity, "settings": {**identity["settings"], "success": success}},
-            arms=arms,
+            arms=rows,
             curve=curve,
+            missing=missing,
             fidelity=fits,
-            samples=self._samples(made[PASTED], settings.scale),
+            samples=self._samples(made[PASTED].adapter, setting.scale),
         )
 
-    def _calibrated(self) -> tuple[dict[str, Setting], list[Point]]:
-        """Choose the strength of the arms that have one, each with the same choice."""
-        chosen, curve = {}, []
-        for name in CALIBRATED_VECTORS if self.vector else CALIBRATED:
-            if name in self.study.leave_out:
+    def _tuned(self) -> tuple[dict[str, Setting], dict[str, list[Tried]], dict[str, str]]:
+        """Choose the setting of the arms that have one, each with the same choice; tell which cannot be made."""
+        chosen, curve, missing = {}, {}, {}
+        for name, arm in self.study.arms().items():
+            if not is_tuned(name, arm, self.vector is not None) or name == DIRECT:
                 continue
 
-            def make(layers: str, name: str = name) -> Adapter:
-                return ARMS[name](replace(self.material, layers=layers, published_layers=layers))
+            def make(setting: Setting, name: str = name) -> Adapter:
+                adapter = make_arm(name, replace(self.material, setting=setting)).adapter
+                assert adapter is not None
+                return adapter
 
-            found = self.shared.calibrated(self.spec.recipient, self.spec.behaviour, make)
-            chosen[name] = found.chosen
-            curve += points(name, found)
-        return chosen, curve
+            try:
+                found = self.shared.tuned(self.spec.recipient, self.spec.behaviour, make)
+            except InputError as error:
+                if name == PASTED:
+                    raise
+                missing[name] = str(error)
+                continue
+            chosen[name], curve[name] = found.chosen.setting, list(found.tried)
+        return chosen, curve, missing
 
-    def _measured(self, method: str, adapter: Adapter, scale: float) -> Arm:
-        _, recipient, behaviour, _ = self.spec
-        return self.shared.measured(method, recipient, behaviour, adapter, scale)
+    def _measured(self, method: str, made: Made, setting: Setting) -> Result:
+        return self.shared.measured(method, self.spec.recipient, self.spec.behaviour, made, setting)
 
-    def _donor(self) -> Arm:
+    def _donor(self) -> Result:
         donor, _, behaviour, seed = self.spec
         if self.vector is not None:
-            return self.shared.native(behaviour, donor, seed).arm.model_copy(update={"method": "donor"})
-        return self.shared.measured("donor", donor, behaviour, self.material.adapter)
+            return self.shared.native(behaviour, donor, seed).arm.model_copy(update={"method": DONOR})
+        return self.shared.measured(DONOR, donor, behaviour, Made(self.material.adapter))
 
-    def _by(self, method: Method, layers: str) -> Material:
+    def _by(self, method: Method) -> Material:
         """Return the material with a method of the study in the place of the default."""
-        material = replace(self.material, fit=FITTERS[method.fit](), layers=method.layers or layers)
-        if method.prompts is not None:
-            material = replace(
-                material,
-                donor=material.donor.first(method.prompts),
-                recipient=material.recipient.first(method.prompts),
-            )
-        if method.match is not None:
-            material = replace(material, match=MATCHERS[method.match])
-        rows = method.write_rows or material.write_rows
-        return replace(material, read_rows=method.read_rows, write_rows=rows)
+        material = self.material
+        old = material.linked()
+        new = replace(
+            old,
+            donor=old.donor.first(method.prompts) if method.prompts else old.donor,
+            recipient=old.recipient.first(method.prompts) if method.prompts else old.recipient,
+            fit=FITTERS[method.fit](),
+            read_rows=method.read_rows,
+            write_rows=method.write_rows or old.write_rows,
+        )
+        setting = replace(material.setting, layers=method.layers or material.setting.layers, rows=None)
+        match = material.match if method.match is None else MATCHERS[method.match]
+        return replace(material, link=new, setting=setting, match=match)
 
-    def _samples(self, adapter: Adapter, scale: float) -> list[Sample]:
-        if not self.tasks[0].keep_answers:
+    def _samples(self, adapter: Adapter | None, scale: float) -> list[Sample]:
+        if not self.tasks[0].keep_answers or adapter is None:
             return []
         prompts = self.tasks[0].test.texts[:N_SAMPLES]
         before = generate(self.recipient, prompts, max_new_tokens=SAMPLE_TOKENS)

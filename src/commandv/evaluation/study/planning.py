@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from commandv.errors import CommandVError
+from commandv.evaluation.arms import BRIDGE_PROMPTS, BRIDGE_TOKENS, DIRECT, PRACTICE_SETTINGS
 from commandv.evaluation.catalogue import NO_TASKS, load_task
-from commandv.evaluation.controls import ARMS, BRIDGE_PROMPTS, BRIDGE_TOKENS
+from commandv.evaluation.material import ANSWER_TOKENS
 from commandv.evaluation.price import REPLY_TOKENS
-from commandv.evaluation.study.cell import CALIBRATED, CALIBRATED_VECTORS, N_SAMPLES, SAMPLE_TOKENS
+from commandv.evaluation.study.cell import N_ASKED, N_SAMPLES, SAMPLE_TOKENS, is_tuned
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.schema import Study
 from commandv.evaluation.tasks import Task
@@ -52,16 +53,15 @@ class Plan:
 
 def plan(study: Study, models: ModelSource | None = None, tasks: Mapping[str, Task] = NO_TASKS) -> Plan:
     """Count a study's work; with `models`, load them and estimate its duration on this machine."""
-    arms = [name for name in ARMS if name not in study.leave_out]
-    n_arms = len(arms) + len(study.methods) + 1
-    per_arm = len(study.scales) * len(study.layers)
+    arms = study.arms()
+    n_arms = len(arms) + len(study.methods)
     tokens = dict.fromkeys(study.models, 0)
     answers = 0
     for spec in study.cells():
         behaviour = study.behaviours[spec.behaviour]
-        # A native vector is calibrated as well, once for several cells; here it counts in each.
-        calibrated = (*CALIBRATED_VECTORS, "direct") if behaviour.vector else CALIBRATED
-        settings = per_arm * sum(name in arms for name in calibrated)
+        # A native vector is tuned as well, once for several cells; here it counts in each.
+        tuned = [name for name, arm in arms.items() if is_tuned(name, arm, behaviour.vector is not None)]
+        settings = len(study.settings()) * len(tuned)
         asked_of = [load_task(name, tasks) for name in (behaviour.task, *behaviour.also)]
         for number, task in enumerate(asked_of):
             asked = min(study.n_test, len(task.test)) * n_arms
@@ -74,6 +74,11 @@ def plan(study: Study, models: ModelSource | None = None, tasks: Mapping[str, Ta
         tokens[spec.recipient] += passes * (n_arms + settings) + 2 * N_SAMPLES * SAMPLE_TOKENS
         if "text-bridge" in arms:
             tokens[spec.donor] += 2 * BRIDGE_PROMPTS * (PROMPT_TOKENS + BRIDGE_TOKENS)
+        answered = N_ASKED * (PROMPT_TOKENS + ANSWER_TOKENS)
+        if any("asked" in arm.needs for arm in arms.values()):
+            tokens[spec.donor] += answered
+        if "donor-answers" in arms:
+            tokens[spec.recipient] += 3 * PRACTICE_SETTINGS.epochs * answered
     trained = _trained(study)
     for name, trained_on, _ in trained:
         behaviour = study.behaviours[trained_on]
@@ -105,7 +110,7 @@ def _trained(study: Study) -> set[tuple[str, str, int]]:
     for spec in study.cells():
         behaviour = study.behaviours[spec.behaviour]
         if behaviour.examples is not None:
-            sides = [spec.donor] + ([] if "direct" in study.leave_out else [spec.recipient])
+            sides = [spec.donor] + ([] if DIRECT in study.leave_out else [spec.recipient])
             found |= {(name, spec.behaviour, spec.seed) for name in sides if name not in behaviour.adapters}
     return found
 

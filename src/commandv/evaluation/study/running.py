@@ -20,6 +20,7 @@ from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.schema import CellSpec, Study
 from commandv.evaluation.study.shared import Shared
 from commandv.evaluation.tasks import Task
+from commandv.evaluation.versions import VERSIONS
 from commandv.files import LOCK, is_temporary, storage_errors, tidy
 from commandv.progress import track
 from commandv.prompts.sets import load_prompts
@@ -54,7 +55,7 @@ def run_study(
         shared = Shared(study, models or ModelSource(study), tasks)
         cells = {}
         for spec in study.cells():
-            content = _content(shared, spec)
+            content = cell_content(shared, spec)
             cells[cell_key(*spec, content)] = (spec, content)
         run = Run(
             name=study.name,
@@ -129,17 +130,34 @@ def _finish(shared: Shared, spec: CellSpec, settings: dict[str, Any], file: Path
     save_cell(cell.model_copy(update={"seconds": round(time.monotonic() - began, 1)}), file)
 
 
-def _content(shared: Shared, spec: CellSpec) -> dict[str, Any]:
-    """Return all that a cell's result depends on, but for the code; what is left at its default is not said."""
-    study = shared.study
+def cell_content(shared: Shared, spec: CellSpec) -> dict[str, Any]:
+    """Return all that a cell's result depends on; what is left at its default is not said.
+
+    Defaults of the library are code, and the code is there by its versions.
+    """
+    study, (donor, recipient, behaviour, seed) = shared.study, spec
     stated = study.model_dump(mode="json", exclude_defaults=True)
-    settings = ("limit", "places", "methods", "scales", "layers", "budget", "n_dev", "n_test", "n_drift", "leave_out")
+    settings = (
+        "limit", "places", "methods", "scales", "layers", "rows", "budget", "n_dev", "n_test", "n_drift", "leave_out"
+    )  # fmt: skip
+    tasks = {
+        task.name: {
+            "judge": task.judge.name,
+            "dev": task.dev.hash,
+            "test": task.test.hash,
+            "tokens": task.max_new_tokens,
+        }
+        for task in shared.tasks(behaviour)
+    }
     return {
-        "donor": stated["models"][spec.donor],
-        "recipient": stated["models"][spec.recipient],
+        "versions": VERSIONS,
+        "tasks": tasks,
+        "passages": shared.passages.hash,
+        "donor": stated["models"][donor] | {"is": shared.identity(donor, behaviour)},
+        "recipient": stated["models"][recipient] | {"is": shared.identity(recipient, behaviour)},
         "rehearsed": shared.models.rehearsal,
-        "behaviour": stated["behaviours"][spec.behaviour],
-        "seed": spec.seed,
+        "behaviour": stated["behaviours"][behaviour],
+        "seed": seed,
         **{name: stated[name] for name in settings if name in stated},
         "hashes": _hashes(study),
     }

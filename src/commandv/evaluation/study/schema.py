@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 
 from commandv.errors import InputError
+from commandv.evaluation.arms import ARMS, DIRECT, Arm, arms_without
 from commandv.evaluation.catalogue import NO_TASKS, load_task
-from commandv.evaluation.controls import ARMS, CONTROLS
-from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, layer_choice, one_of
+from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, layer_choice
 from commandv.evaluation.tasks import Task
+from commandv.evaluation.tune import Setting, grid
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
 from commandv.reading import read_yaml
 from commandv.steering import load_contrast
@@ -49,11 +50,12 @@ class Study(Strict):
         seeds: of donor training and of random controls.
         scales: tried on the development split.
         layers: layer choices tried on the development split.
+        rows: rows of the writing converters tried there; null for the default.
         budget: most drift allowed when the setting is chosen, nats per token; null for no limit.
         n_dev: development prompts.
         n_test: test prompts.
         n_drift: passages on which drift is measured; null for all built-in ones.
-        leave_out: controls not to run; the report says so.
+        leave_out: arms not to run; the report says so.
         batch_size: prompts per batch.
     """
 
@@ -70,6 +72,7 @@ class Study(Strict):
     seeds: tuple[int, ...] = (0,)
     scales: tuple[Annotated[float, pydantic.Field(gt=0)], ...] = (0.6, 1.0)
     layers: tuple[str, ...] = ("last_third", "all_layers")
+    rows: tuple[Literal["end", "text", "both"] | None, ...] = (None,)
     budget: Annotated[float, pydantic.Field(gt=0)] | None = None
     n_dev: Annotated[int, pydantic.Field(ge=1)] = 48
     n_test: Annotated[int, pydantic.Field(ge=1)] = 100
@@ -92,11 +95,9 @@ class Study(Strict):
         for wanted, what in ((self.pairs, "pairs"), (self.behaviours, "behaviours"), (self.seeds, "seeds")):
             if not wanted:
                 raise ValueError(f"{what}: expected at least one")
-        for name in self.leave_out:
-            one_of(name, CONTROLS)
-        taken = set(self.methods) & {*ARMS, "unmodified", "donor"}
-        if taken:
-            raise ValueError(f"methods: {sorted(taken)} are names of the default and its controls; choose others")
+        arms_without(self.leave_out)
+        if taken := set(self.methods) & {*ARMS, "donor"}:
+            raise ValueError(f"methods: {sorted(taken)} are names of arms; choose others")
         for pair in self.pairs:
             for model in pair:
                 if model not in self.models:
@@ -110,7 +111,7 @@ class Study(Strict):
             return
         if donor not in behaviour.adapters:
             raise ValueError(f"behaviours.{name}: neither examples, a vector nor an adapter for the donor {donor!r}")
-        if recipient not in behaviour.adapters and "direct" not in self.leave_out:
+        if recipient not in behaviour.adapters and DIRECT not in self.leave_out:
             raise ValueError(
                 f"behaviours.{name}: the direct control needs examples or an adapter for the recipient {recipient!r}; "
                 "give one, or say leave_out: [direct]"
@@ -124,6 +125,14 @@ class Study(Strict):
             for pair in self.pairs
             for behaviour in self.behaviours
         ]
+
+    def arms(self) -> dict[str, Arm]:
+        """Return the arms that every cell measures, but for the study's own methods."""
+        return arms_without(self.leave_out)
+
+    def settings(self) -> list[Setting]:
+        """Return the settings that are tried on the development split."""
+        return grid(self.layers, self.scales, self.rows)
 
     def profile_prompts(self) -> PromptSet:
         """Return the prompts of profiles."""

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import ADAPTER, save
 from commandv.directories import CONFIG, kept
-from commandv.evaluation.calibration import Calibration, calibrate
+from commandv.errors import CommandVError
+from commandv.evaluation.arms import DIRECT, UNMODIFIED, Cost, Made
 from commandv.evaluation.catalogue import NO_TASKS, load_task
-from commandv.evaluation.price import divergences, reply_log_probs, reply_nats
-from commandv.evaluation.results import Arm, Point
+from commandv.evaluation.meter import Meter
+from commandv.evaluation.results import Arm
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.parts import Behaviour
 from commandv.evaluation.study.schema import Study
-from commandv.evaluation.tasks import Task, answered, judged
+from commandv.evaluation.tasks import Task
+from commandv.evaluation.tune import Setting, Tried, Tuned
 from commandv.files import cache_dir, digest, file_name, remove
 from commandv.interop.load import load_adapter
 from commandv.models.identity import identity
@@ -33,6 +37,31 @@ from commandv.steering import directions, from_directions, load_contrast
 from commandv.training.train import TRAINABLE, TrainSettings, train
 
 log = logging.getLogger(__name__)
+
+
+def fingerprint(adapter: Adapter) -> str:
+    """Return a hash of all that an adapter does."""
+    parts = [
+        (
+            layer,
+            str(one.positions),
+            one.activation,
+            [hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in many],
+        )
+        for layer in adapter.layers
+        for one in adapter.interventions[layer]
+        if (many := [tensor.float() for tensor in _tensors(one)])
+    ]
+    return digest(parts)
+
+
+def _tensors(one: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an object and of the objects in it."""
+    for value in vars(one).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif hasattr(value, "__dict__"):
+            yield from _tensors(value)
 
 
 @dataclass(frozen=True)
@@ -47,7 +76,7 @@ class Native:
 
     adapter: Adapter
     arm: Arm
-    curve: list[Point]
+    curve: list[Tried]
 
 
 class Shared:
@@ -56,7 +85,7 @@ class Shared:
     def __init__(self, study: Study, models: ModelSource, tasks: Mapping[str, Task] = NO_TASKS) -> None:
         self.study, self.models, self.known = study, models, tasks
         self.passages = load_prompts("builtin:drift", limit=study.n_drift)
-        self.reference = functools.lru_cache(maxsize=2)(self._reference)
+        self.meter = functools.lru_cache(maxsize=2)(self._meter)
         self.profiled = functools.cache(self._profiled)
         self.directions = functools.cache(self._directions)
         self.native = functools.cache(self._native)
@@ -67,6 +96,20 @@ class Shared:
         spec = self.study.behaviours[behaviour]
         return [load_task(name, self.known) for name in (spec.task, *spec.also)]
 
+    def identity(self, name: str, behaviour: str) -> dict[str, str]:
+        """Return what a model, and a ready adapter for it, are: names and places alone do not tell.
+
+        Where one cannot be loaded the reason stands for it; its cells fail and are tried again.
+        """
+        spec = self.study.behaviours[behaviour]
+        try:
+            known = {key: str(value) for key, value in asdict(self.models[name].ref).items() if value and key != "id"}
+            if name in spec.adapters:
+                known["adapter"] = fingerprint(load_adapter(spec.adapters[name]))
+        except CommandVError as error:
+            return {"not there": str(error)}
+        return known
+
     def adapter(self, behaviour: str, name: str, seed: int) -> Adapter | None:
         """Return a ready adapter, or train one; None when there is neither."""
         spec = self.study.behaviours[behaviour]
@@ -74,57 +117,39 @@ class Shared:
             return load_adapter(spec.adapters[name])
         return None if spec.examples is None else self._trained(spec, behaviour, name, seed)
 
-    def measured(
-        self, method: str, name: str, behaviour: str, adapter: Adapter | None = None, scale: float = 1.0
-    ) -> Arm:
-        """Measure a model, with an adapter or without, on the behaviour's tasks."""
-        began, lm, study = time.monotonic(), self.models[name], self.study
-        labels: dict[str, list[float | None]] = {}
-        units = {}
-        loops: list[float] = []  # of answers to the behaviour's own task, which comes first
-        answers: dict[tuple[str, int], list[str]] = {}  # tasks that ask the same are asked once
-        for task in self.tasks(behaviour):
-            key = (task.test.hash, task.max_new_tokens)
-            if key not in answers:
-                answers[key] = answered(lm, task, adapter, scale=scale, limit=study.n_test, batch_size=study.batch_size)
-            outcome = judged(task, answers[key])
-            loops = loops or [float(one) for one in outcome.loops]
-            labels[task.name] = [None if np.isnan(label) else label for label in outcome.labels]
-            units[task.name] = outcome.unit
-        plain = changed = self.reference(name)
-        price: dict[str, list[float]] = {"loops": loops}
-        if adapter is not None:
-            changed = reply_log_probs(lm, self.passages, adapter, scale=scale)
-            price["kl"] = divergences(plain, changed)
-        price["perplexity"] = reply_nats(lm, self.passages, changed)
+    def measured(self, method: str, name: str, behaviour: str, made: Made, setting: Setting = Setting()) -> Arm:
+        """Measure a model as an arm has it, on the behaviour's tasks."""
+        found = self.meter(name, behaviour).measured(made, setting.scale)
+        outcomes = found.outcomes
         return Arm(
             method=method,
-            scale=scale,
-            layers=adapter.layers if adapter else [],
-            labels=labels,
-            units=units,
-            price=price,
-            seconds=round(time.monotonic() - began, 1),
+            setting=setting,
+            layers=made.adapter.layers if made.adapter else [],
+            labels={
+                task: [None if math.isnan(label) else label for label in one.labels] for task, one in outcomes.items()
+            },
+            units={task: one.unit for task, one in outcomes.items()},
+            loops={task: [float(label) for label in one.loops] for task, one in outcomes.items()},
+            words={task: list(one.words) for task, one in outcomes.items()},
+            price=found.price,
+            cost=made.cost,
+            seconds=found.seconds,
         )
 
-    def calibrated(self, name: str, behaviour: str, make: Callable[[str], Adapter]) -> Calibration:
+    def tuned(self, name: str, behaviour: str, make: Callable[[Setting], Adapter]) -> Tuned:
         """Choose the strength and the layers of an arm on the development split."""
         study = self.study
-        return calibrate(
-            self.models[name],
-            self.tasks(behaviour)[0],
-            make,
-            layers=study.layers,
-            scales=study.scales,
-            budget=study.budget,
-            passages=self.passages,
-            reference=self.reference(name),
-            limit=study.n_dev,
+        return self.meter(name, behaviour).tuned(make, study.settings(), budget=study.budget, limit=study.n_dev)
+
+    def _meter(self, name: str, behaviour: str) -> Meter:
+        study = self.study
+        return Meter(
+            self.models[name], self.tasks(behaviour), passages=self.passages, limit=study.n_test,
             batch_size=study.batch_size,
-        )
+        )  # fmt: skip
 
     def _unmodified(self, behaviour: str, name: str) -> Arm:
-        return self.measured("unmodified", name, behaviour)
+        return self.measured(UNMODIFIED, name, behaviour, Made())
 
     def _profiled(self, name: str) -> Profile:
         """Return a model's profile; from the cache directory when it was made before."""
@@ -144,19 +169,21 @@ class Shared:
     def _native(self, behaviour: str, name: str, seed: int) -> Native:
         how = self.study.behaviours[behaviour].vector
         assert how is not None
-        lm, found = self.models[name], self.directions(behaviour, name, seed)
+        began, lm, found = time.monotonic(), self.models[name], self.directions(behaviour, name, seed)
+        cost = Cost(round(time.monotonic() - began, 2))
 
-        def make(layers: str) -> Adapter:
-            chosen = choose_layers(layers, lm.n_layers)
+        def make(setting: Setting) -> Adapter:
+            chosen = choose_layers(setting.layers, lm.n_layers)
             return from_directions(
                 {layer: found[layer] for layer in chosen}, lm.ref, kind=how.kind, strength=how.strength, at=how.at,
                 typical=self.profiled(name), name=behaviour,
             )  # fmt: skip
 
-        tried = self.calibrated(name, behaviour, make)
-        adapter = make(tried.chosen.layers)
-        arm = self.measured("direct", name, behaviour, adapter, tried.chosen.scale)
-        return Native(adapter, arm, points("direct", tried))
+        tried = self.tuned(name, behaviour, make)
+        setting = tried.chosen.setting
+        adapter = make(setting)
+        arm = self.measured(DIRECT, name, behaviour, Made(adapter, cost=cost), setting)
+        return Native(adapter, arm, list(tried.tried))
 
     def _trained(self, spec: Behaviour, behaviour: str, name: str, seed: int) -> Adapter:
         lm, examples, how = self.models[name], load_prompts(spec.examples or ""), spec.training
@@ -176,11 +203,3 @@ class Shared:
             return load_adapter(path)
 
         return kept(path, CONFIG, lambda: load_adapter(path), make, kind=ADAPTER)
-
-    def _reference(self, name: str) -> list[Tensor]:
-        return reply_log_probs(self.models[name], self.passages)
-
-
-def points(method: str, found: Calibration) -> list[Point]:
-    """Return a calibration's curve as it is stored."""
-    return [Point(**one._asdict(), method=method, chosen=one == found.chosen) for one in found.tried]

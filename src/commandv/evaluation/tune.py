@@ -1,0 +1,202 @@
+"""Choosing where and how strongly something acts, by what it does and what it costs on the development split."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from commandv.adapters.adapter import Adapter
+from commandv.errors import InputError
+from commandv.evaluation.price import drift, reply_log_probs
+from commandv.evaluation.tasks import Task, measure
+from commandv.models.layers import LayerChoice, choose_layers
+from commandv.models.load import LM
+from commandv.profiles.profile import Rows
+from commandv.prompts.sets import PromptSet, load_prompts
+
+SCALES = (0.5, 0.75, 1.0, 1.25)
+DEPTH = 0.8  # share of the depth beyond which a layer is too near to the output to be a choice
+BUDGET = 0.1  # nats per token
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how strongly something acts.
+
+    Attributes:
+        layers: a layer choice in words; see `choose_layers`.
+        scale: factor on the deltas.
+        rows: of the writing converters; None for those of the link.
+    """
+
+    layers: str = "last_third"
+    scale: float = 1.0
+    rows: Rows | None = None
+
+
+class Tried(NamedTuple):
+    """One setting on the development split.
+
+    Attributes:
+        setting: what was tried.
+        value: effect: share or mean of what the task's judge finds.
+        kl: price: drift on benign text, nats per token.
+        side: side effect: what the side task's judge finds; None where there is no side task, or the price alone was
+            too much.
+    """
+
+    setting: Setting
+    value: float
+    kl: float
+    side: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """The whole sweep and what was chosen.
+
+    Attributes:
+        tried: every setting.
+        chosen: the best within the budgets; the cheapest when none is.
+        within_budget: whether any was.
+    """
+
+    tried: tuple[Tried, ...]
+    chosen: Tried
+    within_budget: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Choice(Tuned):
+    """A sweep over single layers, and the adapter at the chosen layer and strength."""
+
+    adapter: Adapter
+
+
+def grid(
+    layers: Iterable[str], scales: Iterable[float] = SCALES, rows: Iterable[Rows | None] = (None,)
+) -> list[Setting]:
+    """Return every combination, the weaker first."""
+    return [Setting(*one) for one in itertools.product(layers, sorted(scales), rows)]
+
+
+def tune(
+    lm: LM,
+    task: Task,
+    make: Callable[[Setting], Adapter],
+    settings: Sequence[Setting],
+    *,
+    budget: float | None = None,
+    side_task: Task | None = None,
+    side_budget: float = 0.0,
+    passages: PromptSet | None = None,
+    reference: list[Tensor] | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> Tuned:
+    """Try settings on the development split; the best effect within the budgets of price and side effect wins.
+
+    Of settings that are equally good the cheaper one wins. The test split is never touched.
+
+    Args:
+        lm: the recipient, with nothing attached.
+        task: the effect.
+        make: returns the adapter for a setting, of which it leaves the scale aside.
+        settings: what to try; see `grid`.
+        budget: most drift allowed, nats per token (KL to the unmodified model); None for no limit.
+        side_task: what must stay as it is or get better, for example over-refusal.
+        side_budget: how much worse it may get than in the unmodified model.
+        passages: text on which drift is measured. Default: `builtin:drift`.
+        reference: `reply_log_probs` of the unmodified model on these, to spare computing it again.
+        limit: use the first so many development prompts.
+        batch_size: prompts per batch.
+
+    Raises:
+        InputError: nothing to try.
+    """
+    if not settings:
+        raise InputError("tune: no settings; expected at least one layer choice and one scale")
+    text = load_prompts("builtin:drift") if passages is None else passages
+    plain = reply_log_probs(lm, text) if reference is None else reference
+
+    def found(one: Task, setting: Setting | None = None) -> float:
+        adapter, scale = (None, 1.0) if setting is None else (make(setting), setting.scale)
+        outcome = measure(lm, one, adapter, scale=scale, split="dev", limit=limit, batch_size=batch_size)
+        return outcome.score().value
+
+    tried = [
+        Tried(one, found(task, one), drift(lm, text, make(one), scale=one.scale, reference=plain).value)
+        for one in settings
+    ]
+    affordable = [one for one in tried if budget is None or one.kl <= budget]
+    if side_task is not None:
+        sides = {one.setting: found(side_task, one.setting) for one in affordable}
+        tried = [one._replace(side=sides.get(one.setting)) for one in tried]
+        plain_side, toward = found(side_task), 1 if side_task.success == "more" else -1
+        affordable = [one for one in tried if one.side is not None and toward * (plain_side - one.side) <= side_budget]
+    sign = 1 if task.success == "more" else -1
+    if affordable:
+        chosen = max(affordable, key=lambda one: (sign * one.value, -one.kl))
+    else:
+        chosen = min(tried, key=lambda one: one.kl)
+    return Tuned(tuple(tried), chosen, bool(affordable))
+
+
+def choose_layer(
+    lm: LM,
+    adapter: Adapter,
+    task: Task,
+    *,
+    layers: LayerChoice | str | Iterable[int] | None = None,
+    strengths: Sequence[float] = (1.0,),
+    budget: float | None = BUDGET,
+    side_task: Task | None = None,
+    side_budget: float = 0.0,
+    depth: float = DEPTH,
+    passages: PromptSet | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> Choice:
+    """Choose one layer and a strength on the development split: the best effect under a budget of side effects.
+
+    As Arditi et al. choose a refusal direction (arXiv 2406.11717, appendix C): layers beyond 80 % of the depth and
+    those that change benign text by more than a budget of KL are left aside, then the effect decides. Departures:
+    effect and side effect are judged answers instead of the refusal token's probability; strengths are swept as well.
+
+    Args:
+        lm: the model, with nothing attached.
+        adapter: `steer(..., layers="all_layers")` or carried directions; each of its layers is tried alone.
+        task: the effect; its test split is never touched.
+        layers: the layers to try. Default: all of the adapter's.
+        strengths: factors on the adapter's deltas.
+        budget: as in `tune`.
+        side_task: as in `tune`.
+        side_budget: as in `tune`.
+        depth: share of the layers, from the first, that may be chosen.
+        passages: as in `tune`.
+        limit: as in `tune`.
+        batch_size: as in `tune`.
+
+    Raises:
+        InputError: no layer or strength to try, or a depth that is no share.
+    """
+    if not 0 < depth <= 1:
+        raise InputError(f"depth={depth}: expected a share above 0, at most 1")
+    wanted = adapter.layers if layers is None else choose_layers(layers, lm.n_layers)
+    allowed = [layer for layer in adapter.layers if layer in wanted and layer < depth * lm.n_layers]
+    if not allowed:
+        raise InputError(
+            f"{adapter.name}: acts on layers {adapter.layers}; none of them is among {wanted} and in the first "
+            f"{depth:.0%} of {lm.n_layers} layers"
+        )
+    found = tune(
+        lm, task, lambda one: adapter.on_layers([int(one.layers)]), grid(map(str, allowed), strengths), budget=budget,
+        side_task=side_task, side_budget=side_budget, passages=passages, limit=limit, batch_size=batch_size,
+    )  # fmt: skip
+    setting = found.chosen.setting
+    final = adapter.on_layers([int(setting.layers)]).scaled(setting.scale)
+    return Choice(found.tried, found.chosen, found.within_budget, final)
