@@ -56,7 +56,7 @@ GOOD = {"positive": "yes", "negative": "no"}
         ([{"positive": 1, "negative": "no"}], "line 1: positive is empty or not a text"),
         ([GOOD, "{nonsense"], "line 2: not valid JSON"),
         ([GOOD, {"prompt": "a", **GOOD}], "line 2: some lines have a prompt"),
-        ([""], "no pairs"),
+        ([""], "the file is empty"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path, lines, message):
@@ -65,7 +65,7 @@ def test_malformed_files_are_refused(tmp_path, lines, message):
 
 
 def test_an_empty_side_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no prompts"):
+    with pytest.raises(InputError, match="the file is empty"):
         cv.load_contrast(written(tmp_path / "a.txt", "one"), written(tmp_path / "b.txt", ""))
 
 
