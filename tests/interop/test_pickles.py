@@ -15,7 +15,7 @@ import torch
 import commandv as cv
 import foreign
 from commandv.errors import FormatError
-from commandv.tensors import read_torch
+from commandv.storage.tensors import read_torch
 from foreign import D, weights
 
 seed, pyreft = foreign.seed, foreign.pyreft

@@ -8,7 +8,7 @@ import numpy as np
 
 from commandv.evaluation.results import Arm, Cell, Run, Sample
 from commandv.evaluation.tune import Setting, Tried
-from commandv.files import digest
+from commandv.storage.files import digest
 
 PAIRS = (("gemma-3-270m", "smollm2-135m-instruct"), ("smollm2-135m-instruct", "gemma-3-270m"))
 N_TEST, N_PASSAGES = 60, 20

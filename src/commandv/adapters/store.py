@@ -17,10 +17,10 @@ from pydantic_core import PydanticSerializationError
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
 from commandv.adapters.edit import Edit, Spec
-from commandv.directories import VERSION, Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
-from commandv.tensors import read_safetensors
+from commandv.storage.directories import VERSION, Kind, read_artefact, write_artefact
+from commandv.storage.tensors import read_safetensors
 
 EDITS: dict[str, type[Edit]] = {cls.kind: cls for cls in (Intervention, Carried)}
 ADAPTER = Kind("commandv-adapter", "tensors", lambda _config: ["tensors"])

@@ -51,9 +51,9 @@ def profile(
 ) -> None:
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
     import commandv as cv
-    from commandv.directories import require_place
     from commandv.profiles.profile import PROFILE
     from commandv.prompts.sets import load_prompt_sets
+    from commandv.storage.directories import require_place
 
     if out is not None:
         require_place(out, PROFILE)
@@ -101,8 +101,8 @@ def train(
     """Train an adapter of the ReFT family on examples."""
     import commandv as cv
     from commandv.adapters.store import ADAPTER
-    from commandv.directories import require_place
     from commandv.errors import InputError
+    from commandv.storage.directories import require_place
     from commandv.training.train import TRAINABLE
 
     require_place(out, ADAPTER)
@@ -149,7 +149,7 @@ def paste(
     """Carry a donor's adapter into a recipient, and measure the converters on prompts they have not seen."""
     import commandv as cv
     from commandv.adapters.store import ADAPTER
-    from commandv.directories import require_place
+    from commandv.storage.directories import require_place
 
     require_place(out, ADAPTER)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)

@@ -14,7 +14,6 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.adapters.store import ADAPTER, save
 from commandv.cli.tables import arms_table
-from commandv.directories import require_place
 from commandv.errors import InputError
 from commandv.evaluation import Comparison, compare, load_task
 from commandv.evaluation.arms import ARMS, PASTED, Made, arms_without, make_arm
@@ -25,6 +24,7 @@ from commandv.models.generation import generate
 from commandv.models.load import LM, load_model
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import load_prompts
+from commandv.storage.directories import require_place
 from commandv.transfer.link import link
 
 log = logging.getLogger(__name__)

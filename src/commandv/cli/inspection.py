@@ -123,9 +123,9 @@ def check() -> list[Check]:
     """Check Python, libraries, devices, the cache, disk space and the packaged models."""
     import torch
 
-    from commandv.files import CACHE_VARIABLE, cache_dir, storage_errors
     from commandv.models.gguf import PACKAGED, packaged_files
     from commandv.models.load import resolve_dtype
+    from commandv.storage.files import CACHE_VARIABLE, cache_dir, storage_errors
 
     checks = [
         Check("commandv", True, importlib.metadata.version("commandv")),

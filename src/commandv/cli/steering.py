@@ -53,8 +53,8 @@ def steer(
     """Make a steering adapter from contrasting prompts or replies."""
     import commandv as cv
     from commandv.adapters.store import ADAPTER
-    from commandv.directories import require_place
     from commandv.errors import InputError
+    from commandv.storage.directories import require_place
 
     require_place(out, ADAPTER)
     if negative_trigger is not None and trigger is None:

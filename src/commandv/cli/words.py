@@ -47,8 +47,8 @@ def demonstrate(
 ) -> None:
     """Have a donor with its adapter answer prompts, and keep the answers and what the adapter changes in them."""
     import commandv as cv
-    from commandv.directories import require_place
     from commandv.evaluation.graders import refusal
+    from commandv.storage.directories import require_place
     from commandv.transfer.distil.demonstrations import DEMONSTRATIONS
 
     require_place(out, DEMONSTRATIONS)
@@ -94,7 +94,7 @@ def distil(
     """Make an adapter of a model that behaves as demonstrations do, without training."""
     import commandv as cv
     from commandv.adapters.store import ADAPTER
-    from commandv.directories import require_place
+    from commandv.storage.directories import require_place
 
     require_place(out, ADAPTER)
     shown = cv.load_demonstrations(demonstrations)

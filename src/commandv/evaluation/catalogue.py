@@ -19,9 +19,9 @@ from commandv.evaluation.graders import GRADERS, Grader, answered, refusal
 from commandv.evaluation.reasoning import is_right, reasons_first
 from commandv.evaluation.tasks import ANSWER_TOKENS, ByText, Outcome, Split, Task
 from commandv.evaluation.tone import formal, positive_sentiment
-from commandv.files import require_file, storage_errors, write_text
 from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts, to_prompt
+from commandv.storage.files import require_file, storage_errors, write_text
 
 _DEV, _TEST, _TRAIN = ("dev", "validation", "valid", "val"), ("test",), ("train",)
 

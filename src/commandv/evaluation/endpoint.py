@@ -20,7 +20,7 @@ from commandv.errors import InputError, JudgeError
 from commandv.evaluation.client import Client, Pace, Response, retry_after_seconds, without_query
 from commandv.evaluation.judgments import Judgment, labels
 from commandv.prompts.sets import Prompt
-from commandv.reading import parse_json
+from commandv.storage.reading import parse_json
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from commandv.errors import FormatError, JudgeError, StorageError
-from commandv.files import cache_dir, digest, storage_errors
 from commandv.prompts.sets import Prompt
+from commandv.storage.files import cache_dir, digest, storage_errors
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ import torch
 
 from commandv.errors import InputError, ModelError
 from commandv.evaluation.judgments import Judgment, labels
-from commandv.files import digest, file_digest
 from commandv.models.encoding import pad
 from commandv.models.generation import batches, greedy
 from commandv.models.gguf import PACKAGED
 from commandv.models.load import LM, load_model
 from commandv.models.running import own_pass
 from commandv.prompts.sets import Prompt
+from commandv.storage.files import digest, file_digest
 
 log = logging.getLogger(__name__)
 

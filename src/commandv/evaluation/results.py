@@ -15,8 +15,8 @@ from commandv.errors import FormatError
 from commandv.evaluation.arms import Cost
 from commandv.evaluation.tune import Setting, Tried
 from commandv.evaluation.versions import VERSIONS
-from commandv.files import digest, write_text
-from commandv.reading import read_bytes
+from commandv.storage.files import digest, write_text
+from commandv.storage.reading import read_bytes
 
 VERSION = 3  # 1 named the files of cells by their models, behaviour and seed; 2 had a number per label, and one price
 SIGNIFICANT = 5  # digits of per-prompt figures

@@ -17,8 +17,8 @@ from commandv.evaluation.meter import Meter, price_scores
 from commandv.evaluation.scores import Score
 from commandv.evaluation.statistics import Comparison, compare, kappa
 from commandv.evaluation.tasks import Judge, Outcome, Task
-from commandv.files import file_name
 from commandv.models.load import LM
+from commandv.storage.files import file_name
 
 ADAPTED = "with the adapter"  # what the pasted arm is called where nothing is pasted
 

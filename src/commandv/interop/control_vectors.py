@@ -25,10 +25,10 @@ from commandv.adapters.adapter import Adapter, Intervention, low_rank
 from commandv.adapters.edit import require_numbers
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, StorageError
-from commandv.files import writing
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
-from commandv.reading import require_regular
+from commandv.storage.files import writing
+from commandv.storage.reading import require_regular
 
 ARCHITECTURE = "controlvector"
 Convention = Literal["llama.cpp", "from-zero"]

@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import builtin_path, read
-from commandv.directories import CONFIG
 from commandv.errors import FormatError, InputError
 from commandv.interop.control_vectors import Convention, is_control_vector, read_control_vector
 from commandv.interop.pyreft import is_pyreft, read_pyreft
 from commandv.interop.vectors import SUFFIXES, LayerConvention, read_vector
-from commandv.reading import read_json
+from commandv.storage.directories import CONFIG
+from commandv.storage.reading import read_json
 
 
 def detect(path: str | Path) -> str:

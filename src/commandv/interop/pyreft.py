@@ -19,8 +19,8 @@ from commandv.adapters.kinds import KINDS, Kind, Part, steering_vector
 from commandv.errors import FormatError
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions, as_positions
-from commandv.reading import number_of, read_json
-from commandv.tensors import read_torch
+from commandv.storage.reading import number_of, read_json
+from commandv.storage.tensors import read_torch
 
 KEY = re.compile(r"layer_(\d+)_comp_block_output_unit_pos_nunit_1#(\d+)")
 # What follows a representation's layer, component, unit, number of units and rank: parts of the stream, groups, links,

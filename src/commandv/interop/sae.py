@@ -22,12 +22,12 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
-from commandv.directories import new_directory, require_new
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
-from commandv.reading import number_of, read_json
-from commandv.tensors import read_safetensors
+from commandv.storage.directories import new_directory, require_new
+from commandv.storage.reading import number_of, read_json
+from commandv.storage.tensors import read_safetensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = ("standard", "jumprelu", "topk")

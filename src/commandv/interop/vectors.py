@@ -28,8 +28,8 @@ from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
-from commandv.reading import number_of, read_json
-from commandv.tensors import Stored, read_numpy, read_safetensors, read_torch
+from commandv.storage.reading import number_of, read_json
+from commandv.storage.tensors import Stored, read_numpy, read_safetensors, read_torch
 
 SUFFIXES = {".pt", ".pth", ".bin", ".npy", ".npz", ".safetensors", ".svec"}
 LayerConvention = Literal["blocks", "hidden-states"]

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, LinearAtte
 from commandv.errors import ModelError
 from commandv.models.passes import stream_of
 from commandv.models.running import evaluating
-from commandv.reading import first_line
+from commandv.storage.reading import first_line
 
 
 class Found(NamedTuple):

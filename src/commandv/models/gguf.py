@@ -14,9 +14,9 @@ from typing import Any
 import gguf
 import torch
 
-from commandv.directories import CONFIG, kept, new_directory
 from commandv.errors import FormatError, ModelError
-from commandv.files import cache_dir, digest, file_digest, file_name
+from commandv.storage.directories import CONFIG, kept, new_directory
+from commandv.storage.files import cache_dir, digest, file_digest, file_name
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import xxhash
 from torch import Tensor, nn
 
 from commandv.errors import InputError, MismatchError
-from commandv.files import digest
 from commandv.models.live import attached, foreign_hooks
 from commandv.models.template import MARK, render, source_of
+from commandv.storage.files import digest
 
 if TYPE_CHECKING:
     from commandv.models.load import LM

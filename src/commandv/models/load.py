@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from commandv.errors import InputError, ModelError
-from commandv.files import digest
 from commandv.models.blocks import device_of, find_blocks
 from commandv.models.identity import ModelRef, weights_hash
 from commandv.models.live import attached
 from commandv.models.running import compiled
 from commandv.models.template import ChatFormat, check_format, source_of
-from commandv.reading import MOST_TEXT, first_line, read_json
+from commandv.storage.files import digest
+from commandv.storage.reading import MOST_TEXT, first_line, read_json
 
 Template = Literal["auto", "chat", "plain"]
 

@@ -6,8 +6,8 @@ import hashlib
 import logging
 from pathlib import Path
 
-from commandv.directories import PARTS
-from commandv.files import put, real, storage_errors
+from commandv.storage.directories import PARTS
+from commandv.storage.files import put, real, storage_errors
 
 log = logging.getLogger(__name__)
 

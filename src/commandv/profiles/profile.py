@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from commandv.directories import Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError, MismatchError
-from commandv.files import digest
 from commandv.models.identity import ModelRef
-from commandv.tensors import read_safetensors
+from commandv.storage.directories import Kind, read_artefact, write_artefact
+from commandv.storage.files import digest
+from commandv.storage.tensors import read_safetensors
 
 END = -1  # the offset of a prompt's last token, which has no place in the text
 PROFILE = Kind(

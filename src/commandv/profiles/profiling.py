@@ -16,9 +16,7 @@ from safetensors.torch import load
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from commandv.directories import CONFIG, kept, read_config, require_place
 from commandv.errors import FormatError, InputError, MismatchError
-from commandv.files import cache_dir, digest, file_name
 from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.models.generation import batches
 from commandv.models.identity import ModelRef, identity
@@ -29,6 +27,8 @@ from commandv.profiles.parts import read_part, write_part
 from commandv.profiles.profile import END, PROFILE, Places, Profile, load_profile, save_profile
 from commandv.progress import track
 from commandv.prompts.sets import Prompt, PromptSet, as_prompts
+from commandv.storage.directories import CONFIG, kept, read_config, require_place
+from commandv.storage.files import cache_dir, digest, file_name
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from commandv.errors import InputError
-from commandv.files import digest
-from commandv.reading import first_line, parse_json, read_text
+from commandv.storage.files import digest
+from commandv.storage.reading import first_line, parse_json, read_text
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "conversations", "input", "goal")
 FOLDERS = ("prompts", "behaviours", "contrasts")  # of data/; contrasts are for `load_contrast`

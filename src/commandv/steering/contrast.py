@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from commandv.errors import InputError
-from commandv.files import digest
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts
+from commandv.storage.files import digest
 
 
 @dataclass(frozen=True)

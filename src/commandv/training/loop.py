@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from commandv.errors import FormatError, InputError
-from commandv.files import require_file, tidy, write_bytes
 from commandv.progress import track
-from commandv.reading import parse_json
-from commandv.tensors import read_safetensors
+from commandv.storage.files import require_file, tidy, write_bytes
+from commandv.storage.reading import parse_json
+from commandv.storage.tensors import read_safetensors
 
 log = logging.getLogger(__name__)
 

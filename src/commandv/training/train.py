@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind
 from commandv.errors import InputError
-from commandv.files import digest
 from commandv.models.encoding import pad
 from commandv.models.identity import identity, require_own
 from commandv.models.layers import LayerChoice, choose_layers, every_other
@@ -31,6 +30,7 @@ from commandv.models.load import LM
 from commandv.positions import Positions, as_positions
 from commandv.profiles.profiling import read_rows
 from commandv.prompts.sets import PromptSet
+from commandv.storage.files import digest
 from commandv.training.examples import Example, read_examples, reply_loss, shared_beginning
 from commandv.training.loop import Descent
 

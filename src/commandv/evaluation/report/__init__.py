@@ -21,7 +21,7 @@ from commandv.evaluation.report.figure import effect_against_price, require_matp
 from commandv.evaluation.report.findings import ALPHA, WHOLE, Group, groups
 from commandv.evaluation.report.tables import Grid
 from commandv.evaluation.results import Run
-from commandv.files import require_file, write_text
+from commandv.storage.files import require_file, write_text
 
 __all__ = ["require_report_place", "write_report"]
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from commandv.directories import locked
 from commandv.errors import CommandVError, FormatError, InputError
 from commandv.evaluation.catalogue import NO_TASKS
 from commandv.evaluation.results import Cell, Run, cell_key, load_cell, load_head, load_run, save_cell, save_head
@@ -21,10 +20,11 @@ from commandv.evaluation.study.schema import CellSpec, Study
 from commandv.evaluation.study.shared import Shared
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.versions import VERSIONS
-from commandv.files import LOCK, is_temporary, storage_errors, tidy
 from commandv.progress import track
 from commandv.prompts.sets import load_prompts
 from commandv.steering import load_contrast
+from commandv.storage.directories import locked
+from commandv.storage.files import LOCK, is_temporary, storage_errors, tidy
 
 log = logging.getLogger(__name__)
 

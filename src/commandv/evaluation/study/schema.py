@@ -16,8 +16,8 @@ from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, 
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.tune import Setting, grid
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
-from commandv.reading import read_yaml
 from commandv.steering import load_contrast
+from commandv.storage.reading import read_yaml
 
 
 class CellSpec(NamedTuple):

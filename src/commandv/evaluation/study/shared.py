@@ -15,7 +15,6 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import ADAPTER, save
-from commandv.directories import CONFIG, kept
 from commandv.errors import CommandVError
 from commandv.evaluation.arms import DIRECT, UNMODIFIED, Cost, Made
 from commandv.evaluation.catalogue import NO_TASKS, load_task
@@ -26,7 +25,6 @@ from commandv.evaluation.study.parts import Behaviour
 from commandv.evaluation.study.schema import Study
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.tune import Setting, Tried, Tuned
-from commandv.files import cache_dir, digest, file_name, remove
 from commandv.interop.load import load_adapter
 from commandv.models.identity import identity
 from commandv.models.layers import choose_layers
@@ -34,6 +32,8 @@ from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import load_prompts
 from commandv.steering import directions, from_directions, load_contrast
+from commandv.storage.directories import CONFIG, kept
+from commandv.storage.files import cache_dir, digest, file_name, remove
 from commandv.training.train import TRAINABLE, TrainSettings, train
 
 log = logging.getLogger(__name__)

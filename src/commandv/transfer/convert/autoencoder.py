@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from commandv.adapters.network import Network
 from commandv.errors import InputError
-from commandv.files import digest
+from commandv.storage.files import digest
 from commandv.training.loop import Descent, Learned
 from commandv.transfer.convert.fitters import check_pairs
 from commandv.transfer.convert.kept import Kept

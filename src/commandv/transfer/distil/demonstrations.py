@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from commandv.directories import Kind, read_artefact, write_artefact
 from commandv.errors import FormatError, InputError
-from commandv.files import digest
 from commandv.models.identity import ModelRef
-from commandv.tensors import read_safetensors
+from commandv.storage.directories import Kind, read_artefact, write_artefact
+from commandv.storage.files import digest
+from commandv.storage.tensors import read_safetensors
 
 DEMONSTRATIONS = Kind("commandv-demonstrations", "tensors", lambda _config: ["tensors"])
 END = ""  # the text of the token that ends an answer

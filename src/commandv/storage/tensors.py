@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from commandv.errors import CommandVError, FormatError
-from commandv.reading import DAMAGED, DEPTH, first_line, require_regular
+from commandv.storage.reading import DAMAGED, DEPTH, first_line, require_regular
 
 _DAMAGED = (*DAMAGED, safetensors.SafetensorError)
 MOST_ARCHIVE = 1 << 30  # bytes that a compressed archive of arrays may unpack to

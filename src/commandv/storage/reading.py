@@ -1,7 +1,7 @@
 """Reading files of others: what is read is bounded before it is parsed, and every refusal is of our own kind.
 
 A file is regular (a FIFO would wait for ever, a device never ends), text is UTF-8 of bounded size, JSON and YAML are
-bounded in depth and in the length of numbers and hold no half of a surrogate pair. Tensors: `commandv.tensors`.
+bounded in depth and in the length of numbers and hold no half of a surrogate pair. Tensors: `commandv.storage.tensors`.
 """
 
 from __future__ import annotations

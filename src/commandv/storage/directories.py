@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from commandv.errors import FormatError, InputError, StorageError
-from commandv.files import LOCK, TRIES, exclusive, is_temporary, put, real, sha256_of, storage_errors, sync
-from commandv.reading import read_json
+from commandv.storage.files import LOCK, TRIES, exclusive, is_temporary, put, real, sha256_of, storage_errors, sync
+from commandv.storage.reading import read_json
 
 CONFIG = "config.json"
 VERSION = 2  # of directories of ours; 1 had data files of fixed names without hashes

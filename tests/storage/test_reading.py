@@ -22,8 +22,8 @@ from commandv.evaluation.catalogue import load_splits
 from commandv.evaluation.study import load_study
 from commandv.interop.sae import SAE, load_sae, save_sae
 from commandv.profiles.profile import load_profile
-from commandv.reading import DEPTH, parse_json, read_json, read_text, read_yaml
-from commandv.tensors import read_numpy, read_safetensors, read_torch
+from commandv.storage.reading import DEPTH, parse_json, read_json, read_text, read_yaml
+from commandv.storage.tensors import read_numpy, read_safetensors, read_torch
 
 DEEP = {
     "lists": "[" * 100_000 + "]" * 100_000,

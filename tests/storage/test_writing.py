@@ -14,12 +14,12 @@ import command_line
 import commandv as cv
 import tiny
 from command_line import fails
-from commandv.directories import new_directory
 from commandv.errors import FormatError, InputError, StorageError
-from commandv.files import write_text, writing
 from commandv.interop.control_vectors import write_control_vector
 from commandv.interop.sae import SAE, save_sae
 from commandv.positions import EVERYWHERE
+from commandv.storage.directories import new_directory
+from commandv.storage.files import write_text, writing
 from stored import data_file
 
 PROMPTS = ["one tea", "two teas"]
@@ -235,7 +235,7 @@ def test_a_directory_of_others_files_killed_at_any_moment_is_filled_by_the_next(
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", replace)
-            patch.setattr("commandv.directories._undo", lambda *_: None)  # a killed process does not clear up
+            patch.setattr("commandv.storage.directories._undo", lambda *_: None)  # a killed process does not clear up
             if moment < 4:
                 with pytest.raises(Killed):
                     fill(target)

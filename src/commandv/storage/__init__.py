@@ -1,0 +1,1 @@
+"""Storage: how files are written, replaced and read, whoever made them."""
