@@ -46,7 +46,7 @@ def brief(monkeypatch):
     """Training on the donor's answers in one quick epoch; random models' answers may loop."""
     monkeypatch.setattr(arms, "PRACTICE_SETTINGS", cv.TrainSettings(epochs=1, max_response=3, batch_size=4))
     monkeypatch.setattr("commandv.evaluation.material.ANSWER_TOKENS", 4)
-    monkeypatch.setattr("commandv.evaluation.material.loops", lambda text: False)
+    monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: False)
 
 
 # -- the table: every entry -------------------------------------------------------------------------------------------
@@ -173,7 +173,8 @@ def test_the_donor_answers_once_for_all_arms_that_learn_from_it(material, monkey
     original = cv.generate
     fresh = dataclasses.replace(material, link=cv.link(material.link.donor, material.link.recipient))
     monkeypatch.setattr(
-        "commandv.evaluation.material.generate", lambda *args, **options: asked.append(1) or original(*args, **options)
+        "commandv.transfer.distil.demonstrate.generate",
+        lambda *args, **options: asked.append(1) or original(*args, **options),
     )
     make_arm("few-shot", fresh)
     make_arm("donor-answers", dataclasses.replace(fresh, setting=Setting("all_layers")))

@@ -23,9 +23,8 @@ from commandv.prompts.sets import load_prompts
 from places import ROOT
 
 STUDIES = ROOT / "studies"
-QUESTIONS = [
-    {"prompt": f"What is {n} and {m}?", "split": "dev" if m == 0 else "test"} for n in range(4) for m in (0, 1)
-]
+QUESTIONS = [{"prompt": f"What is {n} and 0?", "split": "dev"} for n in range(10)]  # enough for two contexts
+QUESTIONS += [{"prompt": f"What is {n} and 1?", "split": "test"} for n in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def short(monkeypatch):
     # Training on the donor's answers in one quick epoch; random models' answers may loop.
     monkeypatch.setattr(arms, "PRACTICE_SETTINGS", cv.TrainSettings(epochs=1, max_response=3, batch_size=4))
     monkeypatch.setattr("commandv.evaluation.material.ANSWER_TOKENS", 4)
-    monkeypatch.setattr("commandv.evaluation.material.loops", lambda text: False)
+    monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: False)
 
 
 def test_a_run_measures_every_arm(content, tmp_path):
@@ -292,7 +291,7 @@ def test_a_vector_is_measured_beside_the_native_one(kind, steered, tmp_path, cac
     tried = {method: [one.setting.scale for one in many] for method, many in cell.curve.items()}
     tuned = ("pasted", "text-bridge", "direct", "random", "random-in-span")
     assert tried == {name: [0.5, 1.0] for name in tuned}
-    elsewhere = ("unmodified", "donor", "few-shot", "donor-answers")
+    elsewhere = ("unmodified", "donor", "few-shot", "context", "vocabulary", "donor-answers")
     assert all(arm.layers == [tiny.LAYERS // 2] for arm in cell.arms if arm.method not in elsewhere)
 
 
@@ -435,11 +434,11 @@ def test_a_judge_that_raises_fails_its_cell_and_is_named(content, tmp_path):
 
 
 def test_an_arm_that_cannot_be_made_is_told_and_the_others_stand(content, tmp_path, monkeypatch):
-    monkeypatch.setattr("commandv.evaluation.material.loops", lambda text: True)
+    monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: True)
     (cell,) = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run").cells
     assert cell.state == "done"
-    assert set(cell.missing) == {"few-shot", "donor-answers"}
-    assert "empty or loop" in cell.missing["few-shot"]
+    assert set(cell.missing) == {"few-shot", "context", "vocabulary", "donor-answers"}
+    assert "answers can be used" in cell.missing["few-shot"]
     assert {arm.method for arm in cell.arms} >= {"pasted", "random", "direct"}
 
 

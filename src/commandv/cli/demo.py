@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 MODELS = ("gemma-3-270m", "smollm2-135m-instruct")
 BEHAVIOUR = "numbered-list"
-LEFT_OUT = ("mean-ablation", "text-bridge", "donor-answers")  # minutes each; a study has them
+LEFT_OUT = ("mean-ablation", "text-bridge", "context", "vocabulary", "donor-answers")  # minutes each; a study has them
 N_ASKED = 32  # development prompts that the donor answers for the few-shot prompt
-DONOR = "donor with its own adapter"
+DONOR = "donor"
 N_SHOWN, SHOWN_TOKENS = 3, 32
 
 
@@ -93,7 +93,8 @@ def run(n: int, out: Path, *, quiet: bool = False) -> dict[str, Any]:
         found[DONOR] = own
         results[f"{donor} -> {recipient}"] = {"adapter": str(place), "rows": _plain(rows, found, made)}
         console.print(_table(f'Share of answers that are a numbered list, "{recipient}"', rows, found, made))
-        console.print("\n".join(f"{name}: {ARMS[name].about}" for name in made), style="dim")
+        meanings = [f"{name}: {ARMS[name].about}" for name in made]
+        console.print("\n".join([*meanings, f"{DONOR}: {donor} with its own adapter"]), style="dim")
         _show_texts(console, models[recipient], pasted, prompts.texts[:N_SHOWN])
         console.print(f"\nThe pasted adapter is in {place}")
     return results

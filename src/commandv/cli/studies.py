@@ -78,7 +78,7 @@ def evaluate(
         return
     aim = "more is the aim" if found.task.success == "more" else "less is the aim"
     for name, rows in found.rows.items():
-        title = f"{found.task.name}, judged by {name} ({aim}); KL in nats per token of benign text"
+        title = f"{found.task.name}, judged by {name} ({aim})"
         output(arms_table(title, rows, price=found.price, loops=found.loops, words=found.words))
     for line in found.notes:
         output(escaped(line))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from commandv.evaluation.scores import Score
@@ -53,24 +54,28 @@ def arms_table(
         words: arm -> mean length of its answers.
         tokens: arm -> tokens that it adds to every request; without it there is no such column.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    unit = rows[0].score.unit
-    headers = [f"{unit} [95 %]", "n", "difference", "p (Holm)", "recovered", "loops", "words", "KL at 1st", "KL after"]
+    unit, n = rows[0].score.unit, "/".join(dict.fromkeys(str(row.score.n) for row in rows))
+    table = Table(
+        title=f"{title}; n = {n}, 95 % intervals, p by Holm, KL in nats per token",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        collapse_padding=True,
+    )
+    table.add_column("", no_wrap=True)
+    headers = [unit, "difference", "p", "recovered", "loops", "words", "KL 1st", "KL after"]
     for header in [*headers, *(["tokens"] if tokens is not None else [])]:
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=header in (unit, "difference", "recovered"))
     for row in rows:
         cost = price.get(row.method, {})
         cells = [
             _with_interval(row.score),
-            str(row.score.n),
             _with_interval(row.difference),
             "" if row.adjusted is None else f"{row.adjusted:.3f}" if row.adjusted >= 0.001 else "< .001",
             _with_interval(row.recovered),
             f"{loops[row.method].value:.2f}",
             f"{words[row.method]:.0f}",
-            _with_interval(cost.get("kl_first")),
-            _with_interval(cost.get("kl_after")),
+            *(f"{cost[name].value:.2f}" if name in cost else "" for name in ("kl_first", "kl_after")),
         ]
         if tokens is not None:
             cells.append(f"{tokens.get(row.method, 0):.0f}")
@@ -79,4 +84,4 @@ def arms_table(
 
 
 def _with_interval(score: Score | None) -> str:
-    return "" if score is None else f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]"
+    return "" if score is None else f"{score.value:.2f}\n[{score.low:.2f}, {score.high:.2f}]"

@@ -31,6 +31,7 @@ from commandv.positions import Positions
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import mean_states
 from commandv.training.train import DiReFT, TrainSettings, train
+from commandv.transfer.distil.distil import distil
 
 BRIDGE_PROMPTS = 64  # profile prompts that the donor answers for the text bridge
 BRIDGE_TOKENS = 16  # of each answer
@@ -138,6 +139,11 @@ def few_shot(material: Material) -> list[tuple[str, str]]:
     return [(one.text, one.response) for one in drawn]
 
 
+def distilled(material: Material, by: str) -> Adapter:
+    """Return an adapter of the recipient that was fitted, without training, to what the donor says."""
+    return distil(material.recipient_lm, material.demonstrations(), by=by, seed=material.seed)
+
+
 def trained_on_answers(material: Material) -> Adapter:
     """Return an adapter that the recipient was trained to on the donor's answers."""
     settings = replace(PRACTICE_SETTINGS, seed=material.seed)
@@ -243,6 +249,14 @@ ARMS: dict[str, Arm] = {
         strength="tuned",
     ),
     "few-shot": Arm(few_shot, f"{DEMONSTRATIONS} of the donor's answers as earlier turns", needs=_DONOR),
+    "context": Arm(
+        lambda one: distilled(one, "context"), "fitted to what the donor's answers as context change", needs=_DONOR
+    ),
+    "vocabulary": Arm(
+        lambda one: distilled(one, "vocabulary"),
+        "fitted to what the adapter changes in the donor's words, through shared tokens",
+        needs=_DONOR,
+    ),
     "donor-answers": Arm(
         trained_on_answers, "trained on the donor's answers", needs=_DONOR, epochs=PRACTICE_SETTINGS.epochs
     ),

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
-from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.evaluation.tune import Setting
-from commandv.models.generation import generate
 from commandv.models.layers import all_layers, choose_layers
 from commandv.models.load import LM
 from commandv.positions import EVERYWHERE, Positions
 from commandv.profiles.profile import END
-from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import carry_directions, from_directions
 from commandv.steering.carrying import Rescale
+from commandv.transfer.distil.demonstrate import demonstrate
+from commandv.transfer.distil.demonstrations import Demonstrations
 from commandv.transfer.link import Link
 from commandv.transfer.match import Matcher, covering, nearest, proportional
 from commandv.transfer.paste import as_published, random_like
@@ -122,33 +121,31 @@ class Material:
             raise InputError("no adapter trained on the recipient is given; give one, or leave the direct arm out")
         return self.direct
 
-    def donors_answers(self) -> PromptSet:
-        """Return the prompts of the behaviour with the donor's answers, its adapter attached; those that loop left out.
+    def demonstrations(self) -> Demonstrations:
+        """Return the donor's answers to the behaviour's prompts, and what its adapter changes in them.
 
         Raises:
             InputError: no donor or no prompts, or no answer that is any good.
         """
-        return self.kept(("answers", self.adapter), self._answers)
+        if self.donor_lm is None or self.asked is None:
+            raise InputError("the donor's answers are wanted: give donor_lm= and asked=, or leave out the arms of them")
+        donor, asked = self.donor_lm, self.asked
+        return self.kept(
+            ("demonstrations", self.adapter),
+            lambda: demonstrate(donor, self.adapter, asked, max_new_tokens=ANSWER_TOKENS, batch_size=64),
+        )
+
+    def donors_answers(self) -> PromptSet:
+        """Return the prompts of the behaviour with the donor's answers to them."""
+        found = self.demonstrations()
+        pairs = zip(found.prompts, found.answers, strict=True)
+        return PromptSet(tuple(Prompt(*one) for one in pairs), "answers of the donor")
 
     def kept(self, name: Hashable, make: Callable[[], Any]) -> Any:
         """Return what was made under this name before, or make it; it does not depend on the setting."""
         if self.link is None or self.link.kept is None:
             return make()
         return self.link.kept.get(name, make)
-
-    def _answers(self) -> PromptSet:
-        if self.donor_lm is None or self.asked is None:
-            raise InputError("the donor's answers are wanted: give donor_lm= and asked=, or leave out the arms of them")
-        with attach(self.donor_lm, self.adapter):
-            answers = generate(self.donor_lm, self.asked, max_new_tokens=ANSWER_TOKENS, batch_size=64)
-        good = [
-            Prompt(text, answer)
-            for text, answer in zip(self.asked.texts, answers, strict=True)
-            if answer.strip() and not loops(answer)
-        ]
-        if not good:
-            raise InputError(f"the donor's {len(answers)} answers are empty or loop; check its adapter")
-        return PromptSet(tuple(good), "answers of the donor")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
