@@ -180,7 +180,7 @@ def test_repetition_over_answers():
         3,
         "share",
     )
-    with pytest.raises(InputError, match="no outcomes"):
+    with pytest.raises(InputError, match="no labels"):
         repetition([])
 
 
