@@ -18,13 +18,13 @@ import numpy as np
 from scipy import stats
 
 from commandv.evaluation.scores import pooled
-from commandv.evaluation.statistics import difference, paired_p, recovered_fraction
+from commandv.evaluation.statistics import difference, recovered_fraction
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "coverage.md"
-RATES, PROMPTS, SEEDS = (0.05, 0.2, 0.5, 0.8, 0.95), (48, 96, 128), (1, 3)
+RATES, PROMPTS, SEEDS = (0.05, 0.2, 0.5, 0.8, 0.95), (48, 128), (1, 3)
 PROMPT_SD = (0.5, 1.0, 2.0)
 SEED_SD = (0.1, 0.3, 0.5)  # at a rate of one half, seeds between .46 and .54, .38 and .62, .31 and .69 (one sd)
-DRAWS = 1000
+DRAWS = 400
 Spread = tuple[float, float]  # of prompts, of seeds
 Found = dict[tuple[str, int, float, int, Spread], float]
 
@@ -62,7 +62,8 @@ def covered(rng: np.random.Generator, rate: float, prompts: int, seeds: int, spr
         found["recovered"] = fraction.low <= (t1 - t0) / (t2 - t0) <= fraction.high
     same = (spread[0], spread[1] if seeds > 1 else 0.0)
     (_, a, b), _ = arms(rng, (rate, rate, rate), prompts, seeds, same)
-    found["nothing found"] = paired_p(a, b, "rate") > 0.05
+    same_rates = difference("", a, b, "rate")  # p is at most .05 where this leaves 0 out
+    found["nothing found"] = same_rates.low <= 0 <= same_rates.high
     words = rng.normal(size=(1, prompts)) * spread[0] + rng.normal(size=(seeds, 1)) * same[1]
     mean = pooled("", words + rng.normal(size=(seeds, prompts)), "words")
     return found | {"mean": mean.low <= 0 <= mean.high}
