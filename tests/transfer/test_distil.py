@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import commandv as cv
-from commandv.errors import InputError, ModelError
+from commandv.errors import InputError
 from commandv.models.encoding import encode, last_logits, pad
 from commandv.transfer.distil import context as context_module
 from commandv.transfer.distil.context import demonstration_sets
@@ -172,7 +172,7 @@ def test_the_head_is_differentiated_as_autograd_would(arch):
 
 def test_a_head_of_another_form_is_refused():
     lm = tiny_lm("gemma2", chat=True, final_logit_softcapping=0.5)
-    with pytest.raises(ModelError, match="by='context'"):
+    with pytest.raises(InputError, match="by='context'"):
         cv.distil(lm, shown(), by="vocabulary")
 
 

@@ -55,8 +55,7 @@ def distil(
 
     Raises:
         InputError: an unknown method, too few demonstrations, contexts that do not fit, tokenizers that share too few
-            tokens for the vocabulary, or something attached to the recipient.
-        ModelError: a head that the vocabulary and the answers cannot go through.
+            tokens or have a head for the vocabulary, or something attached to the recipient.
     """
     require_own(recipient, "distilling")
     if rank < 1 or rank > recipient.d_model or batch_size < 1:

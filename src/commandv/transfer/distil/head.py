@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from commandv.errors import ModelError
+from commandv.errors import InputError
 from commandv.models.encoding import encode, last_logits, pad
 from commandv.models.live import reading
 from commandv.models.load import LM
@@ -37,7 +37,7 @@ class Head:
         """Find a model's head.
 
         Raises:
-            ModelError: its logits are another function of the stream (soft-capped, scaled, with a bias).
+            InputError: its logits are another function of the stream (soft-capped, scaled, with a bias).
         """
         norm = next((one for name in NORMS if (one := getattr(lm.owner, name, None)) is not None), None)
         out = lm.model.get_output_embeddings()
@@ -100,8 +100,8 @@ class Head:
         return taken - x * (x * taken).mean(1, keepdim=True)
 
 
-def _unlike(lm: LM) -> ModelError:
-    return ModelError(
+def _unlike(lm: LM) -> InputError:
+    return InputError(
         f"{lm.id}: its logits are not a norm and an unembedding of the last block's stream alone (they are soft-capped "
         "or scaled, or have a bias), which by='vocabulary' and 'answers' need; use by='context'"
     )
