@@ -366,6 +366,11 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         write_report(runs.study(cells=[]), tmp_path)
 
 
+def test_numbers():
+    told = [(0.126, "0.13"), (-0.001, "0.00"), (1234.5, "1234"), (3.03e9, "3.0e+09"), (float("inf"), "∞")]
+    assert [tables.number(value) for value, _ in told] == [text for _, text in told]
+
+
 def test_layer_ranges():
     assert tables.layer_ranges([1, 2, 4, 6, 7, 8]) == "1, 2, 4, 6 to 8"
     assert tables.layer_ranges([]) == "–"

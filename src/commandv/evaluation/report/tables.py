@@ -50,6 +50,8 @@ def number(value: float, digits: int = 2) -> str:
         return "unknown"
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
+    if abs(value) >= 1e6:
+        return f"{value:.1e}"
     text = f"{value:.{digits if abs(value) < 1000 else 0}f}"
     return text.removeprefix("-") if not float(text) else text
 
