@@ -187,7 +187,7 @@ def test_rows_with_another_label_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no prompts. Expected rows like"),
+        ("", "the file is empty"),
         ('{"prompt": "a", "answer": "1"}\n{"prompt": \n', "line 2: not valid JSON"),
         ('{"prompt": "a", "answer": "1"}\n{"promt": "b"}\n', "line 2: no column prompt"),
         ('{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', "line 2: no answer to compare with"),
