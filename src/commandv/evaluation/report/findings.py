@@ -199,7 +199,11 @@ def _price(arms: Sequence[Arm], task: str) -> dict[str, Score]:
                 values.append(float(np.mean(given)))
         averaged[measure] = values
     found = price_scores(averaged)
-    return found | {name: mean(name, averaged[name], "") for name in ("loops", "words") if averaged[name]}
+    if averaged["words"]:
+        found["words"] = mean("words", averaged["words"], "words")
+    if loops := [one["loops"] for one in many if one["loops"]]:
+        found["loops"] = pooled("loops", loops, "rate")
+    return found
 
 
 def _verdict(judged: dict[str, Labels], found: dict[str, Comparison], unit: str, success: Success) -> Verdict:
