@@ -4,16 +4,9 @@ import pytest
 import torch
 
 import tiny
+from caching import cache as cache
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache directory of its own."""
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("COMMANDV_CACHE", str(path))
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -183,7 +183,7 @@ def study(kill: Killing, folder: Path) -> None:
 def _timeless(run: Run) -> list[Any]:
     def without(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: without(one) for key, one in value.items() if key != "seconds"}
+            return {key: without(one) for key, one in value.items() if key not in ("seconds", "cost")}
         return [without(one) for one in value] if isinstance(value, list) else value
 
     return [without(cell.model_dump(mode="json")) for cell in run.cells]

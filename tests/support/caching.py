@@ -1,0 +1,13 @@
+"""A cache directory for every test, so that none sees what others have left."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Every test has a cache directory of its own."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("COMMANDV_CACHE", str(path))
+    return path
