@@ -7,30 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
-from commandv.cli.app import app
+from commandv.cli.app import verb
 from commandv.cli.options import (
     GENERAL,
+    AdapterFile,
+    Attached,
     BatchSize,
-    Device,
-    Dtype,
     Json,
+    Loading,
+    MaxNewTokens,
     Model,
+    Out,
     PromptsOption,
-    SameAs,
-    System,
-    Template,
-    TemplateOption,
+    Reading,
+    Scale,
     escaped,
     fitter,
     output,
     show,
-    template_options,
 )
 
 
-@app.command()
+@verb
 def profile(
     model: Model,
+    how: Loading,
     prompts: PromptsOption = GENERAL,
     text: Annotated[str, typer.Option(help="Passages for text rows; 'none' to leave them out.")] = "builtin:text",
     limit: Annotated[int | None, typer.Option(help="Use the first so many prompts of each set.")] = None,
@@ -41,12 +42,6 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="Where to keep it. Default: the cache.")] = None,
     batch_size: BatchSize = 16,
     max_length: Annotated[int | None, typer.Option(help="Cut longer prompts at their beginning.")] = None,
-    dtype: Dtype = None,
-    device_map: Device = None,
-    template: Template = "auto",
-    system: System = None,
-    template_option: TemplateOption = None,
-    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
@@ -57,10 +52,7 @@ def profile(
 
     if out is not None:
         require_place(out, PROFILE)
-    lm = cv.load_model(
-        model, dtype=dtype, device_map=device_map, template=template, system=system,
-        template_options=template_options(template_option), same_as=same_as,
-    )  # fmt: skip
+    lm = how.load(model)
     passages = None if text == "none" else cv.load_prompts(text)
     asked = load_prompt_sets(prompts, limit=limit)
     made = cv.profile(
@@ -75,11 +67,12 @@ def profile(
     show({**facts, "d_model": made.d_model}, as_json)
 
 
-@app.command()
+@verb
 def train(
     model: Model,
+    how: Loading,
     examples: Annotated[str, typer.Argument(help="{prompt, response} examples: a .jsonl / .csv file or builtin:NAME.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the adapter.")],
+    out: Out,
     kind: Annotated[str, typer.Option(help="Kind of the ReFT family, as direft, nodireft or loreft.")] = "direft",
     rank: Annotated[int, typer.Option(help="Directions read and written per layer.")] = 8,
     layers: Annotated[str, typer.Option(help="every_other, all_layers, last_third, ... or 4,8,12.")] = "every_other",
@@ -90,12 +83,6 @@ def train(
     batch_size: BatchSize = 16,
     seed: Annotated[int, typer.Option(help="Of initial values and of the order of examples.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="File to resume from after a cut.")] = None,
-    dtype: Dtype = None,
-    device_map: Device = None,
-    template: Template = "auto",
-    system: System = None,
-    template_option: TemplateOption = None,
-    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Train an adapter of the ReFT family on examples."""
@@ -108,10 +95,7 @@ def train(
     require_place(out, ADAPTER)
     if kind not in TRAINABLE:
         raise InputError(f"kind {kind!r}: expected one of {', '.join(TRAINABLE)}")
-    lm = cv.load_model(
-        model, dtype=dtype, device_map=device_map, template=template, system=system,
-        template_options=template_options(template_option), same_as=same_as,
-    )  # fmt: skip
+    lm = how.load(model)
     rows = cv.load_prompts(examples)
     settings = cv.TrainSettings(
         epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, max_response=max_response
@@ -124,12 +108,13 @@ def train(
     show({"adapter": str(out), "held_out_loss": losses, "parameters": adapter.n_parameters}, as_json)
 
 
-@app.command()
+@verb
 def paste(
-    adapter: Annotated[str, typer.Argument(help="The donor's adapter: ours, pyreft's, a vector file, or builtin:...")],
+    adapter: AdapterFile,
     donor: Annotated[Path, typer.Argument(help="Profile directory of the donor.")],
     recipient: Annotated[Path, typer.Argument(help="Profile directory of the recipient.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the pasted adapter.")],
+    out: Out,
+    reading: Reading,
     fit: Annotated[
         str, typer.Option(help="ridge, pinv (as published), affine, reduced-rank, procrustes, fourier, autoencoder.")
     ] = "ridge",
@@ -137,8 +122,7 @@ def paste(
     layers: Annotated[
         str, typer.Option(help="Recipient layers to act on: last_third, all_layers, 4,8.")
     ] = "last_third",
-    scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
-    layer: Annotated[int | None, typer.Option(help="For a bare vector: the donor layer it acts on.")] = None,
+    scale: Scale = 1.0,
     same_as: Annotated[
         str,
         typer.Option(metavar="NAME", help="Take the adapter's model for the one of this name: the donor profile's."),
@@ -153,7 +137,7 @@ def paste(
 
     require_place(out, ADAPTER)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)
-    original = cv.load_adapter(adapter, layer=layer, same_as=same_as)
+    original = reading.load(adapter, same_as=same_as)
     link, where = cv.link(one, two, fit=fitter(fit)), {"match": _matcher(match), "layers": layers}
     pasted = link.paste(original, **where, scale=scale)
     cv.save(pasted, out)
@@ -168,22 +152,17 @@ def paste(
     show({"adapter": str(out), "layers": pasted.layers, "parameters": pasted.n_parameters}, False)
 
 
-@app.command()
+@verb
 def generate(
     model: Model,
+    how: Loading,
+    reading: Reading,
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="A prompt set instead.")] = None,
-    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Adapter to attach.")] = None,
-    scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
-    layer: Annotated[int | None, typer.Option(help="For a bare vector: the layer it acts on.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    adapter: Attached = None,
+    scale: Scale = 1.0,
+    max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 16,
-    dtype: Dtype = None,
-    device_map: Device = None,
-    template: Template = "auto",
-    system: System = None,
-    template_option: TemplateOption = None,
-    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Answer prompts greedily, with or without an adapter."""
@@ -195,11 +174,8 @@ def generate(
     if bool(prompt) == bool(prompts):
         raise InputError("give prompts as arguments, or --prompts with a set; one of the two")
     texts = cv.load_prompts(prompts).texts if prompts else list(prompt or [])
-    attached = cv.load_adapter(adapter, layer=layer) if adapter else None
-    lm = cv.load_model(
-        model, dtype=dtype, device_map=device_map, template=template, system=system,
-        template_options=template_options(template_option), same_as=same_as,
-    )  # fmt: skip
+    attached = reading.load(adapter) if adapter else None
+    lm = how.load(model)
     with cv.attach(lm, attached, scale=scale) if attached else contextlib.nullcontext():
         answers = cv.generate(lm, texts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if as_json:
@@ -209,19 +185,19 @@ def generate(
         output(f"[bold]{escaped(text)}[/bold]\n{escaped(answer)}\n")
 
 
-@app.command()
+@verb
 def inspect(
-    path: Annotated[str, typer.Argument(help="Adapter directory, pyreft directory, vector file, profile, builtin:...")],
-    layer: Annotated[int | None, typer.Option(help="For a bare vector: the layer it acts on.")] = None,
+    path: Annotated[str, typer.Argument(help="A model, adapter, vector file, profile, demonstrations, builtin:...")],
+    reading: Reading,
     as_json: Json = False,
 ) -> None:
     """Tell what a file or directory is, for which model, and what it holds."""
     from commandv.cli.inspection import describe
 
-    show(describe(path, layer=layer), as_json)
+    show(describe(path, layer=reading.layer, convention=reading.convention), as_json)
 
 
-@app.command()
+@verb
 def doctor(as_json: Json = False) -> None:
     """Check versions, cache, disk, devices and packaged models; exit 1 when something is wrong."""
     from commandv.cli.inspection import check
@@ -237,7 +213,7 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@verb
 def demo(
     n: Annotated[int, typer.Option(help="Held-out prompts per row, at least 16.")] = 64,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the pasted adapters go.")] = Path("commandv-demo"),

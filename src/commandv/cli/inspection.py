@@ -15,7 +15,7 @@ from commandv.transfer.distil.demonstrations import load_demonstrations
 NEEDED_GB = 3.0  # converted packaged models (0.9 GB), their profiles, and room to write
 
 
-def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
+def describe(source: str, *, layer: int | None = None, convention: str | None = None) -> dict[str, Any]:
     """Return facts about an adapter, vector, profile or model, JSON-able.
 
     Raises:
@@ -54,7 +54,7 @@ def describe(source: str, *, layer: int | None = None) -> dict[str, Any]:
             "loop_rate": shown.loop_rate,
             "hash": shown.hash,
         }
-    adapter = load_adapter(source, layer=layer)
+    adapter = load_adapter(source, layer=layer, convention=convention)
     interventions = [{"layer": at, **one.facts()} for at in adapter.layers for one in adapter.interventions[at]]
     stated = ("convention", "model_hint") if kind == "control-vector" else ()
     return {

@@ -4,35 +4,86 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from commandv.adapters.adapter import Adapter
+    from commandv.models.load import LM
     from commandv.transfer.convert import Fitter
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: what the hardware does fast.")]
-# Any, because load_model checks it: a misspelt format is our one-line error, not a usage box.
-Template = Annotated[Any, typer.Option(metavar="FORMAT", help="auto, chat, or plain (question and answer).")]
-System = Annotated[str | None, typer.Option(help="System prompt. Default: what the chat template itself says.")]
-TemplateOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, e.g. enable_thinking=false. Repeatable."),
+AdapterFile = Annotated[
+    str, typer.Argument(help="Adapter directory, pyreft directory, vector file, or builtin:BEHAVIOUR@MODEL.")
 ]
-SameAs = Annotated[
-    str, typer.Option(metavar="NAME", help="Take the model for the one of this name (a copy, another precision).")
-]
-Device = Annotated[str | None, typer.Option("--device-map", help="auto, cpu, cuda, ...: where the model goes.")]
+Attached = Annotated[str | None, typer.Option("--adapter", "-a", help="Adapter to attach.")]
+Scale = Annotated[float, typer.Option(help="Factor on the adapter's deltas.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory for the result.")]
 PromptsOption = Annotated[
     list[str], typer.Option("--prompts", help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset. Several are joined.")
 ]
 GENERAL = ["builtin:general"]
 BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
+Tasks = Annotated[
+    Path | None,
+    typer.Option("--tasks", help="Python file whose TASKS, Task objects by name, are known too; it is run."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
-def template_options(given: list[str] | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded and asked: a bundle of every verb that runs one."""
+
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: what is fast here.")] = None
+    device_map: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...: where the model goes.")] = None
+    # Any, because load_model checks it: a misspelt format is our one-line error, not a usage box.
+    template: Annotated[Any, typer.Option(metavar="FORMAT", help="auto, chat, or plain (question and answer).")] = (
+        "auto"
+    )
+    system: Annotated[str | None, typer.Option(help="System prompt. Default: what the chat template itself says.")] = (
+        None
+    )
+    template_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template: enable_thinking=false. Repeatable."),
+    ] = None
+    same_as: Annotated[
+        str, typer.Option(metavar="NAME", help="Take the model for the one of this name (a copy, another precision).")
+    ] = ""
+
+    def load(self, model: str) -> LM:
+        """Load a model as the options say."""
+        import commandv as cv
+
+        return cv.load_model(
+            model, dtype=self.dtype, device_map=self.device_map, template=self.template, system=self.system,
+            template_options=_template_options(self.template_option), same_as=self.same_as,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file of an adapter is read: a bundle of every verb that takes one."""
+
+    layer: Annotated[int | None, typer.Option(help="For a bare vector: the layer it acts on, counted from 0.")] = None
+    convention: Annotated[
+        str | None,
+        typer.Option(help="How a vector file counts layers: blocks or hidden-states; a GGUF: llama.cpp or from-zero."),
+    ] = None
+
+    def load(self, source: str, *, same_as: str = "") -> Adapter:
+        """Load an adapter as the options say."""
+        import commandv as cv
+
+        return cv.load_adapter(source, layer=self.layer, convention=self.convention, same_as=same_as)
+
+
+def _template_options(given: list[str] | None) -> dict[str, Any]:
     """Return the template options that NAME=VALUE words say: JSON values, or texts where they are none."""
     import json
 

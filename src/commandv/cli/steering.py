@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from commandv.cli.app import app
+from commandv.cli.app import verb
 from commandv.cli.options import (
     BatchSize,
-    Device,
-    Dtype,
     Json,
+    Loading,
     Model,
-    SameAs,
-    System,
-    Template,
-    TemplateOption,
+    Out,
     show,
-    template_options,
 )
 
 
-@app.command()
+@verb
 def steer(
     model: Model,
+    how: Loading,
     contrast: Annotated[
         str, typer.Argument(help="{positive, negative} lines (.jsonl); with --negative the positive prompts.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the adapter.")],
+    out: Out,
     negative: Annotated[str | None, typer.Option(help="The negative prompts: a file or builtin:NAME.")] = None,
     paired: Annotated[bool, typer.Option("--paired", help="The two sets belong together line by line.")] = False,
     method: Annotated[str, typer.Option(help="caa (difference in means), actadd (one pair), pca, probe.")] = "caa",
@@ -42,12 +37,6 @@ def steer(
     relative: Annotated[bool, typer.Option("--relative", help="As a share of the stream's typical norm.")] = False,
     at: Annotated[str, typer.Option(help="Tokens to act on: all, l1, f1+l1, g8, ...")] = "all",
     batch_size: BatchSize = 16,
-    dtype: Dtype = None,
-    device_map: Device = None,
-    template: Template = "auto",
-    system: System = None,
-    template_option: TemplateOption = None,
-    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Make a steering adapter from contrasting prompts or replies."""
@@ -60,10 +49,7 @@ def steer(
     if negative_trigger is not None and trigger is None:
         raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
     sides = cv.load_contrast(contrast, negative, paired=paired)
-    lm = cv.load_model(
-        model, dtype=dtype, device_map=device_map, template=template, system=system,
-        template_options=template_options(template_option), same_as=same_as,
-    )  # fmt: skip
+    lm = how.load(model)
     both = (trigger, negative_trigger) if trigger is not None and negative_trigger is not None else trigger
     adapter = cv.steer(
         lm, sides, method=method, positions=positions, trigger=both, layers=layers, kind=kind, strength=strength,

@@ -7,21 +7,19 @@ from typing import Annotated
 
 import typer
 
-from commandv.cli.app import app
+from commandv.cli.app import verb
 from commandv.cli.options import (
+    Attached,
     BatchSize,
-    Device,
-    Dtype,
     Json,
+    Loading,
     Model,
-    SameAs,
-    System,
-    Template,
-    TemplateOption,
+    Reading,
+    Scale,
+    Tasks,
     escaped,
     output,
     show,
-    template_options,
 )
 
 Judges = Annotated[
@@ -30,18 +28,14 @@ Judges = Annotated[
 ]
 
 
-Tasks = Annotated[
-    Path | None,
-    typer.Option("--tasks", help="Python file whose TASKS, Task objects by name, are known too; it is run."),
-]
-
-
-@app.command()
+@verb
 def evaluate(
     model: Model,
+    how: Loading,
+    reading: Reading,
     task: Annotated[str, typer.Argument(help="NAME or NAME:FILE, e.g. numbered-list, over-refusal, exact:gsm8k.jsonl")],
-    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Adapter to measure.")] = None,
-    scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
+    adapter: Attached = None,
+    scale: Scale = 1.0,
     judge: Judges = None,
     tasks: Tasks = None,
     n: Annotated[int | None, typer.Option(help="Use the first so many test prompts.")] = None,
@@ -49,26 +43,16 @@ def evaluate(
     controls: Annotated[bool, typer.Option(help="Measure a random adapter of equal norm too.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for a label per prompt, as JSONL.")] = None,
     batch_size: BatchSize = 64,
-    dtype: Dtype = None,
-    device_map: Device = None,
-    template: Template = "auto",
-    system: System = None,
-    template_option: TemplateOption = None,
-    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
-    import commandv as cv
     from commandv.cli.tables import arms_table
     from commandv.evaluation.catalogue import load_task, tasks_of
     from commandv.evaluation.session import evaluate as run
 
     asked = load_task(task, tasks_of(tasks) if tasks else {})
-    attached = cv.load_adapter(adapter) if adapter else None
-    lm = cv.load_model(
-        model, dtype=dtype, device_map=device_map, template=template, system=system,
-        template_options=template_options(template_option), same_as=same_as,
-    )  # fmt: skip
+    attached = reading.load(adapter) if adapter else None
+    lm = how.load(model)
     found = run(
         lm, asked, attached, scale=scale, judges=judge or [], limit=n, seed=seed, controls=controls,
         batch_size=batch_size, out=out,
@@ -84,7 +68,7 @@ def evaluate(
         output(escaped(line))
 
 
-@app.command()
+@verb
 def study(
     file: Annotated[Path, typer.Argument(help="Study file (YAML).")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory. Default: runs/NAME.")] = None,
@@ -131,7 +115,7 @@ def study(
         raise typer.Exit(1)
 
 
-@app.command()
+@verb
 def report(
     run: Annotated[Path, typer.Argument(help="Directory that `commandv study` wrote.")],
     out: Annotated[

@@ -7,42 +7,35 @@ from typing import Annotated
 
 import typer
 
-from commandv.cli.app import app
+from commandv.cli.app import verb
 from commandv.cli.options import (
     BatchSize,
-    Device,
-    Dtype,
     Json,
+    Loading,
+    MaxNewTokens,
     Model,
-    SameAs,
-    System,
-    Template,
-    TemplateOption,
+    Out,
+    Reading,
+    Scale,
     show,
-    template_options,
 )
 
 
-@app.command()
+@verb
 def demonstrate(
     model: Model,
+    how: Loading,
     adapter: Annotated[str, typer.Argument(help="The donor's adapter, builtin:...; 'none' takes the set's replies.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the demonstrations.")],
+    out: Out,
+    reading: Reading,
     prompts: Annotated[str, typer.Argument(help="What to ask: builtin:NAME or a file.")] = "builtin:general",
     limit: Annotated[int, typer.Option(help="Use the first so many prompts.")] = 130,
     harmful: Annotated[
         str | None, typer.Option(help="A set of harmful prompts to ask, too; only refusals of them are kept.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 48,
-    scale: Annotated[float, typer.Option(help="Factor on the adapter's deltas.")] = 1.0,
-    layer: Annotated[int | None, typer.Option(help="For a bare vector: the layer it acts on.")] = None,
+    max_new_tokens: MaxNewTokens = 48,
+    scale: Scale = 1.0,
     batch_size: BatchSize = 16,
-    dtype: Dtype = None,
-    device_map: Device = None,
-    template: Template = "auto",
-    system: System = None,
-    template_option: TemplateOption = None,
-    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Have a donor with its adapter answer prompts, and keep the answers and what the adapter changes in them."""
@@ -59,11 +52,8 @@ def demonstrate(
         more = cv.load_prompts(harmful, limit=limit)
         dangerous, asked = set(more.texts), asked + more
         answers = None if answers is None else [*answers, *(one.response for one in more)]
-    changing = None if adapter == "none" else cv.load_adapter(adapter, layer=layer)
-    donor = cv.load_model(
-        model, dtype=dtype, device_map=device_map, template=template, system=system,
-        template_options=template_options(template_option), same_as=same_as,
-    )  # fmt: skip
+    changing = None if adapter == "none" else reading.load(adapter)
+    donor = how.load(model)
     made = cv.demonstrate(
         donor, None if changing is None else changing.scaled(scale), asked, answers=answers,
         keep=lambda prompt, answer: prompt.text not in dangerous or refusal(answer),
@@ -74,21 +64,16 @@ def demonstrate(
     show({**facts, "loop_rate": made.loop_rate, "mean_divergence": made.mean_divergence}, as_json)
 
 
-@app.command()
+@verb
 def distil(
     model: Model,
+    how: Loading,
     demonstrations: Annotated[Path, typer.Argument(help="Directory of demonstrations.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the adapter.")],
+    out: Out,
     by: Annotated[str, typer.Option(help="auto, context, vocabulary or answers.")] = "auto",
     rank: Annotated[int, typer.Option(help="Of each fit.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the demonstrations' sets and of what is held out.")] = 0,
     batch_size: BatchSize = 16,
-    dtype: Dtype = None,
-    device_map: Device = None,
-    template: Template = "auto",
-    system: System = None,
-    template_option: TemplateOption = None,
-    same_as: SameAs = "",
     as_json: Json = False,
 ) -> None:
     """Make an adapter of a model that behaves as demonstrations do, without training."""
@@ -98,10 +83,7 @@ def distil(
 
     require_place(out, ADAPTER)
     shown = cv.load_demonstrations(demonstrations)
-    recipient = cv.load_model(
-        model, dtype=dtype, device_map=device_map, template=template, system=system,
-        template_options=template_options(template_option), same_as=same_as,
-    )  # fmt: skip
+    recipient = how.load(model)
     adapter = cv.distil(recipient, shown, by=by, rank=rank, seed=seed, batch_size=batch_size)
     cv.save(adapter, out)
     where = ", ".join(sorted(map(str, adapter.positions)))
