@@ -162,6 +162,17 @@ def test_states_that_overflow_stop_generation_and_name_layer_and_prompt():
         cv.generate(broken, ["tea?"], max_new_tokens=2)
 
 
+def test_a_model_that_overflows_by_itself_is_wrapped_and_named_when_it_answers():
+    model = tiny.tiny_model()
+    model.model.layers[2].mlp.down_proj.weight.data[3, 3] = float("nan")
+    late = cv.wrap_model(model, tiny.tiny_tokenizer(), "late")
+    with pytest.raises(ModelError, match=r"output of layer 2 for prompt 1\."):
+        cv.generate(late, ["tea?"], max_new_tokens=2)
+    model.model.layers[0].mlp.down_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(ModelError, match="output of its first block"):
+        cv.wrap_model(model, tiny.tiny_tokenizer(), "from the start")
+
+
 def test_states_that_overflow_stop_measuring():
     lm = tiny.tiny_lm(dtype=torch.float16)
     passages = cv.load_prompts("builtin:text")[:2]

@@ -85,8 +85,15 @@ def find_blocks(model: Any) -> Found:
         shapes = {tuple(state.shape) for block in run for state in calls[block]}
         once = 2 * len(run) >= n_layers and all(len(calls[block]) == 1 for block in run)
         if once and len(shapes) == 1 and len(shape := shapes.pop()) == 3 and shape[:2] == (2, 2):
-            last = calls[run[-1]][0].float()
-            if not torch.allclose(last[0, 0], last[1, 0], rtol=1e-2, atol=1e-3 * float(last.abs().max())):
+            # A dtype may overflow in late blocks (Gemma in float16): the deepest states that are numbers tell.
+            states = (calls[block][0].float() for block in reversed(run))
+            deepest = next((state for state in states if torch.isfinite(state).all()), None)
+            if deepest is None:
+                raise ModelError(
+                    f"{type(model).__name__}: NaN or infinity in the output of its first block; the weights are broken, "
+                    "or the dtype overflows: load the model with dtype='float32' or 'bfloat16'"
+                )
+            if not torch.allclose(deepest[0, 0], deepest[1, 0], rtol=1e-2, atol=1e-3 * float(deepest.abs().max())):
                 raise ModelError(
                     f"{type(model).__name__}: a token's state changes with the tokens after it; commandv needs a "
                     "causal language model, not an encoder"
