@@ -90,8 +90,8 @@ def find_blocks(model: Any) -> Found:
             deepest = next((state for state in states if torch.isfinite(state).all()), None)
             if deepest is None:
                 raise ModelError(
-                    f"{type(model).__name__}: NaN or infinity in the output of its first block; the weights are broken, "
-                    "or the dtype overflows: load the model with dtype='float32' or 'bfloat16'"
+                    f"{type(model).__name__}: NaN or infinity in the output of its first block; the weights are "
+                    "broken, or the dtype overflows: load the model with dtype='float32' or 'bfloat16'"
                 )
             if not torch.allclose(deepest[0, 0], deepest[1, 0], rtol=1e-2, atol=1e-3 * float(deepest.abs().max())):
                 raise ModelError(
