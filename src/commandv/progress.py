@@ -7,11 +7,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
+
+Report: TypeAlias = Callable[[int], None]  # tells that so many further steps are done
 
 LOG_EVERY = 15.0  # seconds between log lines when there is no terminal
 
@@ -19,7 +22,7 @@ _bar = threading.Lock()  # one terminal has room for one bar; work beside it log
 
 
 @contextlib.contextmanager
-def track(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def track(title: str, total: int) -> Iterator[Report]:
     """Yield a function that advances the progress of `title` by so many of `total` steps."""
     console = Console(stderr=True)
     if console.is_terminal and _bar.acquire(blocking=False):

@@ -20,7 +20,7 @@ from commandv.interop.control_vectors import write_control_vector
 from commandv.models.encoding import pad
 from commandv.models.identity import ModelRef
 from commandv.positions import Positions
-from commandv.profiles.profiling import read_rows
+from commandv.profiles.work import read_rows
 from commandv.transfer.convert import FourierRidge, Network, Ridge
 from commandv.transfer.fidelity import written
 from commandv.transfer.match import LayerPair

@@ -13,7 +13,7 @@ import torch
 import commandv as cv
 import tiny
 from commandv.errors import FormatError, MismatchError, StorageError
-from commandv.profiles import profiling
+from commandv.profiles import work
 from commandv.prompts.sets import Prompt, PromptSet
 from profiled import PROMPTS, TEXT, same
 from stored import data_file
@@ -27,7 +27,7 @@ def many():
 
 def test_the_second_time_comes_from_the_cache(lm, cache, monkeypatch):
     first = cv.profile(lm, PROMPTS, text=TEXT)
-    monkeypatch.setattr(profiling, "read_rows", None)  # running the model would fail
+    monkeypatch.setattr(work, "read_rows", None)  # running the model would fail
     again = cv.profile(lm, PROMPTS, text=TEXT, batch_size=2, padding="left")
     assert again.path == first.path
     assert again.path.is_relative_to(cache)
@@ -83,7 +83,7 @@ class Killed(BaseException):
 
 def _watched(monkeypatch, batches=None):
     """Let `read_rows` run so many batches and then be killed; return the list of batch sizes it sees."""
-    real, seen = profiling.read_rows, []
+    real, seen = work.read_rows, []
 
     def read_rows(lm, batch, at, prefix):
         if len(seen) == batches:
@@ -91,7 +91,7 @@ def _watched(monkeypatch, batches=None):
         seen.append(len(batch.input_ids))
         return real(lm, batch, at, prefix)
 
-    monkeypatch.setattr(profiling, "read_rows", read_rows)
+    monkeypatch.setattr(work, "read_rows", read_rows)
     return seen
 
 
@@ -102,7 +102,7 @@ def test_a_killed_run_resumes_at_the_last_complete_part(lm, many, cache, monkeyp
     with monkeypatch.context() as patch:
         seen = _watched(patch)
         resumed = cv.profile(lm, many, text=TEXT, batch_size=2)
-    assert len(seen) == 20 - profiling._Work.PART
+    assert len(seen) == 20 - work.Work.BATCHES
     same(resumed, expected)
     assert not list(cache.rglob("*.parts"))
 

@@ -15,7 +15,7 @@ import commandv as cv
 import tiny
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.encoding import encode, pad
-from commandv.profiles import profiling
+from commandv.profiles import work
 from commandv.profiles.profile import END, Profile, paired_rows
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
 from places import DATA
@@ -255,7 +255,7 @@ def test_left_padding_is_what_pad_makes(lm):
     rows = [encode(lm, prompt).ids for prompt in PROMPTS]
     batch = pad(lm, rows, "left")
     at = (torch.arange(len(rows)), torch.full((len(rows),), batch.input_ids.shape[1] - 1))
-    direct = profiling.read_rows(lm, batch, at)
+    direct = work.read_rows(lm, batch, at)
     one = cv.profile(lm, PROMPTS, cache=False)
     for layer, values in direct.items():
         assert_close(values, one.layer(layer), **ONE_STEP)

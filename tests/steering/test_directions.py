@@ -9,7 +9,7 @@ import commandv as cv
 import tiny
 from commandv.errors import InputError
 from commandv.models.encoding import encode
-from commandv.profiles.profiling import read_rows
+from commandv.profiles.work import read_rows
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import METHODS, Reading, fit_probe, prompt_states, read_contrast
 from contrasts import CONTRAST, ONE, contrast_for, cosines, prompts, written

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+import safetensors
+import torch
+from torch import Tensor
+
+from commandv.errors import FormatError
 from commandv.storage.directories import PARTS
-from commandv.storage.files import put, real, storage_errors
+from commandv.storage.files import file_digest, put, real, storage_errors
 
 log = logging.getLogger(__name__)
 
 
-def write_part(target: Path, number: int, stamp: str, data: bytes) -> None:
+def write_part(target: Path, number: int, stamp: str, data: bytes) -> Path:
     """Keep a part; the directory must be locked.
 
     Args:
@@ -21,20 +27,50 @@ def write_part(target: Path, number: int, stamp: str, data: bytes) -> None:
         stamp: hash of all that decides what is in it.
         data: what is in it.
 
+    Returns:
+        The file.
+
     Raises:
         StorageError: the disk is full or not writable.
     """
     with storage_errors(target):
         folder = real(target) / PARTS
         folder.mkdir(exist_ok=True)
-        put(folder / f"part-{number:05d}-{stamp}-{hashlib.sha256(data).hexdigest()[:12]}.safetensors", data)
+        file = folder / f"part-{number:05d}-{stamp}-{hashlib.sha256(data).hexdigest()[:12]}.safetensors"
+        put(file, data)
+        return file
 
 
-def read_part(target: Path, number: int, stamp: str) -> bytes | None:
-    """Return a part that was kept, None when there is none or it is damaged."""
+def find_part(target: Path, number: int, stamp: str) -> Path | None:
+    """Return the file of a part that was kept, None when there is none or it is damaged."""
     for file in sorted((target / PARTS).glob(f"part-{number:05d}-{stamp}-*.safetensors")):
-        data = file.read_bytes()
-        if file.stem.rpartition("-")[2] == hashlib.sha256(data).hexdigest()[:12]:
-            return data
+        if file.stem.rpartition("-")[2] == file_digest(file)[:12]:
+            return file
         log.warning("%s is damaged and made again", file)
     return None
+
+
+def tensor_of(file: Path, name: str) -> Tensor:
+    """Return one tensor of a part, mapped for as long as it is in use.
+
+    Raises:
+        FormatError: the file is gone or damaged.
+    """
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise FormatError(f"{file}: gone or damaged ({error}); profile again") from error
+
+
+def joined(files: Sequence[Path], places: Sequence[Tensor], name: str) -> Tensor:
+    """Return the rows that parts hold under a name, [rows, d], each part's at its places; memory holds the result."""
+    rows = sum(map(len, places))
+    whole: Tensor | None = None
+    for file, place in zip(files, places, strict=True):
+        part = tensor_of(file, name)
+        if whole is None:
+            whole = torch.empty(rows, part.shape[1], dtype=part.dtype)
+        whole[place] = part
+    assert whole is not None
+    return whole

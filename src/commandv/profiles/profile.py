@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,13 @@ import numpy as np
 import pydantic
 import safetensors
 import torch
-from safetensors.torch import save as serialized
 from torch import Tensor
 
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.identity import ModelRef
 from commandv.storage.directories import Kind, read_artefact, write_artefact
 from commandv.storage.files import digest
-from commandv.storage.tensors import read_safetensors
+from commandv.storage.tensors import read_safetensors, safetensors_bytes
 
 END = -1  # the offset of a prompt's last token, which has no place in the text
 PROFILE = Kind(
@@ -32,12 +31,34 @@ Rows = Literal["end", "text", "both"]
 Places = Literal["lines", "words"]
 
 
+class Layers(Mapping[int, Tensor]):
+    """Rows by layer, read or made each time that a layer is asked for, so that memory holds the layers in use only."""
+
+    def __init__(self, layers: Iterable[int], get: Callable[[int], Tensor]) -> None:
+        self._layers, self._get = tuple(sorted(set(layers))), get
+
+    def __getitem__(self, layer: int) -> Tensor:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        return self._get(layer)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._layers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
 @dataclass(frozen=True, eq=False)
 class Profile:
     """The residual stream of one model at places that another model's profile can share.
 
     Attributes:
-        activations: layer -> [rows, d_model], bfloat16, memory-mapped when it comes from disk.
+        activations: layer -> [rows, d_model], bfloat16. From disk a layer is memory-mapped each time it is asked for,
+            and given back to the system when it is dropped.
         keys: int64 [rows, 2], (prompt number, character offset in its text) with `END` for the last prompt token.
             Two profiles of the same prompts pair up by joining keys, whatever their tokenizers.
         model: which model, in which prompt format.
@@ -52,6 +73,11 @@ class Profile:
     path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.activations, Layers):  # whoever makes those knows their shapes
+            self.require_shapes()
+
+    def require_shapes(self) -> None:
+        """Raise `FormatError` unless every layer has a row per key, of the model's width."""
         for layer, rows in self.activations.items():
             if rows.shape != (len(self.keys), self.model.d_model):
                 raise FormatError(
@@ -96,7 +122,7 @@ class Profile:
             raise InputError(f"a profile of {n} prompts: expected at least 2")
         keep = (self.keys[:, 0] < n) | (self.keys[:, 1] != END)
         index = torch.from_numpy(np.flatnonzero(keep))
-        activations = {layer: rows[index] for layer, rows in self.activations.items()}
+        activations = Layers(self.activations, lambda layer: self.activations[layer][index])
         return Profile(activations, self.keys[keep], self.model, digest(self.prompts, n))
 
 
@@ -116,20 +142,23 @@ def save_profile(
         FormatError: `target` holds something else.
         StorageError: the disk is full or not writable; nothing at `target` changes.
     """
-    config = {
-        "model": asdict(one.model),
-        "prompts": one.prompts,
-        "dtype": dtype,
-        "max_length": max_length,
-        "identity": identity,
-        "rows": len(one),
-        "layers": sorted(one.activations),
-    }
-    keys = ("keys", serialized({"keys": torch.from_numpy(one.keys.copy())}))
-    layers = (
-        (f"layer-{layer:03d}", serialized({"rows": rows.contiguous()})) for layer, rows in one.activations.items()
-    )
-    write_artefact(target, PROFILE, config, itertools.chain([keys], layers))
+    record = {"dtype": dtype, "max_length": max_length, "identity": identity}
+    write_profile(target, one.model, one.prompts, one.keys, one.activations, record)
+
+
+def write_profile(
+    target: Path,
+    model: ModelRef,
+    prompts: str,
+    keys: np.ndarray,
+    layers: Mapping[int, Tensor],
+    record: Mapping[str, Any],
+) -> None:
+    """Write a profile whose layers are taken one after another; see `save_profile`, which names the record's parts."""
+    config = {"model": asdict(model), "prompts": prompts, **record, "rows": len(keys), "layers": sorted(layers)}
+    first = ("keys", safetensors_bytes("keys", torch.from_numpy(keys)))
+    rest = ((f"layer-{layer:03d}", safetensors_bytes("rows", layers[layer])) for layer in layers)
+    write_artefact(target, PROFILE, config, itertools.chain([first], rest))
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -143,15 +172,17 @@ def load_profile(path: str | Path) -> Profile:
     def build(config: dict[str, Any], files: dict[str, Path]) -> Profile:
         try:
             keys = read_safetensors(files["keys"]).content["keys"].numpy()
-            rows = {layer: read_safetensors(files[f"layer-{layer:03d}"]).content["rows"] for layer in config["layers"]}
+            rows = Layers(config["layers"], lambda layer: _mapped(files[f"layer-{layer:03d}"]))
             if keys.dtype != np.int64 or keys.ndim != 2 or keys.shape[1] != 2:
                 raise ValueError(f"keys of {keys.dtype} {keys.shape}, expected int64 [rows, 2]")
             if len(keys) and (keys.min() < END or keys.max() >= 1 << 31 or len(np.unique(keys, axis=0)) < len(keys)):
                 raise ValueError("keys that are no places in prompts, or repeated")
-            if not all(one.is_floating_point() for one in rows.values()) or not isinstance(config["prompts"], str):
+            if not all(rows[layer].is_floating_point() for layer in rows) or not isinstance(config["prompts"], str):
                 raise ValueError("rows that are no floating-point numbers, or prompts without a hash")
             model = pydantic.TypeAdapter(ModelRef).validate_python(vars(ModelRef(**config["model"])))
-            return Profile(rows, keys, model, config["prompts"], path)
+            found = Profile(rows, keys, model, config["prompts"], path)
+            found.require_shapes()
+            return found
         except FileNotFoundError:  # replaced this moment
             raise
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -160,6 +191,18 @@ def load_profile(path: str | Path) -> Profile:
             ) from error
 
     return read_artefact(path, PROFILE, build)
+
+
+def _mapped(file: Path) -> Tensor:
+    """Map a layer's rows.
+
+    Raises:
+        FormatError: the file is gone, since another profile took its place, or has been changed.
+    """
+    try:
+        return read_safetensors(file).content["rows"]
+    except KeyError as error:
+        raise FormatError(f"{file}: holds no rows; delete the directory and profile again") from error
 
 
 def paired_rows(donor: Profile, recipient: Profile, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from commandv.errors import FormatError, InputError, MismatchError
-from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
-from commandv.models.generation import batches
+from commandv.errors import InputError, MismatchError
 from commandv.models.identity import ModelRef, identity
-from commandv.models.live import reading
 from commandv.models.load import LM
-from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
-from commandv.profiles.parts import read_part, write_part
-from commandv.profiles.profile import END, PROFILE, Places, Profile, load_profile, save_profile
+from commandv.profiles.parts import find_part, joined, tensor_of, write_part
+from commandv.profiles.profile import PROFILE, Layers, Places, Profile, load_profile, write_profile
+from commandv.profiles.work import Wanted, Work
 from commandv.progress import track
 from commandv.prompts.sets import Prompt, PromptSet, as_prompts
 from commandv.storage.directories import CONFIG, kept, read_config, require_place
@@ -92,20 +86,17 @@ def profile(
     kept_as = None if cache is False else _key(lm, refuse=isinstance(cache, Path))
     ref = lm.ref
     settings = {"model": asdict(ref), "identity": kept_as, "prompts": prompts_hash, **made_with}
+    wanted = Wanted(tuple(items), n_end, places, rows_per_text, batch_size, max_length, padding)
     if kept_as is None:
-        work = _Work(lm, items, n_end, (places, rows_per_text), batch_size, max_length, padding)
-        rows, keys = work.collect(None)
-        return Profile(rows, keys, ref, prompts_hash)
+        return _in_memory(Work(lm, wanted), prompts_hash)
     name = f"{file_name(Path(lm.id).name)}-{digest(settings, CONTENT)}"
     target = cache if isinstance(cache, Path) else cache_dir() / "profiles" / name
     if isinstance(cache, Path):
         require_place(target, PROFILE)
 
     def make() -> Profile:
-        work = _Work(lm, items, n_end, (places, rows_per_text), batch_size, max_length, padding)
-        rows, keys = work.collect(target, digest(settings))
-        made = Profile(rows, keys, ref, prompts_hash)
-        save_profile(made, target, dtype=dtype, max_length=max_length, identity=kept_as)
+        keys, layers = _on_disk(Work(lm, wanted), target, digest(settings))
+        write_profile(target, ref, prompts_hash, keys, layers, {**made_with, "identity": kept_as})
         return load_profile(target)
 
     def load() -> Profile:
@@ -145,136 +136,43 @@ def _from_disk(path: Path, ref: ModelRef, prompts_hash: str, made_with: dict[str
     return found
 
 
-class _Work:
-    """One profiling run: what to run, which rows to keep, and the parts finished so far."""
+def _on_disk(work: Work, target: Path, settings: str) -> tuple[np.ndarray, Layers]:
+    """Run the parts that `target` does not hold yet, each written as it finishes; return keys and rows by layer.
 
-    PART = 8  # batches per part on disk
-
-    def __init__(
-        self,
-        lm: LM,
-        items: list[Prompt],
-        n_end: int,
-        per_text: tuple[Places, int],
-        batch_size: int,
-        max_length: int | None,
-        padding: Literal["left", "right"],
-    ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: expected 1 or more")
-        self.lm, self.batch_size = lm, batch_size
-        self.padding: Literal["left", "right"] = "right" if lm.recurrent else padding
-        self.encoded: list[Encoded] = []
-        self.wanted: list[list[tuple[int, int]]] = []  # per item: (token index, offset key)
-        for number, item in enumerate(items):
-            is_text = number >= n_end
-            encoded = encode(lm, item.text, item.response if is_text else "", max_length=max_length)
-            wanted = [(encoded.n_prompt - 1, END)]
-            if is_text:
-                wanted += _shared_places(encoded, item.response or item.text.strip(), *per_text)
-            # Nothing after the last wanted token can change what is wanted.
-            last = max((index for index, _ in wanted), default=0)
-            self.encoded.append(encoded._replace(ids=encoded.ids[: last + 1]))
-            self.wanted.append(wanted)
-
-    @functools.cached_property
-    def prefix(self) -> Prefix:
-        """What all sequences begin with, before the first row that is wanted."""
-        stops = [1 + min((index for index, _ in wanted), default=0) for wanted in self.wanted]
-        return shared_prefix(self.lm, [one.ids for one in self.encoded], stops)
-
-    def collect(self, target: Path | None, settings: str = "") -> tuple[dict[int, Tensor], np.ndarray]:
-        """Run every batch and return the rows by layer in key order.
-
-        With `target`, keep finished parts there and reuse those of the same `settings`, a hash.
-        """
-        order = list(batches([len(one.ids) for one in self.encoded], self.batch_size))
-        groups = [order[i : i + self.PART] for i in range(0, len(order), self.PART)]
-        finished: list[dict[str, Tensor]] = []
-        with track(f"profiling {self.lm.id}", total=len(self.encoded)) as advance:
-            for number, group in enumerate(groups):
-                members = [i for batch in group for i in batch]
-                stamp = digest(settings, members, self.PART)
-                part = None if target is None else read_part(target, number, stamp)
-                if part is not None:
-                    finished.append(load(part))
-                    advance(len(members))
-                    continue
-                rows = self._run(group, advance)
-                if target is not None:
-                    write_part(target, number, stamp, serialized(rows))
-                finished.append(rows)
-        keys = torch.cat([part["keys"] for part in finished])
-        ranking = np.lexsort((keys[:, 1].numpy(), keys[:, 0].numpy()))
-        index = torch.from_numpy(ranking)
-        rows_by_layer = {
-            layer: torch.cat([part.pop(f"layer.{layer}") for part in finished])[index]
-            for layer in range(self.lm.n_layers)
-        }
-        return rows_by_layer, keys[index].numpy()
-
-    def _run(self, group: list[list[int]], advance: Callable[[int], None]) -> dict[str, Tensor]:
-        collected: dict[int, list[Tensor]] = {layer: [] for layer in range(self.lm.n_layers)}
-        keys: list[tuple[int, int]] = []
-        for members in group:
-            batch = pad(self.lm, [self.encoded[i].ids for i in members], self.padding, shared=self.prefix.length)
-            width = batch.input_ids.shape[1]
-            rows, columns = [], []
-            for row, item in enumerate(members):
-                shift = width - len(self.encoded[item].ids) if self.padding == "left" else 0
-                for index, offset in self.wanted[item]:
-                    rows.append(row)
-                    columns.append(index + shift)
-                    keys.append((item, offset))
-            if rows:
-                at = (torch.tensor(rows), torch.tensor(columns))
-                for layer, values in read_rows(self.lm, batch, at, self.prefix).items():
-                    _require_finite(values, layer, self.lm.id, [members[row] for row in rows])
-                    collected[layer].append(values)
-            advance(len(members))
-        out = {
-            f"layer.{layer}": torch.cat(values) if values else torch.zeros(0, self.lm.d_model, dtype=torch.bfloat16)
-            for layer, values in collected.items()
-        }
-        out["keys"] = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2)
-        return out
-
-
-def read_rows(lm: LM, batch: Batch, at: tuple[Tensor, Tensor], prefix: Prefix = NOT_SHARED) -> dict[int, Tensor]:
-    """Run a padded batch and return every block's output at (row, column) places, bfloat16 [places, d_model].
-
-    No place may lie in the prefix.
+    Args:
+        work: what to run.
+        target: where parts are kept; those of the same settings and texts are not run again.
+        settings: hash of all that decides the rows.
     """
-    found: dict[int, Tensor] = {}
-    rows, columns = at[0], at[1] - prefix.length
-
-    def keep(layer: int, h: Tensor) -> None:
-        found[layer] = h[rows.to(h.device), columns.to(h.device)].to(torch.bfloat16).cpu()
-
-    readers = {layer: functools.partial(keep, layer) for layer in range(lm.n_layers)}
-    with torch.inference_mode(), reading(lm, readers):
-        run_blocks(lm, prefix.rest(batch), prefix.past(len(batch.input_ids)))
-    return {layer: states.clone() for layer, states in found.items()}
-
-
-def _require_finite(values: Tensor, layer: int, id: str, items: list[int]) -> None:
-    finite = torch.isfinite(values).all(dim=1)
-    if not finite.all():
-        item = items[int((~finite).nonzero()[0])]
-        raise FormatError(
-            f"{id}: NaN or infinity in the output of layer {layer} for prompt {item + 1}. The weights are broken, or "
-            "the dtype overflows: load the model with dtype='float32' or 'bfloat16'"
-        )
+    stamps = [digest(settings, work.members(number), Work.BATCHES) for number in range(len(work.parts))]
+    files: dict[int, Path] = {}
+    for number, stamp in enumerate(stamps):
+        if (found := find_part(target, number, stamp)) is not None:
+            files[number] = found
+    with track(f"profiling {work.lm.id}", total=len(work)) as advance:
+        advance(sum(len(work.members(number)) for number in files))
+        for number in range(len(work.parts)):
+            if number not in files:
+                files[number] = write_part(target, number, stamps[number], serialized(work.run(number, advance)))
+    held = [files[number] for number in range(len(work.parts))]
+    keys, places = _ordered([tensor_of(file, "keys") for file in held])
+    return keys, Layers(range(work.lm.n_layers), lambda layer: joined(held, places, f"layer.{layer}"))
 
 
-def _shared_places(encoded: Encoded, text: str, places: Places, limit: int) -> list[tuple[int, int]]:
-    """Return (token index, offset) at places of `text`, at most `limit`, spread evenly.
+def _in_memory(work: Work, prompts_hash: str) -> Profile:
+    with track(f"profiling {work.lm.id}", total=len(work)) as advance:
+        parts = [work.run(number, advance) for number in range(len(work.parts))]
+    keys, places = _ordered([part["keys"] for part in parts])
+    order = torch.cat(places).argsort()
+    rows = {
+        layer: torch.cat([part.pop(f"layer.{layer}") for part in parts])[order] for layer in range(work.lm.n_layers)
+    }
+    return Profile(rows, keys, work.lm.ref, prompts_hash)
 
-    The offsets are chosen from the text alone, before looking at this tokenizer, so that two models choose alike.
-    """
-    pattern = r"(?<=\n)(?=[^\n])" if places == "lines" else r"(?<=\S)(?=\s|$)"
-    stops = [match.start() for match in re.finditer(pattern, text)]
-    if len(stops) > limit:
-        stops = [stops[i * len(stops) // limit] for i in range(limit)]
-    last_token = {end: index for index, end in enumerate(encoded.text_ends) if end >= 0}
-    return [(last_token[offset], offset) for offset in stops if offset in last_token]
+
+def _ordered(parts: Sequence[Tensor]) -> tuple[np.ndarray, list[Tensor]]:
+    """Return all keys in their order, and for each part the places that its rows have in it."""
+    keys = torch.cat(list(parts)).numpy()
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    places = torch.from_numpy(np.argsort(order))
+    return keys[order], list(places.split([len(part) for part in parts]))

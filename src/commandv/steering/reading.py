@@ -15,7 +15,7 @@ from commandv.models.generation import batches
 from commandv.models.load import LM
 from commandv.positions import LAST, Positions
 from commandv.profiles.profile import END, Profile
-from commandv.profiles.profiling import read_rows
+from commandv.profiles.work import read_rows
 from commandv.progress import track
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering.contrast import Contrast

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import mmap
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.storage.files import LOCK, TRIES, exclusive, is_temporary, put, real, sha256_of, storage_errors, sync
@@ -33,6 +32,7 @@ PARTS = ".parts"  # of long work, in the directory that will hold its result
 _BUILD, _MOVING = ".build", ".moving"
 _PART = re.compile(r"part-\d{5}-[0-9a-f]{16}-[0-9a-f]{12}\.safetensors")
 T = TypeVar("T")
+Buffer: TypeAlias = bytes | memoryview
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def require_place(target: Path, kind: Kind) -> None:
                 ) from error
 
 
-def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: Iterable[tuple[str, bytes]]) -> None:
+def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: Iterable[tuple[str, Buffer]]) -> None:
     """Write a directory of ours, or replace one of the same kind.
 
     Args:
@@ -126,9 +126,10 @@ def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: I
                 sha256 = hashlib.sha256(data).hexdigest()
                 name = f"{part}-{sha256[:12]}.safetensors"
                 put(place / name, data)
-                files[part] = {"file": name, "sha256": sha256, "size": len(data)}
+                files[part] = {"file": name, "sha256": sha256, "size": memoryview(data).nbytes}
                 if kind.large:
                     files[part]["crc32"] = zlib.crc32(data)
+                del data  # before the next is made
             whole = {"format": kind.format, "format_version": VERSION, **config, "files": files}
             put(place / CONFIG, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
             sync(place)
@@ -235,8 +236,12 @@ def _verify(files: Mapping[str, Path], config: Mapping[str, Any]) -> None:
 
 
 def _crc32(path: Path) -> int:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return zlib.crc32(data)
+    """Read piece by piece: pages of a mapped file would count as this process's memory."""
+    found, piece = 0, bytearray(1 << 22)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            found = zlib.crc32(memoryview(piece)[:count], found)
+    return found
 
 
 def _sweep(place: Path, kind: Kind) -> None:

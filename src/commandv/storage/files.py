@@ -199,7 +199,7 @@ def is_temporary(name: str, whole: str | re.Pattern[str]) -> bool:
     return match is not None and re.fullmatch(whole, match[1]) is not None
 
 
-def put(file: Path, data: bytes) -> None:
+def put(file: Path, data: bytes | memoryview) -> None:
     """Write a file of a locked directory."""
     temporary = _temporary(file)
     try:

@@ -6,6 +6,7 @@ A few hundred bytes can otherwise announce terabytes, be unpacked to them, or ho
 from __future__ import annotations
 
 import io
+import json
 import math
 import pickle
 import warnings
@@ -22,6 +23,7 @@ from commandv.errors import CommandVError, FormatError
 from commandv.storage.reading import DAMAGED, DEPTH, first_line, require_regular
 
 _DAMAGED = (*DAMAGED, safetensors.SafetensorError)
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 MOST_ARCHIVE = 1 << 30  # bytes that a compressed archive of arrays may unpack to
 
 
@@ -45,6 +47,26 @@ def read_safetensors(path: Path) -> Stored:
             return Stored({name: file.get_tensor(name) for name in names}, file.metadata() or {})
     except _DAMAGED as error:
         raise FormatError(f"{path}: truncated or not safetensors ({first_line(error)}); copy it again") from error
+
+
+def safetensors_bytes(name: str, tensor: Tensor) -> memoryview:
+    """Return one tensor as a safetensors file, which takes the memory of one copy where the library takes three.
+
+    Raises:
+        FormatError: of a dtype that no file of ours has.
+    """
+    if (kind := _NAMES.get(tensor.dtype)) is None:
+        raise FormatError(f"{name} of {tensor.dtype}: expected one of {sorted(map(str, _NAMES))}")
+    size = tensor.numel() * tensor.element_size()
+    stated = {name: {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [0, size]}}
+    header = json.dumps(stated, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    whole = torch.empty(8 + len(header) + size, dtype=torch.uint8)
+    whole[: 8 + len(header)] = torch.frombuffer(
+        bytearray(len(header).to_bytes(8, "little") + header), dtype=torch.uint8
+    )
+    whole[8 + len(header) :].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return whole.numpy().data
 
 
 def read_numpy(path: Path) -> Stored:

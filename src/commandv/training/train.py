@@ -28,7 +28,7 @@ from commandv.models.identity import identity, require_own
 from commandv.models.layers import LayerChoice, choose_layers, every_other
 from commandv.models.load import LM
 from commandv.positions import Positions, as_positions
-from commandv.profiles.profiling import read_rows
+from commandv.profiles.work import read_rows
 from commandv.prompts.sets import PromptSet
 from commandv.storage.files import digest
 from commandv.training.examples import Example, read_examples, reply_loss, shared_beginning

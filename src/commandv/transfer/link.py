@@ -25,6 +25,7 @@ from commandv.transfer.fold import Passage, carried
 from commandv.transfer.match import LayerPair, Matcher, proportional
 from commandv.transfer.workers import parallel
 
+KEPT = 1 << 32  # bytes of fits that a link keeps at most; what is beyond is made again when it is needed again
 HOLDOUT = 0.1  # share of the prompts that no converter sees, so that fidelity can be told
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,10 @@ log = logging.getLogger(__name__)
 class Link:
     """Two profiled models and the converters between them, which `link` makes.
 
-    Fits are made when something first needs them, by whichever thread, and kept until the link goes: about
-    min(rows, d_model)² numbers a layer and direction. `dataclasses.replace(link, shuffle=0)`, or with another fitter,
-    holdout or rows, gives a link that shares what both need.
+    Fits are made when something first needs them, by whichever thread, and kept until the link goes, up to `KEPT` bytes
+    of them: about min(rows, d_model)² numbers and the rows themselves a layer and direction.
+    `dataclasses.replace(link, shuffle=0)`, or with another fitter, holdout or rows, gives a link that shares what both
+    need.
 
     Attributes:
         donor: profile of the donor.
@@ -133,8 +135,19 @@ class Link:
 
         if self.kept is None:
             return make()
-        memo = self.kept.get(x, Kept)
-        return memo.get(("converter", y, _name(self.fit)), lambda: make(memo))
+        memo, name = self.kept.get(x, Kept), ("converter", y, _name(self.fit))
+        new = name not in memo
+        found = memo.get(name, lambda: make(memo))
+        if new and self.kept.nbytes > KEPT:
+            self.kept.drop(x)
+        return found
+
+    def _memory(self) -> int:
+        """Return about how many bytes the fit of one pair takes: its rows, and a Gram matrix in both precisions."""
+        widths = {"read": self.recipient.d_model, "write": self.donor.d_model}
+        rows = {side: len(self._pairs[self.sides[side]][0]) for side in self.sides}
+        both = self.donor.d_model + self.recipient.d_model
+        return max(2 * rows[side] * both + 12 * min(rows[side], widths[side]) ** 2 for side in self.sides)
 
     # -- uses ---------------------------------------------------------------------------------------------------------
 
@@ -174,7 +187,7 @@ class Link:
             many = [low_rank(edit, "carrying") for edit in edits[pair.donor]]
             return carried(many, lambda: self.into(pair), lambda: self.back(pair), self.recipient.d_model)
 
-        return dict(zip(pairs, parallel(one, pairs), strict=True))
+        return dict(zip(pairs, parallel(one, pairs, memory=self._memory()), strict=True))
 
     def paste(
         self,
@@ -239,7 +252,7 @@ class Link:
             many = [low_rank(edit, "fidelity") for edit in adapter.interventions[pair.donor]]
             return layer_fidelity(pair, self.into(pair), self.back(pair), read=read, write=write, many=many)
 
-        return parallel(measured, pairs)
+        return parallel(measured, pairs, memory=self._memory())
 
 
 def link(

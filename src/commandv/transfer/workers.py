@@ -12,17 +12,26 @@ import torch
 
 T = TypeVar("T")
 U = TypeVar("U")
+MEMORY = 1 << 30  # bytes that the workers together may take
 
 
-def parallel(work: Callable[[T], U], items: Sequence[T]) -> list[U]:
-    """Map over items with one single-threaded worker per core: faster than threaded linear algebra at these sizes."""
-    workers = min(os.cpu_count() or 1, len(items))
+def parallel(work: Callable[[T], U], items: Sequence[T], *, memory: int = 0) -> list[U]:
+    """Map over items with one single-threaded worker per core: faster than threaded linear algebra at these sizes.
+
+    Args:
+        work: what to do with one.
+        items: all of them.
+        memory: bytes that one takes; where all cores together would take more than `MEMORY`, fewer workers share them.
+    """
+    cores = os.cpu_count() or 1
+    workers = max(1, min(cores, len(items), MEMORY // max(1, memory)))
+    each = max(1, cores // workers) if workers < len(items) else 1
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(each)
         with (
-            threadpoolctl.threadpool_limits(1),
-            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            threadpoolctl.threadpool_limits(each),
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,)) as pool,
         ):
             return list(pool.map(work, items))
     finally:
