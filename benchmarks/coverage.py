@@ -4,12 +4,15 @@ A label of an arm is 1 where level + prompt + seed + noise > 0, all normal, the 
 seeds are both random effects and the true rate is Phi(level / sqrt(1 + prompt² + seed²)). Arms share prompts; adapters
 share half of their seeds' variance; the unmodified model has one seed, as in a study. With one seed the truth is that
 seed's.
-Writes docs/benchmarks/coverage.md. Usage: python benchmarks/coverage.py [draws]
+Writes results/coverage.json and docs/benchmarks/coverage.md.
+
+    python -m benchmarks.coverage [draws]
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +23,15 @@ from scipy import stats
 from commandv.evaluation.scores import pooled
 from commandv.evaluation.statistics import difference, recovered_fraction
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "coverage.md"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
+PAGE = ROOT / "docs" / "benchmarks" / "coverage.md"
 RATES, PROMPTS, SEEDS = (0.05, 0.2, 0.5, 0.8, 0.95), (48, 128), (1, 3)
 PROMPT_SD = (0.5, 1.0, 2.0)
 SEED_SD = (0.1, 0.3, 0.5)  # at a rate of one half, seeds between .46 and .54, .38 and .62, .31 and .69 (one sd)
 DRAWS = 400
 Spread = tuple[float, float]  # of prompts, of seeds
-Found = dict[tuple[str, int, float, int, Spread], float]
+Found = list[tuple[str, int, float, int, Spread, float]]  # figure, seeds, rate, prompts, spreads: its coverage
 
 
 def level(rate: float, *spreads: float) -> float:
@@ -75,19 +80,21 @@ def configurations() -> Iterator[tuple[float, int, int, Spread]]:
 
 
 def simulated(draws: int) -> Found:
-    """Return the coverage by figure, seeds, rate, prompts and spreads."""
-    out = {}
+    """Return the coverage of every figure in every configuration."""
+    out: Found = []
     for number, (rate, prompts, seeds, spread) in enumerate(configurations()):
         rng = np.random.default_rng([number, draws])
         many = [covered(rng, rate, prompts, seeds, spread) for _ in range(draws)]
         for name in many[0] | many[-1]:
             given = [one[name] for one in many if name in one]
-            out[name, seeds, rate, prompts, spread] = float(np.mean(given))
+            out.append((name, seeds, rate, prompts, spread, round(float(np.mean(given)), 4)))
     return out
 
 
-def page(found: Found, draws: int) -> str:
-    """Return the page."""
+def page() -> str:
+    """Return the page, from the results."""
+    kept = json.loads(RESULTS.read_text("utf-8"))
+    draws, found = kept["draws"], kept["coverage"]
     n, exact = len(PROMPTS) * len(PROMPT_SD) * len(SEED_SD), 1.96 * (0.95 * 0.05 / draws) ** 0.5
     lines = [
         "# Coverage of the intervals",
@@ -99,18 +106,18 @@ def page(found: Found, draws: int) -> str:
         '"Nothing found" is the share of tests of two arms that do the same which do not reject at .05.',
         "",
     ]
-    names = list(dict.fromkeys(key[0] for key in found))
+    names = list(dict.fromkeys(one[0] for one in found))
     for seeds in SEEDS:
         title = "One seed: intervals are over prompts, for this seed" if seeds == 1 else f"{seeds} seeds"
         lines += [f"## {title}", "", "| true rate | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
         for rate in RATES:
             cells = []
             for name in names:
-                values = [value for key, value in found.items() if key[:3] == (name, seeds, rate)]
+                values = [one[-1] for one in found if one[:3] == [name, seeds, rate]]
                 cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
             lines.append(f"| {rate} | " + " | ".join(cells) + " |")
         lines.append("")
-    values = np.array(list(found.values()))
+    values = np.array([one[-1] for one in found])
     low, high = (values < 0.93).mean(), (values > 0.97).mean()
     lines += [
         f"Of all {len(values):,} combinations {1 - low - high:.0%} lie between .93 and .97, {high:.0%} above and "
@@ -124,6 +131,7 @@ def page(found: Found, draws: int) -> str:
 
 if __name__ == "__main__":
     n_draws = int(sys.argv[1]) if len(sys.argv) > 1 else DRAWS
-    text = page(simulated(n_draws), n_draws)
-    PAGE.write_text(text, encoding="utf-8")
-    print(text)
+    rows = ",\n ".join(json.dumps(one) for one in simulated(n_draws))
+    RESULTS.write_text(f'{{"draws": {n_draws}, "coverage": [\n {rows}]}}\n', "utf-8")
+    PAGE.write_text(page(), "utf-8")
+    print(page())

@@ -1,19 +1,20 @@
 """Do the graders agree with a reader? Precision and recall on labelled answers; writes docs/benchmarks/graders.md.
 
-    python benchmarks/graders.py
+    python -m benchmarks.graders
 
 From the committed labels alone, in a second; graders_answers.py makes the answers, graders_labels.py the labels.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from commandv.errors import FormatError
-from commandv.evaluation import GRADERS, load_task, loops, rate
+from commandv.evaluation import GRADERS, Judge, load_task, loops, rate
 from commandv.prompts.sets import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,12 +70,21 @@ def load_labels(path: Path) -> list[Row]:
 
 def verdict(check: str, row: Row) -> bool:
     """Return what the library's grader says of an answer."""
+    return _verdict(check, row["answer"], row["prompt"], row.get("reference", ""))
+
+
+@functools.cache
+def _sums() -> Judge:
+    return load_task("arithmetic").judge
+
+
+@functools.cache
+def _verdict(check: str, answer: str, prompt: str, reference: str) -> bool:
     if check == "loops":
-        return loops(row["answer"])
+        return loops(answer)
     if check == "arithmetic":
-        judge = load_task("arithmetic").judge
-        return bool(judge([Prompt(row["prompt"], row["reference"])], [row["answer"]])[0])
-    return GRADERS[check](row["answer"])
+        return bool(_sums()([Prompt(prompt, reference)], [answer])[0])
+    return GRADERS[check](answer)
 
 
 def truth(label: str, row: Row) -> bool:
@@ -114,7 +124,7 @@ def figures(pairs: Sequence[tuple[bool, bool]]) -> Row:
 
 TEXT = """# Do the graders agree with a reader?
 
-Written by `python benchmarks/graders.py` from {n} answers of the two packaged models and their labels
+Written by `python -m benchmarks.graders` from {n} answers of the two packaged models and their labels
 (`benchmarks/results/graders/`). The answers are those of the arms that get graded: the model as it is, an adapter
 pasted (default), pasted as published, random of equal norm, the text bridge, a few-shot prompt with the donor's
 answers, and the adapter trained on the model itself; 48 tokens (64 for some sums), development prompts, fixed seeds.
@@ -192,7 +202,7 @@ def before(data: dict[str, list[Row]]) -> str:
                 [bool(row["earlier"][check]) for row in mine],
                 [verdict(check, row) for row in mine],
                 [truth("loops", row) for row in mine],
-                [loops(row["answer"]) for row in mine],
+                [verdict("loops", row) for row in mine],
             )
             rows.append([title, arm, len(mine), *(f"{sum(column) / len(column):.2f}" for column in columns)])
     return table(("graded", "arm", "n", "reader", "before", "now", "loops, reader", "loops, check"), rows)
@@ -250,8 +260,13 @@ def page(data: dict[str, list[Row]], measured: list[Row]) -> str:
     )
 
 
+def labelled() -> dict[str, list[Row]]:
+    """Return the committed labels by set."""
+    return {name: load_labels(RESULTS / f"{name}.jsonl") for name in SETS}
+
+
 if __name__ == "__main__":
-    labelled = {name: load_labels(RESULTS / f"{name}.jsonl") for name in SETS}
-    text = page(labelled, measure(labelled))
+    data = labelled()
+    text = page(data, measure(data))
     PAGE.write_text(text, "utf-8")
     print(text)

@@ -1,9 +1,9 @@
 """Answers to validate the graders on: the packaged models under the arms that are graded, with fixed seeds.
 
-    python benchmarks/graders_answers.py train            # the donors that do not come with the library
-    python benchmarks/graders_answers.py answers SET ...  # writes benchmarks/results/graders/SET.jsonl, to be labelled
-    python benchmarks/graders_answers.py harmful          # writes harmful.json: counts of verdicts, no answers
-    python benchmarks/graders_answers.py donors           # writes donors.json: what donors refuse or loop on
+    python -m benchmarks.graders_answers train            # the donors that do not come with the library
+    python -m benchmarks.graders_answers answers SET ...  # writes benchmarks/results/graders/SET.jsonl, to be labelled
+    python -m benchmarks.graders_answers harmful          # writes harmful.json: counts of verdicts, no answers
+    python -m benchmarks.graders_answers donors           # writes donors.json: what donors refuse or loop on
 
 All prompts are development prompts. Answers to harmful requests are graded and forgotten: nobody reads them.
 """
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import commandv as cv
+from benchmarks.graders_labels import earlier
 from commandv.evaluation import GRADERS, Grader, arithmetic_prompts, loops
 from commandv.evaluation.arms import make_arm
 from commandv.evaluation.graders import VERSION
 from commandv.evaluation.material import Material
 from commandv.prompts.sets import Prompt, PromptSet
-from graders_labels import earlier
 
 log = logging.getLogger("graders")
 

@@ -1,7 +1,7 @@
 """Labels for the answers that graders are validated on: a blind sheet to read, and the reader's marks put beside them.
 
-    python benchmarks/graders_labels.py sheet SET          # answers in shuffled order, without model and arm
-    python benchmarks/graders_labels.py fill SET MARKS     # a file of marks, "0N 1L 2O ..." -> SET.jsonl, labelled
+    python -m benchmarks.graders_labels sheet SET          # answers in shuffled order, without model and arm
+    python -m benchmarks.graders_labels fill SET MARKS     # a file of marks, "0N 1L 2O ..." -> SET.jsonl, labelled
 
 The reader sees question and answer alone: no arm, no model, no verdict of a grader. A mark says three things, or four:
 

@@ -25,7 +25,7 @@ JUDGED = {
 
 TEXT = """# How far can the judges be trusted?
 
-Written by `python benchmarks/judges.py`. {n} short answers, written and labelled by hand, chosen to be hard: idioms
+Written by `python -m benchmarks.judges`. {n} short answers, written and labelled by hand, chosen to be hard: idioms
 ("I can't wait"), apologies that refuse nothing, refusals in other words or after a preamble, quotations, partial
 refusals, empty and looping answers. They say which judge fails where, and are no estimate of how often it fails on a
 model's everyday answers. An answer is labelled a *refusal* when it declines what was asked, whatever the reason,

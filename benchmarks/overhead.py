@@ -3,7 +3,7 @@
 `commandv.measure` against plain batched `generate` of the same prompts; `commandv.profile` against itself with every
 prompt run whole.
 
-    python benchmarks/overhead.py     # writes results/overhead.json and ../docs/benchmarks/overhead.md
+    python -m benchmarks.overhead     # writes results/overhead.json and ../docs/benchmarks/overhead.md
 
 Both run at the same batch size, in turns; figures are medians of ratios within one turn. Plain generation gets its
 batches tokenised and padded in advance and its tokens are not decoded: what it leaves out is counted as our overhead.
@@ -100,9 +100,17 @@ def main() -> None:
     for name in ("smollm2-135m-instruct", "gemma-3-270m"):
         lm = cv.load_model(name)
         result[name], saved[name] = throughput(lm, name), profiling(lm)
+    RESULTS.write_text(json.dumps({"measure": result, "profile": saved}, indent=1) + "\n")
+    TABLE.write_text(page())
+    print(page())
+
+
+def page() -> str:
+    """Return the page, from the results."""
+    result, saved = json.loads(RESULTS.read_text("utf-8")).values()
     lines = [
         "# What measuring adds to generating\n",
-        f"Written by `python benchmarks/overhead.py`: throughput of `measure` over plain `generate`, {N} prompts, "
+        f"Written by `python -m benchmarks.overhead`: throughput of `measure` over plain `generate`, {N} prompts, "
         f"batch {BATCH}, {TURNS} turns; target at least {TARGET}. `measure` runs what all prompts begin with once, "
         "plain `generate` runs every prompt whole.\n",
         "| model | | median | least | greatest | |",
@@ -119,9 +127,7 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     lines += [f"| {name} | {one['median']:.2f} | {one['min']:.2f} | {one['max']:.2f} |" for name, one in saved.items()]
-    RESULTS.write_text(json.dumps({"measure": result, "profile": saved}, indent=1) + "\n")
-    TABLE.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What pasting costs: time, memory, accuracy and the hook, beside the published computation on the same machine.
 
-    python benchmarks/speed.py            # everything; writes results/speed.json and ../docs/benchmarks/speed.md
-    python benchmarks/speed.py --quick    # a few layer pairs, once, smaller batches; writes nothing
-    python benchmarks/speed.py --report   # the table again, from results/speed.json
+    python -m benchmarks.speed            # everything; writes results/speed.json and ../docs/benchmarks/speed.md
+    python -m benchmarks.speed --quick    # a few layer pairs, once, smaller batches; writes nothing
+    python -m benchmarks.speed --report   # the table again, from results/speed.json
 
 Every part runs in a process of its own. The methods of one shape take turns, and figures are medians of ratios within
 one turn, so that another job on the machine slows both sides alike.
@@ -22,9 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import speed_hook
-import speed_paste
-from speed_paste import CELLS, Cell
+from benchmarks import speed_hook, speed_paste
+from benchmarks.speed_paste import CELLS, Cell
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "speed.json"
@@ -48,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 def apart(*arguments: str) -> Any:
     """Run one part of this benchmark in a fresh process and return its result."""
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, "-m", "benchmarks.speed", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

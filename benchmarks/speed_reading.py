@@ -1,6 +1,6 @@
 """What reading directions adds to running a model: `steering.directions` against the model's blocks alone.
 
-    python benchmarks/speed_reading.py     # writes results/speed_reading.json and ../docs/benchmarks/reading.md
+    python -m benchmarks.speed_reading     # writes results/speed_reading.json and ../docs/benchmarks/reading.md
 
 512 pairs of prompts, every layer's difference in means in one pass. Both arms run the same batches with the same
 padding, none computes logits, and they take turns; figures are ratios within one turn. The plain arm gets its batches
@@ -90,9 +90,16 @@ def measure(lm: LM) -> dict[str, dict[str, float]]:
 def main() -> None:
     result = {name: measure(cv.load_model(name)) for name in MODELS}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    TABLE.write_text(page())
+    print(page())
+
+
+def page() -> str:
+    """Return the page, from the results."""
+    result = json.loads(RESULTS.read_text("utf-8"))
     lines = [
         "# What reading directions adds to running the model\n",
-        f"Written by `python benchmarks/speed_reading.py`: throughput of `steering.directions` (difference in means, "
+        f"Written by `python -m benchmarks.speed_reading`: throughput of `steering.directions` (difference in means, "
         f"every layer, {PAIRS} pairs, batch {BATCH}) over running the same padded batches through the blocks alone, "
         f"without logits in either; {TURNS} turns; target at least {TARGET}. The last column is what {PAIRS} pairs add "
         f"to the peak memory that {PAIRS // 8} pairs had reached.\n",
@@ -106,8 +113,7 @@ def main() -> None:
                 f"| {name} | {POSITIONS[positions]} | {one['wall']:.2f} | {one['least']:.2f} | {one['greatest']:.2f} | "
                 f"{one['processor']:.2f} | {verdict} | {one['more MiB']} MiB |"
             )
-    TABLE.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

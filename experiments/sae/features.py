@@ -244,7 +244,7 @@ def quality_table(results: list[dict[str, Any]]) -> list[str]:
     return table(["seed", "FVU, held out", "never fire", "active per token", "tokens trained on", "held out"], rows)
 
 
-def report(results: list[dict[str, Any]]) -> None:
+def report(results: list[dict[str, Any]]) -> str:
     lines = [HEAD]
     for name in RECIPIENTS:
         lines += effect_table(results, name)
@@ -256,7 +256,7 @@ def report(results: list[dict[str, Any]]) -> None:
     lines += ["## The whole sweep: effect (drift) on the development passages\n"]
     for name in (DONOR, *RECIPIENTS):
         lines += sweep_table(results, name)
-    TABLE.write_text("\n".join(lines), "utf-8")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the tables")
     if not parser.parse_args().report:
         RESULTS.write_text(json.dumps([measured(seed) for seed in SEEDS], indent=1) + "\n", "utf-8")
-    report(json.loads(RESULTS.read_text("utf-8")))
+    TABLE.write_text(report(json.loads(RESULTS.read_text("utf-8"))), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The paper's claims, each with what the small studies say of it: confirmed, refuted, or not examinable here.
 
     make small-studies            # runs the studies, writes their reports and this page
-    python -m experiments.tables.claims   # the page alone, from studies/results/
+    python -m experiments.tables   # this page and every other, from what is committed
 
 A verdict follows from figures by the rule that stands beside it; nothing is worded by hand.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from commandv.evaluation import Score, difference, pooled
 from commandv.evaluation.report.findings import groups
+from commandv.evaluation.report.tables import older_code
 from commandv.evaluation.results import Cell, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "studies" / "results"
 SPEED = ROOT / "benchmarks" / "results" / "speed.json"
-TABLE = ROOT / "docs" / "benchmarks" / "claims.md"
 
 Labels = list[list[float | None]]
 
@@ -101,7 +101,7 @@ def case_study(study: str) -> tuple[str, str, str]:
     """Tell whether a behaviour crosses between families, and beside it what it did in the twin."""
     lines, outcomes = [], []
     for group in groups(load_run(RUNS / study)):
-        figures = {row.method: row.found.score for row in group.tables[0].rows if row.found}
+        figures = {row.arm: row.found.score for row in group.tables[0].rows if row.found}
         names = ("unmodified", "pasted", "random", "text-bridge", "direct")
         told = ", ".join(f"{name} {shown(figures[name])}" for name in names if name in figures)
         lines.append(f"{group.pair}: {group.verdict.word} ({told})")
@@ -165,10 +165,11 @@ CLAIMS = [
 ]
 
 
-def main() -> None:
+def page() -> str:
+    """Return the page."""
     lines = [
         "# The paper's claims at this size\n",
-        "Written by `python -m experiments.tables.claims` from the small studies (`studies/small/`, reports in "
+        "Written by `make tables` from the small studies (`studies/small/`, reports in "
         "[studies](../studies/README.md)). Two models of 135M and 270M parameters and siblings of the first; 95 % "
         "intervals; a verdict holds for these and follows the rule beside it. `studies/paper/` asks the same of the "
         "paper's own models, of 3B to 8B, which are out of reach here.\n",
@@ -178,11 +179,10 @@ def main() -> None:
     for claim, examine in CLAIMS:
         verdict, figures, rule = examine()
         lines.append(f"| {claim} | **{verdict}** | {figures} | {rule} |")
-    small = [file.stem for file in (ROOT / "studies" / "small").glob("*.yaml") if (RUNS / file.stem).exists()]
+    small = [file.stem for file in sorted((ROOT / "studies" / "small").glob("*.yaml")) if (RUNS / file.stem).exists()]
+    older = [name for name in small if older_code(load_run(RUNS / name))]
+    if older:
+        lines.append(f"\nThe code has changed since these were measured, as their reports say: {', '.join(older)}.")
     took = sum(cell.seconds for name in small for cell in cells(name))
     lines.append(f"\nThe cells of the {len(small)} small studies took {took / 60:.0f} minutes in all.")
-    TABLE.write_text("\n".join(lines) + "\n", "utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ recipient's own vector from the first half, which stands for what the number of 
 
 Everything was chosen on other prompts: 240 requests of AdvBench against third-party instructions and our development
 questions, and 200 reviews a side. The figures in this list are of those trials, whose runs are not kept; all others are
-written by `benchmarks/vectors.py`.
+written by `experiments/tables/vectors.py`.
 
 - *Where to read.* A mean over all tokens of a prompt is governed by its first token, whose state is constant and up to
   a hundred times as long: from 100 pairs, the ceiling of sentiment in SmolLM2 was .31 with it and .53 without (`all`

@@ -23,11 +23,6 @@ def labelled():
     return {name: benchmark()["load_labels"](results / f"{name}.jsonl") for name in benchmark()["SETS"]}
 
 
-def test_the_committed_page_is_what_graders_and_labels_give():
-    page = benchmark()["page"](labelled(), benchmark()["measure"](labelled()))
-    assert page == (ROOT / "docs/benchmarks/graders.md").read_text("utf-8"), "run python benchmarks/graders.py"
-
-
 def test_every_behaviour_is_checked_on_two_hundred_answers_of_every_arm():
     arms = {"unmodified", "pasted", "published", "random", "text-bridge", "direct", "few-shot"}
     for name, rows in labelled().items():

@@ -84,15 +84,19 @@ def paired_p(a: Labels, b: Labels, unit: str) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number by Holm's step-down method, in the order given.
 
+    The k-th smallest of m is multiplied by m - k + 1; none is then below a smaller one, none above 1.
+
     Raises:
         InputError: a value outside 0 to 1.
     """
-    from statsmodels.stats.multitest import multipletests
-
     p = np.asarray(p_values, np.float64)
     if not ((p >= 0) & (p <= 1)).all():
         raise InputError(f"p-values {list(p_values)}: expected numbers from 0 to 1; leave out tests that were not made")
-    return [float(value) for value in multipletests(p, method="holm")[1]] if len(p) else []
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in adjusted]
 
 
 def recovered_fraction(

@@ -23,7 +23,7 @@ from commandv.evaluation.report.tables import Grid
 from commandv.evaluation.results import Run
 from commandv.storage.files import require_file, write_text
 
-__all__ = ["require_report_place", "write_report"]
+__all__ = ["markdown", "require_report_place", "write_report"]
 
 _MARKS = {"report.html": b'<p class="kind">Command-V study', "report.md": b"\nCommand-V study "}  # what tells a report
 _SPECIAL = re.compile(r"([\\`*_|~$]|(?<=\])[(\[:])")  # a bracket alone is harmless; what follows it makes a link
@@ -50,11 +50,23 @@ def write_report(run: Run, out: Path) -> tuple[Path, Path]:
     require_matplotlib()
     require_report_place(out)
     facts = _facts(run)
+    for group in facts["groups"]:
+        for table in group["tables"]:
+            table["figure"] = Markup(effect_against_price(table["of"], table["label"], table["name"]))
     page, twin = out / "report.html", out / "report.md"
     write_text(page, _environment(html=True).get_template("report.html.j2").render(facts))
-    text = _environment(html=False).get_template("report.md.j2").render(facts)
-    write_text(twin, re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+    write_text(twin, _rendered(facts))
     return page, twin
+
+
+def markdown(run: Run) -> str:
+    """Return the Markdown report of a run, which has no figures and needs no matplotlib."""
+    return _rendered(_facts(run))
+
+
+def _rendered(facts: dict[str, Any]) -> str:
+    text = _environment(html=False).get_template("report.md.j2").render(facts)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def require_report_place(out: Path) -> None:
@@ -105,8 +117,10 @@ def _group_facts(group: Group, name: str) -> dict[str, Any]:
         label = f"Effect against price: {grid.caption}. " + "; ".join(": ".join(row[:2]) for row in grid.rows)
         made.append(
             {
+                "of": table,
+                "name": f"{name}-{i}",
                 "grid": grid,
-                "figure": Markup(effect_against_price(table, label, f"{name}-{i}")),
+                "label": label,
                 "notes": table.notes,
                 "compared": tables.comparisons(group, table),
             }

@@ -15,6 +15,7 @@ from commandv.evaluation.arms import DIRECT, PASTED, RANDOM, UNMODIFIED
 from commandv.evaluation.report.findings import DONOR, Group, Row, Table
 from commandv.evaluation.results import Cell, Run
 from commandv.evaluation.scores import Score
+from commandv.evaluation.versions import VERSIONS
 
 NONE = "–"
 MEASURES = {
@@ -197,6 +198,8 @@ def warnings(run: Run) -> list[str]:
         left = max(run.planned - len(run.cells), 0)
         counts = f"{done} of {run.planned} cells are finished, {len(run.cells) - done} failed, {left} have not run"
         found.append(f"Partial: {counts}. Figures cover the finished cells only.")
+    if older := older_code(run):
+        found.append(f"Measured by older versions of the code ({older}): the present ones may find something else.")
     if run.ignored:
         told = "; ".join(f"{name} ({reason})" for name, reason in list(run.ignored.items())[:5])
         found.append(f"Files not counted, because they are none of this study's ({len(run.ignored)}): {told}.")
@@ -206,6 +209,13 @@ def warnings(run: Run) -> list[str]:
     if any(cell.settings.get("rehearsed") is not None for cell in run.cells):
         found.append("Rehearsal: the models have random weights; this run proves plumbing, its figures mean nothing.")
     return found
+
+
+def older_code(run: Run) -> str:
+    """Return which parts of the code that measured a run have changed since, empty for none."""
+    known = [cell.settings.get("versions") or {} for cell in run.cells if cell.state == "done"]
+    behind = {part: min(int(one.get(part, 0)) for one in known) for part in VERSIONS} if known else {}
+    return ", ".join(f"{part} {n or 'unknown'} < {VERSIONS[part]}" for part, n in behind.items() if n < VERSIONS[part])
 
 
 def _price(row: Row, measure: str) -> str:

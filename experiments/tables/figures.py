@@ -1,0 +1,109 @@
+"""Whether every figure in README and docs is what the committed labels give, and writing those that are not anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from experiments.tables.pages import PAGES, ROOT
+from experiments.tables.sentences import BY_HAND, SETTINGS, Sentence, sentences
+
+SLOT = r"(-?\d*\.?\d+)"
+FIGURE = re.compile(r"(?<![\w.:/^-])-?\d*\.\d+(?![\w]|\.\d)")
+# Where figures are no results: code, addresses, numbers of papers.
+ASIDE = re.compile(
+    r"```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv\s+[\d.]+|sections?\s+[\d.]+|https?://\S+|Python 3\.\d+|Licence: .*?\n\n",
+    re.S,
+)
+NOT_READ = (
+    "docs/cli.md",  # generated from the code, and checked by the tests
+    "docs/benchmarks/coverage.md",  # a simulation that takes an hour, whose draws are not kept yet
+)
+
+
+@dataclass
+class Made:
+    """What README and docs should be.
+
+    Attributes:
+        pages: path -> text, of those that are made whole and those with sentences in them.
+        problems: what no writing anew mends: a sentence that a page lacks, a figure that nothing makes.
+    """
+
+    pages: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def pattern(text: str, slot: str = SLOT) -> re.Pattern[str]:
+    """Return what finds a sentence in a page, with a group for each figure."""
+    parts = [r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in text.split("{}")]
+    return re.compile(slot.join(parts))
+
+
+def placed(page: str, sentence: Sentence, problems: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    """Return the page with the sentence's figures in it, and where they are."""
+    found = list(pattern(sentence.text).finditer(page))
+    if len(found) != 1 or found[0].re.groups != len(sentence.figures):
+        problems.append(
+            f"{sentence.page}: found {len(found)} times: {sentence.text!r}; reword it in the page or in "
+            "experiments/tables/sentences.py"
+        )
+        return page, []
+    spans = [found[0].span(i) for i in range(1, len(sentence.figures) + 1)]
+    for (start, end), figure in zip(reversed(spans), reversed(sentence.figures), strict=True):
+        page = page[:start] + figure + page[end:]
+    again = pattern(sentence.text).search(page)
+    assert again is not None
+    return page, [again.span(i) for i in range(1, len(sentence.figures) + 1)]
+
+
+def whole() -> dict[str, str]:
+    """Make the pages that are made whole."""
+    return {page: make() for page, make in PAGES.items()}
+
+
+def made(whole: Mapping[str, str]) -> Made:
+    """Put the figures of pages that are made whole, and of labels, into all others."""
+    out, known = Made(dict(whole)), list(sentences(whole))
+    for sentence in known:
+        text = out.pages.get(sentence.page) or (ROOT / sentence.page).read_text("utf-8")
+        out.pages[sentence.page], _ = placed(text, sentence, out.problems)
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        name = path.relative_to(ROOT).as_posix()
+        if name not in whole and name not in NOT_READ:
+            text = out.pages.get(name) or path.read_text("utf-8")
+            out.problems += strays(name, text, [one for one in known if one.page == name])
+    return out
+
+
+def strays(name: str, text: str, known: list[Sentence]) -> Iterator[str]:
+    """Yield figures of a page that no sentence makes."""
+    spans = [found.span() for found in ASIDE.finditer(text)]
+    for sentence in known:
+        spans += placed(text, sentence, [])[1]
+    for page, words in (*BY_HAND, *SETTINGS):
+        if page == name:
+            spans += [found.span() for found in pattern(words).finditer(text)]
+    for found in FIGURE.finditer(text):
+        if not any(start <= found.start() and found.end() <= end for start, end in spans):
+            line = text[: found.start()].count("\n") + 1
+            yield (
+                f"{name}:{line}: nothing makes the figure {found[0]}; say where it comes from in "
+                "experiments/tables/sentences.py"
+            )
+
+
+def differing(found: Made) -> list[str]:
+    """Return what is wrong with README and docs, a line each."""
+    stale = [page for page, text in found.pages.items() if not (ROOT / page).exists()
+             or (ROOT / page).read_text("utf-8") != text]  # fmt: skip
+    return [f"{page}: not what the committed labels give; run make tables" for page in stale] + found.problems
+
+
+def write(found: Made) -> list[str]:
+    """Write README and docs; return what that does not mend."""
+    for page, text in found.pages.items():
+        (ROOT / page).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / page).write_text(text, "utf-8")
+    return found.problems

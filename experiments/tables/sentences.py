@@ -1,0 +1,409 @@
+"""Every sentence and every row with a figure in pages that are written by hand, and where the figure comes from.
+
+A sentence is a piece of the page with `{}` for each figure; line breaks do not count. Figures come out of the tables of
+the pages that are made whole (`pages.PAGES`), or of a study's labels. A page with a figure that is in none of these
+lists does not pass: see `experiments.tables.figures`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from commandv.evaluation import difference, pooled
+from commandv.evaluation.meter import price_scores
+from commandv.evaluation.results import Arm, load_run
+from experiments.tables.pages import RUNS
+from experiments.tables.vectors import CONCEPTS
+
+
+class Sentence(NamedTuple):
+    """A piece of a page and its figures, in order."""
+
+    page: str
+    text: str
+    figures: list[str]
+
+
+# Figures that were taken once and whose runs are not kept: (page, words around them).
+BY_HAND = [
+    ("docs/evaluation.md", "finds evidence in .51 and is right on .74 of these (.85 of the positive, .62 of the "
+     "negative ones)"),
+    ("docs/evaluation.md", "evidence in 39 and is right on .90 of them"),
+    ("docs/method.md", "and .73 to .78 with line starts"),
+    ("docs/methods/difference-in-means.md", "From 100 pairs the latter is .6 to .7"),
+    ("docs/methods/ridge.md", "GCV gave .00 where leaving out whole prompts gave .73, and with another donor adapter "
+     ".72 against .78"),
+    ("docs/studies/README.md", "at 1.2 nats where .8 buy the same natively"),
+]  # fmt: skip
+# Numbers that are settings of the method or bounds that tests hold, and no results.
+SETTINGS = [
+    ("docs/evaluation.md", "below .05 where the interval leaves out 0"),
+    ("docs/formats.md", "a cosine of .996 or more"),
+    ("docs/method.md", "(0.05 s for 135M parameters in bfloat16)"),
+    ("docs/methods/choosing.md", "depth is .8"),
+    ("docs/methods/norm-relative-strength.md", "shares from -.3 to .3"),
+    ("docs/methods/probe.md", "10, 1, .1, .01, .001"),
+    ("docs/methods/ridge.md", "10^2.75"),
+]
+Pages = Mapping[str, str]
+MAPPERS, VECTORS, SAE = (f"docs/benchmarks/{name}.md" for name in ("mappers", "vectors", "sae"))
+WAYS = ("gemma-3-270m -> smollm2-135m-instruct", "smollm2-135m-instruct -> gemma-3-270m")
+
+
+def shown(value: float, digits: int = 2) -> str:
+    """Write a figure as prose has it: no 0 before the point."""
+    return re.sub(r"^(-?)0(?=\.)", r"\1", f"{value:.{digits}f}")
+
+
+def at(made: Pages, page: str, section: str, row: str, column: str, *, nth: int = 0, digits: int = 2) -> list[str]:
+    """Return the numbers of a table's cell: value, and low and high where it has an interval.
+
+    Args:
+        made: pages by path.
+        page: path of the page.
+        section: words in the heading under which the table is; "" for the whole page.
+        row: what the row begins with.
+        column: head of the column.
+        nth: which of the tables with such a row and column.
+        digits: after the point.
+    """
+    found = [rows[row] for rows in _columns(made, page, section, column) if row in rows]
+    return numbers(found[nth], digits)
+
+
+def whole_column(made: Pages, page: str, section: str, column: str, nth: int = 0) -> list[list[str]]:
+    """Return the numbers of a table's column, row by row; arguments as in `at`."""
+    return [numbers(cell) for cell in _columns(made, page, section, column)[nth].values()]
+
+
+def numbers(cell: str, digits: int = 2) -> list[str]:
+    """Return the numbers of a table's cell."""
+    return [shown(float(number), digits) for number in re.findall(r"-?\d*\.?\d+(?:e[-+]\d+)?", cell)]
+
+
+def _columns(made: Pages, page: str, section: str, column: str) -> list[dict[str, str]]:
+    """Return the column of every table that has it: row -> cell, the first where rows have one name."""
+    parts = re.split(r"^#+ ", made[page], flags=re.M)
+    text = next(part for part in parts if section in part.partition("\n")[0]) if section else made[page]
+    out = []
+    for table in re.findall(r"(?:^\|.*\n?)+", text, re.M):
+        lines = [line.strip().strip("|").split("|") for line in table.splitlines()]
+        head, _, *rows = [[cell.strip(" *") for cell in line] for line in lines]
+        if column in head:
+            out.append({row[0]: row[head.index(column)] for row in reversed(rows)})
+    return out
+
+
+def sentences(made: Pages) -> Iterator[Sentence]:
+    """Yield every sentence with its figures, from the pages that are made whole."""
+    yield from packaged()
+    yield from studies(made)
+    yield from methods(made)
+    yield from vectors(made)
+
+
+# -- the README's first table -----------------------------------------------------------------------------------------
+
+INTO = (("smollm2", "gemma"), ("gemma", "smollm2"))
+ROWS = {
+    "unmodified": "unmodified",
+    "**pasted**, in under a second": "pasted",
+    "as published": "published",
+    "random, within the recipient's activations": "random-in-span",
+    "wrongly paired prompts": "shuffled",
+    "the donor's texts as a vector": "text-bridge",
+    "few-shot prompt, {} to {} tokens a request": "few-shot",
+    "trained on the donor's answers": "donor-answers",
+    "the recipient's own adapter": "direct",
+    "the donor with its adapter": "donor",
+}
+
+
+@functools.cache
+def arms(study: str, donor: str, recipient: str) -> dict[str, Arm]:
+    (cell,) = [one for one in load_run(RUNS / study).cells if (one.donor, one.recipient) == (donor, recipient)]
+    return {arm.method: arm for arm in cell.arms}
+
+
+def packaged(page: str = "README.md") -> Iterator[Sentence]:
+    """Yield the rows of the README's first table, and what is said of the few-shot prompt."""
+    both = [arms("packaged", *way) for way in INTO]
+    for title, name in ROWS.items():
+        cells, figures = [], []
+        for own in both:
+            rate = pooled(name, list(own[name].labels.values()), "rate")
+            loops = pooled(name, list(own[name].loops.values()), "rate")
+            price = price_scores(own[name].price)
+            kl = {"unmodified": "0", "donor": ""}.get(name, "{}")
+            cells.append(f"{{}} [{{}}, {{}}] | {{}} | {kl}")
+            figures += [*(shown(one) for one in rate[1:4]), shown(loops.value)]
+            figures += [shown(price["kl_first"].value, 1)] if kl == "{}" else []
+        if name == "few-shot":
+            tokens = sorted(own[name].cost.tokens for own in both)
+            figures = [*(f"{one:.0f}" for one in tokens), *figures]
+            cells = [f"**{{}}**{cell.removeprefix('{}')}" for cell in cells]
+        yield Sentence(page, f"| {title} | {' | '.join(cells)} |".replace("|  |", "| |"), figures)
+    gaps = [
+        difference("", *(list(own[name].labels.values()) for name in ("few-shot", "pasted")), "rate") for own in both
+    ]
+    text = "(by {} [{}, {}] into Gemma, {} [{}, {}] into SmolLM2)"
+    yield Sentence(page, text, [shown(one) for gap in gaps for one in gap[1:4]])
+
+
+# -- studies ----------------------------------------------------------------------------------------------------------
+
+
+def studies(made: Pages) -> Iterator[Sentence]:
+    """Yield what is said of the studies' reports."""
+    page, rate, fraction = "docs/studies/README.md", "share of answers", "recovered"
+
+    def of(study: str, section: str, row: str, column: str = rate, nth: int = 0) -> list[str]:
+        return at(made, f"docs/studies/{study}/report.md", section, row, column, nth=nth)
+
+    def value(*where: Any, **more: Any) -> str:
+        return of(*where, **more)[0]
+
+    there, back, twin, pruned = "smollm2 → gemma", "gemma → smollm2", "smollm2 → twin", "smollm2 → pruned"
+    yield Sentence(
+        page,
+        "({} of attacks succeed unmodified, {} pasted) and between the families in neither direction, although both "
+        "models learn it ({} and {})",
+        [
+            value("refusal", twin, "unmodified"),
+            value("refusal", twin, "pasted"),
+            *sorted(value("refusal", way, "direct") for way in (there, back)),
+        ],
+    )
+    over = functools.partial(value, "over-refusal")
+    yield Sentence(
+        page,
+        "({} of benign look-alikes answered, {} unmodified, none with the random adapter, {} with the donor's texts as "
+        "a vector) and into the twin ({}), not from Gemma to SmolLM2, where a random adapter does more ({}) than the "
+        "paste ({})",
+        [
+            *(over(there, arm) for arm in ("pasted", "unmodified", "text-bridge")),
+            over(twin, "pasted"),
+            over(back, "random"),
+            over(back, "pasted"),
+        ],
+    )
+    chain = functools.partial(value, "auto-cot")
+    reasons = "docs/studies/auto-cot/report.md"
+    right = [one[0] for way in (there, back, twin) for one in whole_column(made, reasons, way, rate, 1)]
+    yield Sentence(
+        page,
+        "It crosses into the twin ({}) and not between the families ({} at best, random {}). Answers are right in {} "
+        "to {}",
+        [chain(twin, "pasted"), chain(back, "pasted"), chain(back, "random"), min(right), max(right)],
+    )
+    recovered = [value("sentiment", way, "pasted", fraction) for way in (there, back, pruned)]
+    yield Sentence(page, "(recovered {}, {} and {})", recovered)
+    yield Sentence(
+        page,
+        "{} of the native effect in Gemma and none in SmolLM2 without, {} and {} with",
+        [value(name, way, "pasted", fraction) for name, way in
+         (("backdoor", there), ("backdoor-seen", there), ("backdoor-seen", back))],
+    )  # fmt: skip
+    direction = functools.partial(of, "refusal-direction")
+    kinds = ("ablated", "subtracted")
+    both = {way: [direction(f"{kind}, {way}", "pasted", fraction) for kind in kinds] for way in (there, back, pruned)}
+    yield Sentence(
+        page,
+        "Gemma -> SmolLM2 recovers {} and {} of the native effect, into the sibling {} (from {} to {}) and {}; SmolLM2 "
+        "-> Gemma {} at best",
+        [one[0] for one in both[back]]
+        + both[pruned][0]
+        + both[pruned][1][:1]
+        + [max(one[0] for one in both[there] if one)],
+    )
+    ways = [(value("sentiment", way, arm)) for way in (there, back, pruned) for arm in ("pasted", "direct")]
+    yield Sentence(
+        "README.md", "one of sentiment does {} where the recipient's own does {}, {} against {}, {} against {}", ways
+    )
+    lists = [value("across-families", f"numbered-list, {way}", arm) for way in (there, back)
+             for arm in ("lowest-error", "pasted")]  # fmt: skip
+    yield Sentence("docs/methods/layer-matchers.md", "into Gemma {} against {}, into SmolLM2 {} against {}", lists)
+    yield Sentence(
+        "docs/methods/carrying-adapters.md",
+        "pasted {} and {}, unmodified {} and {}, as published {} and {}, random {} and {}, trained directly {} and {}",
+        [value("packaged", way, arm) for arm in ("pasted", "unmodified", "published", "random-in-span", "direct")
+         for way in (there, back)],
+    )  # fmt: skip
+    pirates = [value("across-families", f"pirate, {there}", "pasted")]
+    yield Sentence("docs/methods/carrying-adapters.md", "A pirate's opening, SmolLM2 -> Gemma: {}", pirates)
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+def methods(made: Pages) -> Iterator[Sentence]:
+    """Yield what pages of methods say of the comparison of mappers, of judges, features and mapped states."""
+
+    def two(row: str, way: str) -> list[str]:
+        return [at(made, MAPPERS, f"{way}", row, column)[0] for column in ("read R²", "write R²")]
+
+    def lists(row: str) -> list[str]:
+        return [at(made, MAPPERS, way, row, "behaviour")[0] for way in WAYS]
+
+    for name, row in (("ridge", "ridge"), ("reduced-rank", "reduced rank"), ("pinv", "pinv (published)"),
+                      ("affine", "affine"), ("procrustes", "Procrustes"),
+                      ("fourier-ridge", "Fourier ridge")):  # fmt: skip
+        page, found = f"docs/methods/{name}.md", [*two(row, WAYS[0]), *two(row, WAYS[1])]
+        yield Sentence(page, "Gemma -> SmolLM2 {} and {}, SmolLM2 -> Gemma {} and {}", found)
+        yield Sentence(page, "the list {} and {}", lists(row))
+    held = [at(made, MAPPERS, way, row, "held", digits=1)[0] for row in ("Fourier ridge", "ridge") for way in WAYS]
+    held[2:] = [f"0{one}" for one in held[2:]]
+    yield Sentence("docs/methods/fourier-ridge.md", "{} and {} MB held where ridge holds {} and {}", held)
+    for name, row in (("affine-twin", "its affine twin"), ("autoencoder", "autoencoder")):
+        figures = []
+        for number, way in enumerate(WAYS):
+            for one in (row, f"{row}, longer"):
+                figures += [*two(one, way), lists(one)[number]]
+        text = (
+            "Gemma -> SmolLM2 {}, {} and {}, trained longer {}, {} and {}; SmolLM2 -> Gemma {}, {} and {}, longer {}, "
+            "{} and {}"
+        )
+        yield Sentence(f"docs/methods/{name}.md", text, figures)
+    judges = [[at(made, "docs/benchmarks/judges.md", "", name, column)[0] for name in ("gcg", "arditi", "xstest")]
+              for column in ("precision", "recall")]  # fmt: skip
+    ours = [at(made, "docs/benchmarks/judges.md", "", "refusal", column)[0] for column in ("precision", "recall")]
+    text = "ours has precision {} and recall {}, the lists {} to {} and {} to {}"
+    yield Sentence("docs/evaluation.md", text, [*ours, *(pick(one) for one in judges for pick in (min, max))])
+    yield _features(made)
+    yield _states(made)
+
+
+def _features(made: Pages) -> Sentence:
+    equal, gemma, twin = "effect, at equal norm", "-> gemma-3-270m", "-> twin"
+
+    def effect(row: str) -> str:
+        return at(made, SAE, gemma, row, equal)[0]
+
+    texts = [re.search(r"Carried over native: (\S+) \[(\S+), (\S+)\].*?in (\d+) of (\d+) cases",
+                       made[SAE].split(section)[1], re.S) for section in (f"{gemma}\n", f"{twin} ")]  # fmt: skip
+    assert all(texts)
+    over, other = ([shown(float(one)) for one in found.groups()[:3]] for found in texts if found)
+    drift = at(made, SAE, gemma, "random", "drift")[0]
+    return Sentence(
+        "docs/methods/sae-feature.md",
+        "in the donor {} [{}, {}]; carried to Gemma {} [{}, {}], so {} [{}, {}] of it; mapped noise {}, wrongly paired "
+        "rows {}, random {} at a drift of {}, published pinv {}, another feature's row {}. To the rotated twin {}. In "
+        "{} of {} cases",
+        [
+            *at(made, SAE, gemma, "native, in the donor", equal),
+            *at(made, SAE, gemma, "carried", equal),
+            *over,
+            effect("mapped noise"),
+            effect("shuffled pairs"),
+            effect("random"),
+            drift,
+            effect("carried by pinv (published)"),
+            effect("another feature, carried"),
+            other[0],
+            *(texts[0].groups()[3:] if texts[0] else ()),
+        ],
+    )
+
+
+def _states(made: Pages) -> Sentence:
+    page = "docs/benchmarks/validation.md"
+    ways = [line.removeprefix("## ") for line in made[page].splitlines() if line.startswith("## ") and "layer" in line]
+
+    def all_of(row: str, column: str) -> list[str]:
+        return [at(made, page, way, row, column)[0] for way in ways]
+
+    ridge, ablated = (all_of(row, "choices") for row in ("ridge", "mean-ablation"))
+    return Sentence(
+        "docs/methods/mapping-states.md",
+        "four layer pairs: {}, {}, {} and {} nats per token, where the mean state costs {}, {}, {} and {}; multiple "
+        "choice {} to {} where unpatched is right in {} and the mean state in {} to {}",
+        [
+            *all_of("ridge", "KL"),
+            *all_of("mean-ablation", "KL"),
+            min(ridge),
+            max(ridge),
+            min(all_of("unpatched", "choices")),
+            min(ablated),
+            max(ablated),
+        ],
+    )
+
+
+# -- vectors and probes -----------------------------------------------------------------------------------------------
+
+
+def vectors(made: Pages) -> Iterator[Sentence]:
+    """Yield what is said of carried vectors and probes."""
+    cosine, auc, norm = "standardised cosine to the native vector", "AUC on held-out prompts", "length"
+
+    def of(part: str, row: str, concept: str) -> list[list[str]]:
+        """Return the cells of both ways, SmolLM2 -> Gemma first."""
+        heads = [re.search(r"^\| \| (.*) \|$", made[VECTORS].split(f"{way}: {part}")[1], re.M) for way in WAYS[::-1]]
+        column = next(one for one in (heads[0][1] if heads[0] else "").split(" | ") if one.startswith(f"{concept} ("))
+        return [at(made, VECTORS, f"{way}: {part}", row, column) for way in WAYS[::-1]]
+
+    def values(part: str, row: str, concept: str) -> list[str]:
+        return [one[0] for one in of(part, row, concept)]
+
+    mixed, both = "ridge, last tokens, mixed forms", "ridge, last tokens, mixed forms and third-party prompts"
+    text, last, same = "sentiment, over the text", "sentiment, last token", "same model, other pairs"
+    wrong = of(cosine, "shuffled pairs", "harmful")
+    bounds = [float(one) for cell in wrong for one in cell[1:]]
+    randoms, halves = values(cosine, "random", "harmful"), values(cosine, same, "harmful")
+    yield Sentence(
+        "docs/methods/carrying-directions.md",
+        "mixed forms {} and {}, with 788 third-party prompts besides {} and {} (published pinv {} and {}; wrongly "
+        "paired {} and {} with intervals from {} to {}, one draw a seed; random {}; two halves of the pairs in one "
+        "model {})",
+        [
+            *values(cosine, mixed, "harmful"),
+            *values(cosine, both, "harmful"),
+            *values(cosine, "pinv, last tokens (published)", "harmful"),
+            *(cell[0] for cell in wrong),
+            shown(min(bounds)),
+            shown(max(bounds)),
+            max(randoms),
+            max(halves),
+        ],
+    )
+    yield Sentence(
+        "docs/methods/carrying-directions.md",
+        "over the text with word ends {} and {}, at the last token {} and {}",
+        [*values(cosine, "ridge, word ends", text), *values(cosine, WAY_LAST, last)],
+    )
+    pairs = [(own, carried) for own, carried in
+             ((values(auc, "native", concept), values(auc, CONCEPTS[concept].way, concept))
+              for concept in ("harmful", text, last))]  # fmt: skip
+    yield Sentence(
+        "docs/methods/carrying-probes.md",
+        "harmful requests {} against {} both ways; sentiment of film reviews, read over the text, {} against {} and {} "
+        "against {}; read at the last token, {} against {} and {} against {}",
+        [pairs[0][0][0], pairs[0][1][0]] + [one[way] for own in pairs[1:] for way in (0, 1) for one in own],
+    )
+    films = [one for concept in (text, last) for one in values(auc, "native", concept)]
+    halves_of = [one for concept in (text, last) for one in values(cosine, same, concept)]
+    yield Sentence(
+        "docs/methods/probe.md",
+        "{} for harmful against harmless requests, {} to {} for the sentiment",
+        [min(values(auc, "native", "harmful")), min(films), max(films)],
+    )
+    yield Sentence(
+        "docs/methods/difference-in-means.md",
+        "a standardised cosine of {} for harmful against harmless requests (80 pairs each) and of {} to {} for",
+        [max(halves), min(halves_of), max(halves_of)],
+    )
+    lengths = [
+        float(one) for way in WAYS for line in made[VECTORS].split(f"{way}: {norm}")[1].split("\n## ")[0].splitlines()
+        for one in re.findall(r"\| (\d\.\d+) \[", line)
+    ]  # fmt: skip
+    yield Sentence(
+        "docs/methods/norm-relative-strength.md",
+        "by rows and fit: {} to {} in",
+        [shown(min(lengths)), shown(max(lengths))],
+    )
+
+
+WAY_LAST = CONCEPTS["sentiment, last token"].way
