@@ -11,9 +11,9 @@ from experiments.tables.sentences import BY_HAND, SETTINGS, Sentence, sentences
 
 SLOT = r"(-?\d*\.?\d+)"
 FIGURE = re.compile(r"(?<![\w.:/^-])-?\d*\.\d+(?![\w]|\.\d)")
-# Where figures are no results: code, addresses, numbers of papers.
+# Where figures are no results: code, addresses, numbers of papers, sizes of downloads.
 ASIDE = re.compile(
-    r"```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv\s+[\d.]+|sections?\s+[\d.]+|https?://\S+|Python 3\.\d+|Licence: .*?\n\n",
+    r"```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv\s+[\d.]+|sections?\s+[\d.]+|https?://\S+|[\d.]+\s+[GM]B\b|Python 3\.\d+|Licence: .*?\n\n",
     re.S,
 )
 NOT_READ = (
