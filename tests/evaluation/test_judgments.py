@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
 import signal
+import sqlite3
 import time
 
 import pytest
@@ -113,6 +115,16 @@ def test_two_processes_may_share_a_file():
     judge = Steady()
     assert Cached(judge)(asked(answers), answers) == [1.0] * 100
     assert judge.asked == 0
+
+
+def test_a_file_with_other_columns_is_an_error_that_names_them():
+    judge = Cached(Steady())
+    judge.file.parent.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(judge.file)) as database:
+        database.execute("CREATE TABLE judgments (key TEXT PRIMARY KEY, verdict TEXT)")
+    with pytest.raises(FormatError, match="verdict"):
+        judge(asked(["yes"]), ["yes"])
+    assert judge.file.exists()
 
 
 def test_a_damaged_file_is_an_error_that_names_it(serve):

@@ -242,6 +242,7 @@ BROKEN = {
     "a threshold too many": ({"threshold": torch.ones(N)}, {}, "threshold.*not those of a standard"),
     "a real scaling factor": ({"scaling_factor": torch.rand(N)}, {}, "scaling_factor"),
     "topk without k": ({}, {"architecture": "topk"}, "k=None"),
+    "topk of a truth value": ({}, {"architecture": "topk", "k": True}, "k=True"),
     "topk of more than there are": ({}, {"architecture": "topk", "k": N + 1}, f"k={N + 1}"),
     "topk of text": ({}, {"architecture": "topk", "k": "6"}, "k=6"),
     "another width": ({}, {"d_in": D + 1}, f"says d_in {D + 1}, the weights have {D}"),

@@ -206,6 +206,16 @@ def test_compiling_while_attached_is_noticed(lm):
             logits(lm.model)
 
 
+def test_a_wrapper_compiled_before_attaching_runs_what_is_attached(lm):
+    wrapper = torch.compile(lm.model, backend="eager")
+    plain = logits(wrapper)
+    for size in (2.0, 4.0):
+        with cv.attach(lm, tiny.random_adapter(lm, size=size)):
+            torch.testing.assert_close(logits(wrapper), logits(lm.model))
+            assert not torch.allclose(logits(wrapper), plain)
+        torch.testing.assert_close(logits(wrapper), plain)
+
+
 def test_a_compiled_wrapper_is_refused_when_wrapped():
     with pytest.raises(ModelError, match="before torch"):
         cv.wrap_model(torch.compile(tiny.tiny_model(), backend="eager"), tiny.tiny_tokenizer(), "compiled")

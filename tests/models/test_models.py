@@ -330,3 +330,10 @@ def test_profile_of_another_prompt_format_is_another_profile():
     chat, plain = (tiny.tiny_lm(chat=True, template=t) for t in ("chat", "plain"))
     with pytest.raises(MismatchError, match="template"):
         cv.profile(chat, prompts).model.require(plain.ref, "profile")
+
+
+def test_a_tokenizer_whose_settings_have_wrong_types_is_told_when_wrapped():
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.model_max_length = "512"
+    with pytest.raises(ModelError, match="cannot read a word"):
+        cv.wrap_model(tiny.tiny_model(), tokenizer, "odd")

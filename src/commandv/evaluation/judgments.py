@@ -157,6 +157,9 @@ def _opened(file: Path) -> Iterator[sqlite3.Connection]:
         # Another process may be writing: wait for it. isolation_level=None: each statement is its own transaction.
         with contextlib.closing(sqlite3.connect(file, timeout=60, isolation_level=None)) as database:
             database.execute("CREATE TABLE IF NOT EXISTS judgments (key TEXT PRIMARY KEY, label REAL, word TEXT)")
+            columns = [name for _, name, *_ in database.execute("PRAGMA table_info(judgments)")]
+            if columns != ["key", "label", "word"]:
+                raise sqlite3.DatabaseError(f"its columns are {columns}, expected key, label and word")
             yield database
     except sqlite3.OperationalError as error:  # no space, no permission, locked for a minute
         raise StorageError(f"cannot use {file}: {error}. Free some space or set another cache directory") from error

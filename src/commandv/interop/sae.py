@@ -75,7 +75,7 @@ class SAE:
                 f"a {self.architecture} SAE {'with' if self.threshold is not None else 'without'} thresholds"
             )
         topk = self.architecture == "topk"
-        if topk != isinstance(self.k, int) or (topk and not 0 < int(self.k or 0) <= self.n_features):
+        if topk != (type(self.k) is int) or (topk and not 0 < int(self.k or 0) <= self.n_features):
             raise InputError(f"a {self.architecture} SAE of {self.n_features} features with k={self.k}")
         d, n = self.d_model, self.n_features
         expected = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}

@@ -3,7 +3,8 @@
 Whatever changes the stream of a model is one of its *attachments*. They share one set of hooks, which is there exactly
 as long as something is attached: a hook at the beginning of each pass finds out what the pass is (which columns, which
 of them are prompt, where the padding is), asks every attachment what it changes there, and hooks the blocks that are
-changed for this one pass. A pass that nothing changes runs the blocks untouched. Nothing else of the model is replaced.
+changed for this one pass. A pass that nothing changes runs the blocks untouched. Nothing else of the model is replaced;
+graphs that torch.compile has made are made again at their next call, because they leave later hooks out.
 
 What counts as prompt: the columns that `generate` was called with, while it runs, however it feeds them (at once, in
 chunks, uncached, drafted by another model, in beams); else the first pass into a cache, which single tokens go on from;
@@ -18,12 +19,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -193,6 +196,10 @@ class Live:
         # By thread: what the pass through the whole model was given, and the hooks of the pass through the blocks.
         self._given: dict[int, dict[str, Any]] = {}
         self._open: dict[int, list[Any]] = {}
+        if (
+            "torch._dynamo" in sys.modules
+        ):  # a wrapper made by torch.compile kept a graph without hooks, and would run it
+            torch.compiler.reset()
         self._handles = [
             lm.owner.register_forward_pre_hook(_Hook(self, self._begin), with_kwargs=True),
             lm.owner.register_forward_hook(_Hook(self, self._finish), always_call=True),

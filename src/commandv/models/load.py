@@ -202,6 +202,12 @@ def wrap_model(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{id}: the tokenizer has no fast version, which is needed for character offsets")
+    try:
+        tokenizer("tea?", add_special_tokens=False, return_offsets_mapping=True)
+    except Exception as error:  # whatever its files hold
+        raise ModelError(
+            f"{id}: the tokenizer cannot read a word: {first_line(error)}; its files are damaged"
+        ) from error
     if template == "chat" and not tokenizer.chat_template:
         raise InputError(f"{id}: asked for chat, but the tokenizer has no chat template; use template='plain'")
     if template not in ("auto", "chat", "plain"):
