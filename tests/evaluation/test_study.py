@@ -291,7 +291,7 @@ def test_a_vector_is_measured_beside_the_native_one(kind, steered, tmp_path, cac
     tried = {method: [one.setting.scale for one in many] for method, many in cell.curve.items()}
     tuned = ("pasted", "text-bridge", "direct", "random", "random-in-span")
     assert tried == {name: [0.5, 1.0] for name in tuned}
-    elsewhere = ("unmodified", "donor", "few-shot", "context", "vocabulary", "donor-answers")
+    elsewhere = ("unmodified", "donor", "few-shot", "context", "vocabulary", "answers", "donor-answers")
     assert all(arm.layers == [tiny.LAYERS // 2] for arm in cell.arms if arm.method not in elsewhere)
 
 
@@ -437,7 +437,7 @@ def test_an_arm_that_cannot_be_made_is_told_and_the_others_stand(content, tmp_pa
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: True)
     (cell,) = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run").cells
     assert cell.state == "done"
-    assert set(cell.missing) == {"few-shot", "context", "vocabulary", "donor-answers"}
+    assert set(cell.missing) == {"few-shot", "context", "vocabulary", "answers", "donor-answers"}
     assert "answers can be used" in cell.missing["few-shot"]
     assert {arm.method for arm in cell.arms} >= {"pasted", "random", "direct"}
 

@@ -42,6 +42,8 @@ PRACTICE = DiReFT(rank=8, layers="last_half", positions=f"l1+g{ANSWER_TOKENS}")
 PRACTICE_SETTINGS = TrainSettings(epochs=3, max_response=ANSWER_TOKENS)
 
 UNMODIFIED, PASTED, DIRECT, RANDOM = "unmodified", "pasted", "direct", "random"
+IN_SPAN, SHUFFLED, FEW_SHOT = "random-in-span", "shuffled", "few-shot"
+AUTO = "auto"
 
 
 class Cost(NamedTuple):
@@ -77,6 +79,7 @@ class Arm:
     Attributes:
         make: makes it from a comparison's material, at the layers of its setting.
         about: what it is, for tables.
+        by: what a behaviour is carried by, for an arm that is a method of carrying; empty for all others.
         needs: attributes of `Material` that may be missing and are needed.
         strength: `"tuned"`: its scale and layers are chosen on development prompts; `"mirrored"`: those of the pasted
             arm; `"full"`: it has none to choose.
@@ -85,6 +88,7 @@ class Arm:
 
     make: Callable[[Material], Adapter | list[tuple[str, str]] | None]
     about: str
+    by: str = ""
     needs: frozenset[str] = field(default=frozenset())
     strength: Literal["tuned", "mirrored", "full"] = "full"
     epochs: int = 0
@@ -122,6 +126,22 @@ def arms_without(left_out: Collection[str]) -> dict[str, Arm]:
         others = ", ".join(name for name in ARMS if name not in (UNMODIFIED, PASTED))
         raise InputError(f"arms {wrong} cannot be left out; expected some of {others}")
     return {name: arm for name, arm in ARMS.items() if name not in left_out}
+
+
+def methods(by: str) -> list[str]:
+    """Return the arms that are the methods named, in the order of the table.
+
+    Args:
+        by: `"auto"` for all that need no training, or one or several of `METHODS`, separated by commas.
+
+    Raises:
+        InputError: an unknown one.
+    """
+    wanted = [one.strip() for one in by.split(",")]
+    if unknown := [one for one in wanted if one != AUTO and one not in METHODS]:
+        raise InputError(f"by={unknown[0]!r}: expected {AUTO}, or some of {', '.join(METHODS)}, separated by commas")
+    free = [name for name in METHODS.values() if not ARMS[name].epochs] if AUTO in wanted else []
+    return [arm for name, arm in METHODS.items() if arm in free or name in wanted]
 
 
 # -- how they are made ------------------------------------------------------------------------------------------------
@@ -225,20 +245,20 @@ _LINK, _DONOR = frozenset({"link"}), frozenset({"donor_lm", "asked"})
 
 ARMS: dict[str, Arm] = {
     UNMODIFIED: Arm(lambda _: None, "the recipient as it is"),
-    PASTED: Arm(lambda one: one.pasted(), "carried by activations, the default", strength="tuned"),
+    PASTED: Arm(lambda one: one.pasted(), "carried by activations, the default", by="activations", strength="tuned"),
     "published": Arm(
         lambda one: one.published(),
         "carried as published: pseudo-inverse, last-token rows, nothing held out, nearest layers, all of them",
         needs=_LINK,
     ),
     RANDOM: Arm(lambda one: one.random(), "the pasted norm in random directions", strength="mirrored"),
-    "random-in-span": Arm(
+    IN_SPAN: Arm(
         lambda one: one.random(in_span=True),
         "the pasted norm in random directions that the recipient's own activations take",
         needs=_LINK,
         strength="mirrored",
     ),
-    "shuffled": Arm(shuffled, "the same fit on wrongly paired prompts", needs=_LINK, strength="mirrored"),
+    SHUFFLED: Arm(shuffled, "the same fit on wrongly paired prompts", needs=_LINK, strength="mirrored"),
     "mean-ablation": Arm(
         lambda one: one.mean_ablation(), "the state replaced by its mean where the paste acts", needs=_LINK
     ),
@@ -248,17 +268,34 @@ ARMS: dict[str, Arm] = {
         needs=frozenset({"donor_lm", "prompts"}),
         strength="tuned",
     ),
-    "few-shot": Arm(few_shot, f"{DEMONSTRATIONS} of the donor's answers as earlier turns", needs=_DONOR),
+    FEW_SHOT: Arm(few_shot, f"{DEMONSTRATIONS} of the donor's answers as earlier turns", needs=_DONOR),
     "context": Arm(
-        lambda one: distilled(one, "context"), "fitted to what the donor's answers as context change", needs=_DONOR
+        lambda one: distilled(one, "context"),
+        "fitted to what the donor's answers as context change",
+        by="context",
+        needs=_DONOR,
     ),
     "vocabulary": Arm(
         lambda one: distilled(one, "vocabulary"),
         "fitted to what the adapter changes in the donor's words, through shared tokens",
+        by="vocabulary",
+        needs=_DONOR,
+    ),
+    "answers": Arm(
+        lambda one: distilled(one, "answers"),
+        "fitted, without training, to the tokens of the donor's answers",
+        by="answers",
         needs=_DONOR,
     ),
     "donor-answers": Arm(
-        trained_on_answers, "trained on the donor's answers", needs=_DONOR, epochs=PRACTICE_SETTINGS.epochs
+        trained_on_answers,
+        "trained on the donor's answers",
+        by="training",
+        needs=_DONOR,
+        epochs=PRACTICE_SETTINGS.epochs,
     ),
     DIRECT: Arm(lambda one: one.own(), "trained on the original data", needs=frozenset({"direct"})),
 }
+
+# Methods of carrying, those of the arms that are one: what `commandv transfer --by` takes -> the arm's name.
+METHODS: dict[str, str] = {arm.by: name for name, arm in ARMS.items() if arm.by}

@@ -19,7 +19,7 @@ from commandv.profiles.profile import END
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import carry_directions, from_directions
 from commandv.steering.carrying import Rescale
-from commandv.transfer.distil.demonstrate import demonstrate
+from commandv.transfer.distil.demonstrate import Keep, demonstrate
 from commandv.transfer.distil.demonstrations import Demonstrations
 from commandv.transfer.link import Link
 from commandv.transfer.match import Matcher, covering, nearest, proportional
@@ -43,6 +43,9 @@ class Material:
         direct: an adapter that was trained on the recipient with the original data.
         match: of the pasted arm.
         setting: of the pasted arm, and of those that mirror it.
+        mirrored: what the random controls are like, where that is not the pasted arm.
+        shown: the donor's answers, where they are at hand already.
+        keep: which answers of the donor may be kept; see `demonstrate`.
         seed: of what is drawn at random.
     """
 
@@ -55,6 +58,9 @@ class Material:
     direct: Adapter | None = None
     match: Matcher = proportional
     setting: Setting = Setting()
+    mirrored: Adapter | None = None
+    shown: Demonstrations | None = None
+    keep: Keep | None = None
     seed: int = 0
 
     def lacks(self, needs: frozenset[str]) -> list[str]:
@@ -88,12 +94,13 @@ class Material:
         return [row._asdict() for row in found]
 
     def random(self, *, in_span: bool = False) -> Adapter:
-        """Return deltas that have the pasted adapter's norm on every state, in random directions.
+        """Return deltas of the norm of the pasted adapter, or of `mirrored`, on every state, in random directions.
 
         Args:
             in_span: draw the directions as the recipient's own activations vary, not from the whole space.
         """
-        return random_like(self.pasted(), self.seed, within=self.linked().recipient if in_span else None)
+        like = self.mirrored or self.pasted()
+        return random_like(like, self.seed, within=self.linked().recipient if in_span else None)
 
     def mean_ablation(self) -> Adapter:
         """Return what replaces the state by its mean over the profile's last-token rows: h + (mean - h).
@@ -129,10 +136,10 @@ class Material:
         """
         if self.donor_lm is None or self.asked is None:
             raise InputError("the donor's answers are wanted: give donor_lm= and asked=, or leave out the arms of them")
-        donor, asked = self.donor_lm, self.asked
-        return self.kept(
+        donor, asked, keep = self.donor_lm, self.asked, self.keep
+        return self.shown or self.kept(
             ("demonstrations", self.adapter),
-            lambda: demonstrate(donor, self.adapter, asked, max_new_tokens=ANSWER_TOKENS, batch_size=64),
+            lambda: demonstrate(donor, self.adapter, asked, keep=keep, max_new_tokens=ANSWER_TOKENS, batch_size=64),
         )
 
     def donors_answers(self) -> PromptSet:

@@ -6,13 +6,15 @@ import json
 import logging
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
 from commandv.errors import FormatError
-from commandv.evaluation.arms import Cost
+from commandv.evaluation.arms import Cost, Made
+from commandv.evaluation.meter import Measured
 from commandv.evaluation.tune import Setting, Tried
 from commandv.evaluation.versions import VERSIONS
 from commandv.storage.files import digest, write_text
@@ -92,6 +94,38 @@ class Arm(_Strict):
     def scale(self) -> float:
         """Factor on its deltas."""
         return self.setting.scale
+
+
+def recorded(method: str, found: Measured, made: Made, setting: Setting = Setting()) -> Arm:
+    """Return what is kept of an arm that was measured."""
+    return Arm(
+        method=method,
+        setting=setting,
+        layers=made.adapter.layers if made.adapter else [],
+        labels={
+            task: [None if math.isnan(label) else label for label in one.labels] for task, one in found.outcomes.items()
+        },
+        units={task: one.unit for task, one in found.outcomes.items()},
+        loops={task: [float(label) for label in one.loops] for task, one in found.outcomes.items()},
+        words={task: list(one.words) for task, one in found.outcomes.items()},
+        price=found.price,
+        cost=made.cost,
+        seconds=found.seconds,
+    )
+
+
+class Attempt(_Strict):
+    """A setting on the development split, prompt by prompt.
+
+    Attributes:
+        tried: what was tried, and its figures.
+        labels: one per development prompt.
+        answers: none for tasks that keep no answers.
+    """
+
+    tried: Tried
+    labels: Labels
+    answers: list[str] = []
 
 
 class Sample(_Strict):
@@ -248,9 +282,20 @@ def _read(file: Path, kind: type[M]) -> M:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise FormatError(
-            f"{file}: {where}: {first['msg']} ({error.error_count()} problems). "
-            "Remove the file; the study makes it again"
+            f"{file}: {where}: {first['msg']} ({error.error_count()} problems). Remove the file; it is made again"
         ) from None
+
+
+def result(file: Path, kind: type[M], make: Callable[[], M]) -> M:
+    """Return what a file of results holds; where there is none, or a damaged one, make and write it."""
+    if file.exists():
+        try:
+            return _read(file, kind)
+        except FormatError as error:
+            log.warning("%s", error)
+    made = make()
+    write_text(file, _written(made.model_dump_json()))
+    return made
 
 
 def save_head(run: Run, folder: Path) -> None:

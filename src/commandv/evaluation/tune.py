@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.errors import InputError
 from commandv.evaluation.price import drift, reply_log_probs
-from commandv.evaluation.tasks import Task, measure
+from commandv.evaluation.tasks import Outcome, Task, measure
 from commandv.models.layers import LayerChoice, choose_layers
 from commandv.models.load import LM
 from commandv.profiles.profile import Rows
@@ -47,12 +47,14 @@ class Tried(NamedTuple):
         kl: price: drift on benign text, nats per token.
         side: side effect: what the side task's judge finds; None where there is no side task, or the price alone was
             too much.
+        loops: share of the answers that loop; None where it was not looked at.
     """
 
     setting: Setting
     value: float
     kl: float
     side: float | None = None
+    loops: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +65,13 @@ class Tuned:
         tried: every setting.
         chosen: the best within the budgets; the cheapest when none is.
         within_budget: whether any was.
+        affordable: those within the budgets.
     """
 
     tried: tuple[Tried, ...]
     chosen: Tried
     within_budget: bool
+    affordable: tuple[Tried, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,7 @@ def tune(
     settings: Sequence[Setting],
     *,
     budget: float | None = None,
+    most_loops: float | None = None,
     side_task: Task | None = None,
     side_budget: float = 0.0,
     passages: PromptSet | None = None,
@@ -108,6 +113,7 @@ def tune(
         make: returns the adapter for a setting, of which it leaves the scale aside.
         settings: what to try; see `grid`.
         budget: most drift allowed, nats per token (KL to the unmodified model); None for no limit.
+        most_loops: largest share of answers that may loop; None for no limit.
         side_task: what must stay as it is or get better, for example over-refusal.
         side_budget: how much worse it may get than in the unmodified model.
         passages: text on which drift is measured. Default: `builtin:drift`.
@@ -122,28 +128,83 @@ def tune(
         raise InputError("tune: no settings; expected at least one layer choice and one scale")
     text = load_prompts("builtin:drift") if passages is None else passages
     plain = reply_log_probs(lm, text) if reference is None else reference
-
-    def found(one: Task, setting: Setting | None = None) -> float:
-        adapter, scale = (None, 1.0) if setting is None else (make(setting), setting.scale)
-        outcome = measure(lm, one, adapter, scale=scale, split="dev", limit=limit, batch_size=batch_size)
-        return outcome.score().value
-
     tried = [
-        Tried(one, found(task, one), drift(lm, text, make(one), scale=one.scale, reference=plain).value)
+        attempt(lm, task, make(one), one, passages=text, reference=plain, limit=limit, batch_size=batch_size)[0]
         for one in settings
     ]
-    affordable = [one for one in tried if budget is None or one.kl <= budget]
-    if side_task is not None:
-        sides = {one.setting: found(side_task, one.setting) for one in affordable}
-        tried = [one._replace(side=sides.get(one.setting)) for one in tried]
-        plain_side, toward = found(side_task), 1 if side_task.success == "more" else -1
-        affordable = [one for one in tried if one.side is not None and toward * (plain_side - one.side) <= side_budget]
-    sign = 1 if task.success == "more" else -1
+    if side_task is None:
+        return choose(tried, task.success, budget=budget, most_loops=most_loops)
+
+    def side(setting: Setting | None = None) -> float:
+        adapter, scale = (None, 1.0) if setting is None else (make(setting), setting.scale)
+        found = measure(lm, side_task, adapter, scale=scale, split="dev", limit=limit, batch_size=batch_size)
+        return found.score().value
+
+    affordable = choose(tried, task.success, budget=budget, most_loops=most_loops).affordable
+    sides = {one.setting: side(one.setting) for one in affordable}
+    tried = [one._replace(side=sides.get(one.setting)) for one in tried]
+    plain_side, toward = side(), 1 if side_task.success == "more" else -1
+    harmless = {setting for setting, value in sides.items() if toward * (plain_side - value) <= side_budget}
+    return choose(tried, task.success, [one for one in tried if one.setting in harmless])
+
+
+def attempt(
+    lm: LM,
+    task: Task,
+    adapter: Adapter,
+    setting: Setting,
+    *,
+    passages: PromptSet,
+    reference: list[Tensor],
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> tuple[Tried, Outcome]:
+    """Try one setting on the development split: effect, loops and price; arguments as in `tune`.
+
+    Args:
+        lm: the recipient, with nothing attached.
+        task: the effect.
+        adapter: made for the setting, of which it leaves the scale aside.
+        setting: which one.
+        passages: text on which drift is measured.
+        reference: `reply_log_probs` of the unmodified model on these.
+        limit: use the first so many development prompts.
+        batch_size: prompts per batch.
+    """
+    found = measure(lm, task, adapter, scale=setting.scale, split="dev", limit=limit, batch_size=batch_size)
+    price = drift(lm, passages, adapter, scale=setting.scale, reference=reference).value
+    return Tried(setting, found.score().value, price, loops=found.loop_rate().value), found
+
+
+def choose(
+    tried: Sequence[Tried],
+    success: Literal["more", "less"],
+    affordable: Sequence[Tried] | None = None,
+    *,
+    budget: float | None = None,
+    most_loops: float | None = None,
+) -> Tuned:
+    """Choose among settings that were tried: the best within the budgets, of equally good ones the cheapest.
+
+    Args:
+        tried: all of them.
+        success: whether more or less of the effect is the aim.
+        affordable: those within the budgets, where that is known already.
+        budget: as in `tune`.
+        most_loops: as in `tune`.
+    """
+    if affordable is None:
+        affordable = [
+            one
+            for one in tried
+            if (budget is None or one.kl <= budget) and (most_loops is None or (one.loops or 0.0) <= most_loops)
+        ]
+    sign = 1 if success == "more" else -1
     if affordable:
         chosen = max(affordable, key=lambda one: (sign * one.value, -one.kl))
     else:
         chosen = min(tried, key=lambda one: one.kl)
-    return Tuned(tuple(tried), chosen, bool(affordable))
+    return Tuned(tuple(tried), chosen, bool(affordable), affordable=tuple(affordable))
 
 
 def choose_layer(
@@ -199,4 +260,4 @@ def choose_layer(
     )  # fmt: skip
     setting = found.chosen.setting
     final = adapter.on_layers([int(setting.layers)]).scaled(setting.scale)
-    return Choice(found.tried, found.chosen, found.within_budget, final)
+    return Choice(found.tried, found.chosen, found.within_budget, final, affordable=found.affordable)

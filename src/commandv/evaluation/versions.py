@@ -10,7 +10,7 @@ from commandv.evaluation import graders
 
 VERSIONS: dict[str, int] = {
     "graders": graders.VERSION,  # what labels an answer gets
-    "arms": 2,  # what answers
+    "arms": 3,  # what answers
     "price": 1,
     "tuning": 1,
     "carrying": 1,  # from a donor's adapter to a recipient's
@@ -23,7 +23,17 @@ CODE: dict[str, tuple[str, ...]] = {
         "prompts/loops.py",
         *(
             f"evaluation/{name}.py"
-            for name in ("graders", "formats", "tone", "reasoning", "arithmetic", "catalogue", "judges", "tasks")
+            for name in (
+                "graders",
+                "formats",
+                "tone",
+                "reasoning",
+                "arithmetic",
+                "catalogue",
+                "judges",
+                "tasks",
+                "likeness",
+            )
         ),
     ),
     "arms": ("evaluation/arms.py", "evaluation/material.py", "evaluation/meter.py"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -139,7 +139,7 @@ def _table(cells: Sequence[Cell], task: str) -> Table:
         notes.append(f"Measured with some seeds only: {', '.join(short)}.")
     missing = {name: why for cell in cells for name, why in cell.missing.items()}
     notes += [f"{name} could not be made: {why}." for name, why in missing.items()]
-    return Table(task, unit, success, rows, _verdict(judged, found, unit, success), notes)
+    return Table(task, unit, success, rows, verdict(judged, found, unit, success), notes)
 
 
 def _success(cells: Sequence[Cell], task: str) -> tuple[Success, list[str]]:
@@ -206,24 +206,43 @@ def _price(arms: Sequence[Arm], task: str) -> dict[str, Score]:
     return found
 
 
-def _verdict(judged: dict[str, Labels], found: dict[str, Comparison], unit: str, success: Success) -> Verdict:
-    """Apply the rules that the report states, in their order."""
-    pasted, direct = found.get(PASTED), found.get(DIRECT)
+def verdict(
+    judged: dict[str, Labels],
+    found: Mapping[str, Comparison],
+    unit: str,
+    success: Success,
+    *,
+    arm: str = PASTED,
+    controls: Sequence[str] = (RANDOM,),
+) -> Verdict:
+    """Apply the rules that the report states, in their order.
+
+    Args:
+        judged: arm -> labels.
+        found: arm -> its comparison with the unmodified recipient.
+        unit: of the labels.
+        success: whether more or less is the aim.
+        arm: what was carried.
+        controls: that it must beat beside the unmodified recipient; those that were not measured are left aside.
+    """
+    pasted, direct = found.get(arm), found.get(DIRECT)
     if pasted is None or pasted.difference is None:
         return Verdict(NOT_MEASURED, "no figures of the pasted and the unmodified recipient to compare")
     if direct and not _moves(direct.difference, direct.adjusted, success):
         return Verdict(NOT_EXAMINABLE, "the recipient's own adapter or vector does not show the behaviour")
-    if RANDOM not in judged:
-        return Verdict(NOT_ESTABLISHED, "no random control to compare with")
-    tested = [name for name in judged if name not in (RANDOM, DONOR)]
-    try:
-        adjusted = dict(zip(tested, holm([paired_p(judged[one], judged[RANDOM], unit) for one in tested]), strict=True))
-        gap = difference(RANDOM, judged[PASTED], judged[RANDOM], unit)
-    except InputError:
-        return Verdict(NOT_ESTABLISHED, "no prompt was judged with both the paste and the random control")
-    # Both tests must reject, each at the full level: their conjunction rejects no more often than either.
-    beaten = {UNMODIFIED: _moves(pasted.difference, pasted.adjusted, success),
-              RANDOM: _moves(gap, adjusted[PASTED], success)}  # fmt: skip
+    measured = [name for name in controls if name in judged]
+    if not measured:
+        return Verdict(NOT_ESTABLISHED, f"no {' or '.join(controls)} control to compare with")
+    beaten = {UNMODIFIED: _moves(pasted.difference, pasted.adjusted, success)}
+    # All tests must reject, each at the full level: their conjunction rejects no more often than any of them.
+    for control in measured:
+        tested = [name for name in judged if name not in (control, DONOR)]
+        try:
+            p = holm([paired_p(judged[one], judged[control], unit) for one in tested])
+            gap = difference(control, judged[arm], judged[control], unit)
+        except InputError:
+            return Verdict(NOT_ESTABLISHED, f"no prompt was judged with both the paste and the {control} control")
+        beaten[control] = _moves(gap, dict(zip(tested, p, strict=True))[arm], success)
     if not all(beaten.values()):
         others = " and ".join(name for name, beats in beaten.items() if not beats)
         return Verdict(DOES_NOT, f"not {success} than {others}, after Holm's correction")
@@ -231,7 +250,7 @@ def _verdict(judged: dict[str, Labels], found: dict[str, Comparison], unit: str,
         return Verdict(CROSSES, "how much of it cannot be said without the direct arm")
     if pasted.recovered and pasted.recovered.high < WHOLE:
         return Verdict(PARTLY, f"{success} than unmodified and random, but less than {WHOLE} of what training gives")
-    return Verdict(CROSSES, f"{success} than unmodified and random")
+    return Verdict(CROSSES, f"{success} than {' and '.join(beaten)}")
 
 
 def _moves(gap: Score | None, adjusted: float | None, success: Success) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from commandv.errors import CommandVError
 from commandv.evaluation.arms import DIRECT, UNMODIFIED, Cost, Made
 from commandv.evaluation.catalogue import NO_TASKS, load_task
 from commandv.evaluation.meter import Meter
-from commandv.evaluation.results import Arm
+from commandv.evaluation.results import Arm, recorded
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.parts import Behaviour
 from commandv.evaluation.study.schema import Study
@@ -119,22 +118,7 @@ class Shared:
 
     def measured(self, method: str, name: str, behaviour: str, made: Made, setting: Setting = Setting()) -> Arm:
         """Measure a model as an arm has it, on the behaviour's tasks."""
-        found = self.meter(name, behaviour).measured(made, setting.scale)
-        outcomes = found.outcomes
-        return Arm(
-            method=method,
-            setting=setting,
-            layers=made.adapter.layers if made.adapter else [],
-            labels={
-                task: [None if math.isnan(label) else label for label in one.labels] for task, one in outcomes.items()
-            },
-            units={task: one.unit for task, one in outcomes.items()},
-            loops={task: [float(label) for label in one.loops] for task, one in outcomes.items()},
-            words={task: list(one.words) for task, one in outcomes.items()},
-            price=found.price,
-            cost=made.cost,
-            seconds=found.seconds,
-        )
+        return recorded(method, self.meter(name, behaviour).measured(made, setting.scale), made, setting)
 
     def tuned(self, name: str, behaviour: str, make: Callable[[Setting], Adapter]) -> Tuned:
         """Choose the strength and the layers of an arm on the development split."""
