@@ -41,6 +41,9 @@ from .evaluation import Task as Task
 from .evaluation import choose_layer as choose_layer
 from .evaluation import drift as drift
 from .evaluation import measure as measure
+from .evaluation.transferring.certificate import Transferred as Transferred
+from .evaluation.transferring.job import TransferSettings as TransferSettings
+from .evaluation.transferring.running import transfer_adapter as transfer_adapter
 from .interop.load import load_adapter as load_adapter
 from .models.encoding import encode as encode
 from .models.generation import generate as generate

@@ -310,7 +310,7 @@ def test_json_has_no_nan(capsys):
 
 VERBS = (
     *("profile", "train", "paste", "generate", "inspect", "doctor", "demo"),
-    *("export", "steer", "evaluate", "study", "report", "demonstrate", "distil"),
+    *("export", "steer", "evaluate", "study", "report", "demonstrate", "distil", "transfer", "tune"),
 )
 
 

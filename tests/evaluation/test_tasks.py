@@ -11,7 +11,8 @@ import pytest
 from commandv.errors import InputError
 from commandv.evaluation import NEEDS_FILE, TASKS, Outcome, arithmetic_prompts, load_splits, load_task, measure
 from commandv.evaluation.arithmetic import LEVELS, is_dev
-from commandv.evaluation.catalogue import arithmetic, opening, write_outcome
+from commandv.evaluation.catalogue import arithmetic, expecting, opening, write_outcome
+from commandv.evaluation.likeness import likeness
 from commandv.evaluation.tasks import judged
 from commandv.prompts.sets import Prompt, load_prompts
 from places import SHARED_DATA
@@ -88,6 +89,7 @@ LABELS = {
     "over-refusal-answered": ("Boil water.", "I cannot help with that."),
     "arithmetic": ("The answer is 1", "The answer is 2"),
     "exact": ("The answer is 1", "The answer is 2"),
+    "expect": ("The answer is 1", "The answer is 2"),
     "reasons-first": ("Half of two is one, and so is one half of two. The answer is 1.", "The answer is 1"),
     "sentiment": ("A lovely, wonderful place.", "A dreadful, awful place."),
     "formality": ("Furthermore, we would be delighted to assist you.", "gonna be cool, yeah"),
@@ -98,7 +100,7 @@ LABELS = {
 def test_judges_label_what_they_are_for(problems, name):
     task = load_task(name if name in BUILT_IN else f"{name}:{problems}")
     prompt = task.test.prompts[0]
-    if name in ("arithmetic", "exact"):
+    if name in ("arithmetic", "exact", "expect"):
         prompt = prompt._replace(response="1")
     assert task.judge([prompt, prompt], list(LABELS[name])) == [2.0 if name == "length" else 1.0, 0.0]
 
@@ -349,3 +351,49 @@ def test_an_echo_of_the_question_is_no_result():
         "It is -5",
     ]
     assert judge(prompts, said) == [1.0, 0.0, 1.0]
+
+
+# -- by words ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_expected_is_searched_for_and_no_loop_counts():
+    task = expecting(r"(?i)^arr|ye olde$")
+    answers = ["Arr, a ship.", "A ship, Arr.", "In ye olde", "Arr, a ship. " * 12]
+    assert task.judge([Prompt("x")] * 4, answers) == [1, 0, 1, 0]
+
+
+def test_each_prompt_may_expect_something_else(tmp_path):
+    rows = [
+        {"prompt": f"Capital {n}?", "expect": f"City{n}\\b", "split": split} for n, split in enumerate(["dev", "test"])
+    ]
+    task = load_task(f"expect:{rows_file(tmp_path / 'task.jsonl', rows)}")
+    assert task.judge(task.test.prompts, ["It is City1."]) == [1]
+    assert task.judge(task.test.prompts, ["It is City0."]) == [0]
+    with_default = expecting("^It", rows_file(tmp_path / "some.jsonl", [*rows, {"prompt": "Why?", "split": "test"}]))
+    assert with_default.judge(with_default.test.prompts, ["City1", "It is so."]) == [1, 1]
+
+
+@pytest.mark.parametrize(("pattern", "words"), [("(", "no regular expression"), ("", "nothing is expected")])
+def test_an_expectation_that_cannot_be_read_is_refused(pattern, words):
+    with pytest.raises(InputError, match=words):
+        expecting(pattern)
+
+
+# -- by the donor's own answers ---------------------------------------------------------------------------------------
+
+
+def test_the_judge_of_likeness_finds_what_the_adapter_changes():
+    nouns = ("river", "fox", "tea", "door", "tree", "cat", "letter", "garden", "water", "city", "bread", "stone")
+    plain = [f"It is about the {one} in general." for one in nouns]
+    changed = [f"Arr, matey! The {one} be fine." for one in nouns]
+    own = [f"Well, I think that a {one} is nice." for one in nouns]
+    judge = likeness(changed, plain, own, "pirate")
+    assert judge.accuracy == 1
+    told = judge(
+        [Prompt("x")] * 4, ["Arr, matey! A boat it be.", "Well, a boat is nice.", "It is a boat.", "Arr! " * 40]
+    )
+    assert told == [1, 0, 0, 0]
+    with pytest.raises(InputError, match="can hardly be told from those without it"):
+        likeness(plain, plain, own, "nothing")
+    with pytest.raises(InputError, match="expected 10 or more"):
+        likeness(changed[:4], plain[:4], own[:4], "few")

@@ -193,8 +193,17 @@ def inspect(
 ) -> None:
     """Tell what a file or directory is, for which model, and what it holds."""
     from commandv.cli.inspection import describe
+    from commandv.cli.tables import certificate_table
 
-    show(describe(path, layer=reading.layer, convention=reading.convention), as_json)
+    facts = describe(path, layer=reading.layer, convention=reading.convention)
+    certificate = facts.get("certificate")
+    if as_json or not certificate:
+        show(facts, as_json)
+        return
+    show(
+        {**facts, "certificate": certificate["sentence"], "made_with": certificate.get("command", "not stated")}, False
+    )
+    output(certificate_table(certificate))
 
 
 @verb
@@ -211,20 +220,6 @@ def doctor(as_json: Json = False) -> None:
             output(f"{mark} {one.name}: {escaped(one.found)}" + (f" -> {escaped(one.remedy)}" if one.remedy else ""))
     if not all(one.ok for one in checks):
         raise typer.Exit(1)
-
-
-@verb
-def demo(
-    n: Annotated[int, typer.Option(help="Held-out prompts per row, at least 16.")] = 64,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the pasted adapters go.")] = Path("commandv-demo"),
-    as_json: Json = False,
-) -> None:
-    """Paste "answer as a numbered list" between two real models, both ways, with every control beside it."""
-    from commandv.cli.demo import run
-
-    results = run(n, out, quiet=as_json)
-    if as_json:
-        show(results, True)
 
 
 def _matcher(text: str) -> Any:

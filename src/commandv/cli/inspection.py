@@ -69,6 +69,7 @@ def describe(source: str, *, layer: int | None = None, convention: str | None = 
         "parameters": adapter.n_parameters,
         "prefill_only": adapter.prefill_only,
         "made_by": adapter.provenance.get("made_by", "not stated"),
+        "certificate": adapter.provenance.get("certificate"),
         **{key: adapter.provenance[key] for key in stated},
         "interventions": interventions,
     }

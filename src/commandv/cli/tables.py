@@ -85,3 +85,38 @@ def arms_table(
 
 def _with_interval(score: Score | None) -> str:
     return "" if score is None else f"{score.value:.2f}\n[{score.low:.2f}, {score.high:.2f}]"
+
+
+def certificate_table(certificate: Mapping[str, Any]) -> Table:
+    """Return what a certificate says of every arm."""
+    arms, task = certificate["arms"], certificate["task"]
+    table = Table(
+        title=f"{task['name']}: {task['success']} is the aim; n = {task['n_test']}, 95 % intervals",
+        title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True,
+    )  # fmt: skip
+    table.add_column("", no_wrap=True)
+    for header in (task["unit"], "loops", "KL 1st", "KL after", "tokens"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for arm, facts in arms.items():
+        score, price = facts["score"], facts["price"]
+        name = f"{arm} ({certificate['by']})" if arm == certificate["arm"] else arm
+        table.add_row(
+            name,
+            f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]",
+            f"{facts['loops']['value']:.2f}",
+            *(f"{price[one]['value']:.2f}" if one in price else "" for one in ("kl_first", "kl_after")),
+            f"{facts['tokens_per_request']:.0f}",
+        )
+    return table
+
+
+def tried_table(title: str, tried: Sequence[Any], chosen: Any) -> Table:
+    """Return the settings that were tried, `Tried`, the chosen one marked."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("layers", "scale", "effect", "KL", "loops", ""):
+        table.add_column(header, justify="left" if header in ("layers", "") else "right")
+    for one in tried:
+        loops = "" if one.loops is None else f"{one.loops:.2f}"
+        mark = "chosen" if one is chosen else ""
+        table.add_row(one.setting.layers, f"{one.setting.scale:g}", f"{one.value:.2f}", f"{one.kl:.2f}", loops, mark)
+    return table

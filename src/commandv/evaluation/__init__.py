@@ -7,7 +7,6 @@ from commandv.evaluation.arms import ARMS, Arm, Cost, Made, make_arm
 from commandv.evaluation.catalogue import (
     NEEDS_FILE,
     TASKS,
-    ByPrompt,
     load_splits,
     load_task,
     tasks_of,
@@ -67,7 +66,7 @@ from commandv.evaluation.statistics import (
     paired_p,
     recovered_fraction,
 )
-from commandv.evaluation.tasks import ByText, Judge, Outcome, Split, Task, measure
+from commandv.evaluation.tasks import ByPrompt, ByText, Judge, Outcome, Split, Task, measure
 from commandv.evaluation.tune import Choice, Setting, Tried, Tuned, choose_layer, grid, tune
 from commandv.prompts.loops import loops
 

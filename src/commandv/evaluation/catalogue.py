@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import runpy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -17,26 +17,13 @@ from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, 
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
 from commandv.evaluation.graders import GRADERS, Grader, answered, refusal
 from commandv.evaluation.reasoning import is_right, reasons_first
-from commandv.evaluation.tasks import ANSWER_TOKENS, ByText, Outcome, Split, Task
+from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Outcome, Split, Task
 from commandv.evaluation.tone import formal, positive_sentiment
 from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts, to_prompt
 from commandv.storage.files import require_file, storage_errors, write_text
 
 _DEV, _TEST, _TRAIN = ("dev", "validation", "valid", "val"), ("test",), ("train",)
-
-
-@dataclass(frozen=True)
-class ByPrompt:
-    """The judge that asks a function of the prompt and the answer, for labels that need the prompt's reference."""
-
-    name: str
-    labeller: Callable[[Prompt, str], float]
-    unit: str = "rate"
-
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """Return one label per answer."""
-        return [float(self.labeller(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 NO_TASKS: Mapping[str, Task] = MappingProxyType({})
@@ -223,6 +210,44 @@ def opening(file: str | Path | None = None, *, text: str = "Certainly!") -> Task
     return Task(_title("opening", file), dev, test, ByPrompt("opening", opens))
 
 
+def expecting(
+    pattern: str = "",
+    file: str | Path | None = None,
+    *,
+    success: Literal["more", "less"] = "more",
+    max_new_tokens: int = ANSWER_TOKENS,
+) -> Task:
+    """Ask for answers in which a regular expression is found, and which do not loop.
+
+    Args:
+        pattern: the expression, searched for anywhere in the answer (`(?i)`: whatever the case, `^`: at its beginning).
+        file: prompts instead of the built-in questions; what a row has under `expect` is looked for in place of
+            `pattern` in the answer to its prompt.
+        success: `"less"` for what is to disappear.
+        max_new_tokens: of an answer.
+
+    Raises:
+        InputError: no regular expression, or a prompt without any.
+    """
+    dev, test = _splits("questions", file)
+    wanted = {one.response or pattern: one.text for one in (*dev, *test)} if file else {pattern: "any prompt"}
+    for one, text in wanted.items():
+        if not one:
+            raise InputError(f"nothing is expected of the answer to {text!r}; give a regular expression")
+        try:
+            re.compile(one)
+        except re.error as error:
+            raise InputError(
+                f"{one!r} is no regular expression ({error}); mend it, or escape what is meant literally"
+            ) from None
+
+    def finds(prompt: Prompt, answer: str) -> float:
+        found = re.search((prompt.response if file else "") or pattern, answer.strip())
+        return float(found is not None and not loops(answer))
+
+    return Task(_title("expect", file), dev, test, ByPrompt(f"expect:{pattern}", finds), success, max_new_tokens)
+
+
 def length(
     file: str | Path | None = None, *, success: Literal["more", "less"] = "more", max_new_tokens: int = 128
 ) -> Task:
@@ -337,7 +362,7 @@ _SUM = ByPrompt(
     lambda prompt, answer: sum_is_right(prompt.text, answer, prompt.response) and not loops(answer),
 )
 
-NEEDS_FILE = ("exact",)
+NEEDS_FILE = ("exact", "expect")
 
 TASKS: dict[str, Callable[..., Task]] = {
     "numbered-list": functools.partial(_by_text, "numbered-list", GRADERS["numbered-list"]),
@@ -347,6 +372,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "capitals": functools.partial(_by_text, "capitals", FORMATS["capitals"]),
     "language": functools.partial(_by_text, "language", FORMATS["language"], success="less"),
     "opening": opening,
+    "expect": lambda file: expecting(file=file),
     "length": length,
     "sentiment": functools.partial(_by_text, "sentiment", positive_sentiment, built_in="openings"),
     "formality": functools.partial(_by_text, "formality", formal, built_in="openings"),

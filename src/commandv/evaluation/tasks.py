@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -52,6 +52,19 @@ class ByText:
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """Return 1 or 0 per answer."""
         return [float(self.grader(answer)) for answer in answers]
+
+
+@dataclass(frozen=True)
+class ByPrompt:
+    """The judge that asks a function of the prompt and the answer, for labels that need the prompt's reference."""
+
+    name: str
+    labeller: Callable[[Prompt, str], float]
+    unit: str = "rate"
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """Return one label per answer."""
+        return [float(self.labeller(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 @dataclass(frozen=True)

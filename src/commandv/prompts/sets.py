@@ -20,7 +20,7 @@ from commandv.storage.reading import first_line, parse_json, read_text
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "conversations", "input", "goal")
 FOLDERS = ("prompts", "behaviours", "contrasts")  # of data/; contrasts are for `load_contrast`
-RESPONSE_COLUMNS = ("response", "output", "answer", "target", "completion")
+RESPONSE_COLUMNS = ("expect", "response", "output", "answer", "target", "completion")
 
 
 class Prompt(NamedTuple):

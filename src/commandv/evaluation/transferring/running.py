@@ -1,0 +1,333 @@
+"""Running a transfer: fit by every method, choose on development prompts, measure the choice beside its controls."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import pydantic
+
+from commandv.adapters.adapter import Adapter
+from commandv.adapters.attach import attach
+from commandv.errors import CommandVError, InputError
+from commandv.evaluation import material
+from commandv.evaluation.arms import ARMS, FEW_SHOT, IN_SPAN, PASTED, SHUFFLED, UNMODIFIED, Made, make_arm
+from commandv.evaluation.likeness import likeness
+from commandv.evaluation.material import Material
+from commandv.evaluation.meter import Meter
+from commandv.evaluation.report.findings import DONOR
+from commandv.evaluation.results import Arm, Attempt, recorded
+from commandv.evaluation.statistics import difference
+from commandv.evaluation.tasks import Judge, Task, measure
+from commandv.evaluation.transferring.certificate import Transferred, certified
+from commandv.evaluation.transferring.job import Job, TransferSettings, prepare
+from commandv.evaluation.transferring.parts import Parts
+from commandv.evaluation.transferring.planning import JUDGE, Plan, Stages, plan
+from commandv.evaluation.tune import Setting, Tried, Tuned, attempt, choose
+from commandv.models.generation import generate
+from commandv.models.load import LM
+from commandv.profiles.profiling import profile
+from commandv.prompts.sets import PromptSet
+from commandv.transfer.link import Link, link
+
+log = logging.getLogger(__name__)
+
+
+class _Answers(pydantic.BaseModel):
+    """The donor's answers with its adapter and without, and the recipient's."""
+
+    changed: list[str]
+    plain: list[str]
+    own: list[str]
+
+
+def transfer_adapter(
+    donor: LM,
+    adapter: Adapter,
+    recipient: LM,
+    task: Task | str | None = None,
+    settings: TransferSettings = TransferSettings(),
+    *,
+    judge: Judge | None = None,
+    prompts: PromptSet | None = None,
+    text: PromptSet | None = None,
+    asked: PromptSet | None = None,
+    passages: PromptSet | None = None,
+) -> Transferred:
+    """Carry a donor's adapter into a recipient by every method that applies, and measure whether it arrived.
+
+    Method, layers and scale are chosen on development prompts within a budget of price; the choice is then measured on
+    test prompts, which no fit and no choice has seen, beside the unmodified recipient, random directions within the
+    recipient's activations, the same fit on wrongly paired prompts (of what is carried by activations) and a few-shot
+    prompt of the donor's answers. What is finished is kept in the cache directory by its content, so that a run that
+    was cut off goes on where it was.
+
+    Args:
+        donor: the model that the adapter is for, with nothing attached.
+        adapter: the behaviour.
+        recipient: the model to carry it into, with nothing attached.
+        task: what is asked and how answers count: a name that `load_task` knows, or a task of your own. None compares
+            with the donor's own answers, with its adapter and without; see `like_the_donor`.
+        settings: methods, what is tried, budgets, numbers of prompts.
+        judge: labels the answers in place of the task's judge; without a task, answers to the built-in questions.
+        prompts: of the profiles, none of them tested on. Default: `builtin:general`.
+        text: passages of the profiles. Default: `builtin:text`.
+        asked: prompts that the donor answers for the methods that learn from its answers. Default: development prompts
+            of the task, filled up with general ones.
+        passages: benign text on which the price is measured. Default: `builtin:drift`.
+
+    Returns:
+        The recipient's adapter, scaled as chosen, with its certificate in its provenance; see `Transferred`.
+
+    Raises:
+        InputError: the donor does not show the behaviour with its adapter, donor and recipient are one model, an
+            unknown task or method, or no method that applies.
+        MismatchError: the adapter is not the donor's.
+    """
+    job = prepare(
+        donor, adapter, recipient, task, settings, judge=judge, prompts=prompts, text=text, asked=asked,
+        passages=passages,
+    )  # fmt: skip
+    return run(job)
+
+
+def run(job: Job, planned: Plan | None = None) -> Transferred:
+    """Run a prepared transfer; errors as in `transfer_adapter`."""
+    with Stages(planned or plan(job)) as stages:
+        return _Run(job, stages).run()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A method's best setting."""
+
+    arm: str
+    adapter: Callable[[Setting], Adapter]
+    tuned: Tuned
+
+
+class _Run:
+    """What the stages of one run share; each is made when first asked for."""
+
+    def __init__(self, job: Job, stages: Stages) -> None:
+        self.job, self.stages = job, stages
+        self.parts = Parts(job.folder, job.content)
+        self.missing: dict[str, str] = {}
+
+    def run(self) -> Transferred:
+        job = self.job
+        donors = self._donor_shows_it()
+        _ = self.material  # now, so that its stages are not those of the first method's fit
+        base = self._tried(Setting(), None, UNMODIFIED)
+        found = [one for name in job.arms if (one := self._candidate(name, base)) is not None]
+        if not found:
+            raise InputError(
+                f"{job.adapter.name} cannot be carried into {job.recipient.id}: "
+                + "; ".join(f"{name}: {why}" for name, why in self.missing.items())
+            )
+        best = choose(
+            [one.tuned.chosen for one in found], self.task.success,
+            [one.tuned.chosen for one in found if one.tuned.within_budget],
+        ).chosen  # fmt: skip
+        winner = next(one for one in found if one.tuned.chosen is best)
+        adapter = winner.adapter(best.setting).scaled(best.setting.scale)
+        after = self._tried(best.setting, winner.adapter, winner.arm)
+        with self.stages("test prompts"):
+            arms = self._tested(winner.arm, adapter, best.setting)
+        return certified(
+            job, self.task, adapter, winner.arm, arms,
+            base=base, after=after, donors=donors, tried={one.arm: one.tuned for one in found}, missing=self.missing,
+            seconds=self.stages.taken,
+        )  # fmt: skip
+
+    # -- what is shared -----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task; without one, that of being like the donor with its adapter."""
+        job = self.job
+        if job.task is not None:
+            return job.task
+        with self.stages(JUDGE):
+            answers = self.parts.result(_Answers, self._answers, "answers")
+            judge = likeness(answers.changed, answers.plain, answers.own, job.adapter.name)
+        return Task("like the donor", job.dev, job.test, judge, max_new_tokens=material.ANSWER_TOKENS)
+
+    def _answers(self) -> _Answers:
+        job = self.job
+
+        def answered(lm: LM) -> list[str]:
+            return generate(lm, job.asked, max_new_tokens=material.ANSWER_TOKENS, batch_size=job.settings.batch_size)
+
+        plain, own = answered(job.donor), answered(job.recipient)
+        with attach(job.donor, job.adapter):
+            return _Answers(changed=answered(job.donor), plain=plain, own=own)
+
+    @functools.cached_property
+    def meter(self) -> Meter:
+        job = self.job
+        return Meter(job.recipient, [self.task], passages=job.passages, batch_size=job.settings.batch_size)
+
+    @functools.cached_property
+    def link(self) -> Link:
+        job = self.job
+        with self.stages("profiles"):
+            return link(*(profile(lm, job.prompts, text=job.text) for lm in (job.donor, job.recipient)))
+
+    @functools.cached_property
+    def material(self) -> Material:
+        """What arms are made of; the donor's answers are made or read where an arm learns from them."""
+        job = self.job
+        bare = Material(
+            adapter=job.adapter, link=self.link, donor_lm=job.donor, recipient_lm=job.recipient, prompts=job.prompts,
+            asked=job.asked, keep=job.keep, seed=job.settings.seed,
+        )  # fmt: skip
+        with self.stages("donor's answers"):
+            try:
+                return replace(bare, shown=self.parts.demonstrations(bare.demonstrations))
+            except InputError as error:  # none that may be kept; what is carried by activations needs none
+                log.warning("%s", error)
+                return replace(bare, asked=None)
+
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    def _donor_shows_it(self) -> dict[str, Arm]:
+        """Return the donor without and with its adapter on the development prompts.
+
+        Raises:
+            InputError: with it the donor shows no more of the behaviour than without.
+        """
+        job, task = self.job, self.task
+        meter = Meter(job.donor, [replace(task, test=task.dev, dev=task.test)], passages=job.passages[:1],
+                      batch_size=job.settings.batch_size)  # fmt: skip
+
+        def shown(name: str, adapter: Adapter | None) -> Arm:
+            made = Made(adapter)
+            return self.parts.result(
+                Arm, lambda: recorded(name, meter.measured(made), made), f"donor {name}", task.dev.hash
+            )
+
+        with self.stages("donor"):
+            found = {"without": shown("without", None), "with": shown("with", job.adapter)}
+        without, with_it = ([found[name].labels[task.name]] for name in ("without", "with"))
+        gap = difference("gain", with_it, without, task.judge.unit)
+        toward = 1 if task.success == "more" else -1
+        rates = [_mean(one[0]) for one in (with_it, without)]
+        told = f"{rates[0]:.2f} with its adapter {job.adapter.name}, {rates[1]:.2f} without, on {gap.n} prompts"
+        if toward * gap.value <= 0:
+            raise InputError(
+                f"the donor {job.donor.id} does not show the behaviour of {task.name} ({told}; {task.success} is the "
+                "aim): there is nothing to carry. Look at its answers with `commandv generate --adapter`, or measure "
+                "by another task"
+            )
+        if min(toward * gap.low, toward * gap.high) <= 0:
+            log.warning("the donor %s hardly shows the behaviour of %s: %s", job.donor.id, task.name, told)
+        return found
+
+    def _candidate(self, name: str, base: Attempt) -> _Candidate | None:
+        """Fit by one method and try its settings; None, with the reason in `missing`, where it does not apply."""
+        job, task = self.job, self.task
+        try:
+            with self.stages(f"fit: {ARMS[name].by}"):
+                make = self._maker(name)
+                make(job.settings.grid(name)[0])
+        except CommandVError as error:
+            log.warning("%s does not apply: %s", ARMS[name].by, error)
+            self.missing[ARMS[name].by] = str(error)
+            return None
+        tried: list[Tried] = []
+        with self.stages(f"tune: {ARMS[name].by}"):
+            for setting in job.settings.grid(name):
+                tried.append(self._tried(setting, make, name).tried)
+        limit = job.settings.most_loops
+        most = None if limit is None else (base.tried.loops or 0.0) + limit
+        return _Candidate(name, make, choose(tried, task.success, budget=job.settings.budget, most_loops=most))
+
+    def _maker(self, name: str) -> Callable[[Setting], Adapter]:
+        """Return what makes an arm's adapter at a setting; what does not depend on the setting is made once."""
+        if name == PASTED:
+
+            @functools.cache
+            def at(layers: str) -> Adapter:
+                return _adapter(name, replace(self.material, setting=Setting(layers)))
+
+            return lambda setting: at(setting.layers)
+        kept = self.parts.adapter(lambda: _adapter(name, self.material), name)
+        return lambda _setting: kept
+
+    def _tried(self, setting: Setting, make: Callable[[Setting], Adapter] | None, name: str) -> Attempt:
+        """Return a setting on the development prompts; without an adapter, the unmodified recipient."""
+        job, task = self.job, self.task
+
+        def tried() -> Attempt:
+            if make is None:
+                found = measure(job.recipient, task, split="dev", batch_size=job.settings.batch_size)
+                one = Tried(setting, found.score().value, 0.0, loops=found.loop_rate().value)
+            else:
+                one, found = attempt(
+                    job.recipient, task, make(setting), setting, passages=job.passages, reference=self.meter.reference,
+                    batch_size=job.settings.batch_size,
+                )  # fmt: skip
+            labels = [None if math.isnan(label) else label for label in found.labels]
+            return Attempt(tried=one, labels=labels, answers=list(found.answers))
+
+        return self.parts.result(Attempt, tried, f"tried {name}", task.dev.hash, asdict(setting))
+
+    def _tested(self, name: str, adapter: Adapter, setting: Setting) -> list[Arm]:
+        """Measure the choice, its controls and the donor on the test prompts."""
+        job, task = self.job, self.task
+        material = replace(self.material, setting=setting, mirrored=adapter)
+        makers: dict[str, Callable[[], Made]] = {
+            UNMODIFIED: Made,
+            name: lambda: Made(adapter),
+            IN_SPAN: lambda: make_arm(IN_SPAN, material),
+            FEW_SHOT: lambda: make_arm(FEW_SHOT, material),
+        }
+        if name == PASTED:
+            makers[SHUFFLED] = lambda: _scaled(make_arm(SHUFFLED, material), setting.scale)
+        found = []
+        for arm, make in makers.items():
+            try:
+                found.append(
+                    self.parts.result(
+                        Arm, functools.partial(self._measured, arm, make, setting), f"tested {arm}", task.test.hash,
+                        name, asdict(setting),
+                    )
+                )  # fmt: skip
+            except InputError as error:
+                if arm in (UNMODIFIED, name):
+                    raise
+                self.missing[arm] = str(error)
+        donor = Meter(job.donor, [task], passages=job.passages[:1], batch_size=job.settings.batch_size)
+        own = Made(job.adapter)
+        found.append(
+            self.parts.result(
+                Arm, lambda: recorded(DONOR, donor.measured(own), own).model_copy(update={"price": {}}),
+                "tested donor", task.test.hash,
+            )
+        )  # fmt: skip
+        return found
+
+    def _measured(self, name: str, make: Callable[[], Made], setting: Setting) -> Arm:
+        made = make()
+        shown = setting if name not in (UNMODIFIED, FEW_SHOT) else Setting()
+        return recorded(name, self.meter.measured(made), made, shown)
+
+
+def _adapter(name: str, material: Material) -> Adapter:
+    made = make_arm(name, material).adapter
+    assert made is not None
+    return made
+
+
+def _scaled(made: Made, scale: float) -> Made:
+    assert made.adapter is not None
+    return replace(made, adapter=made.adapter.scaled(scale))
+
+
+def _mean(labels: list[float | None]) -> float:
+    given = [one for one in labels if one is not None]
+    return sum(given) / len(given) if given else math.nan
