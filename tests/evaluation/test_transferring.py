@@ -14,7 +14,7 @@ from commandv.evaluation.arms import ARMS, METHODS, methods
 from commandv.evaluation.catalogue import expecting
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.transferring import job as job_module
-from commandv.evaluation.transferring import running
+from commandv.evaluation.transferring import running, testing
 from commandv.evaluation.transferring.job import prepare
 from commandv.evaluation.transferring.planning import plan
 from commandv.prompts.sets import Prompt, PromptSet
@@ -151,6 +151,24 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(pair, behaviour, cache, bri
     monkeypatch.setattr("commandv.evaluation.tasks.generate", lambda *_, **__: pytest.fail("asked again"))
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.generate", lambda *_, **__: pytest.fail("asked again"))
     assert cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS, **SETS).arrived
+
+
+def test_the_random_control_is_the_mean_of_several_draws(pair, behaviour, cache, brief, monkeypatch):
+    """A single draw may happen to do what is looked for."""
+    asked = []
+    drawn = testing.make_arm
+
+    def watched(name, material):
+        if name == "random-in-span":
+            asked.append(material.seed)
+        return drawn(name, material)
+
+    monkeypatch.setattr(testing, "make_arm", watched)
+    found = cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), SETTINGS, **SETS)
+    assert len(set(asked)) == 4
+    arm = found.arms["random-in-span"]
+    assert len(arm.labels[task().name]) == len(arm.words[task().name]) == SETTINGS.n_test
+    assert len(arm.price["kl"]) == len(SETS["passages"])
 
 
 def test_another_number_of_test_prompts_keeps_what_was_chosen(pair, behaviour, cache, brief):

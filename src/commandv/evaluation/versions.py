@@ -36,7 +36,12 @@ CODE: dict[str, tuple[str, ...]] = {
             )
         ),
     ),
-    "arms": ("evaluation/arms.py", "evaluation/material.py", "evaluation/meter.py"),
+    "arms": (
+        "evaluation/arms.py",
+        "evaluation/material.py",
+        "evaluation/meter.py",
+        "evaluation/transferring/testing.py",
+    ),
     "price": ("evaluation/price.py",),
     "tuning": ("evaluation/tune.py",),
     "carrying": ("transfer", "steering", "adapters/adapter.py", "adapters/carried.py", "adapters/network.py"),

@@ -25,7 +25,7 @@ CONTROLS = (IN_SPAN, SHUFFLED)
 N_SAMPLES = 3
 CALLED = {
     UNMODIFIED: "unmodified",
-    IN_SPAN: "random directions within its activations",
+    IN_SPAN: "random directions within its activations (the mean of several draws)",
     SHUFFLED: "the same fit on wrongly paired prompts",
     FEW_SHOT: "a few-shot prompt of the donor's answers",
     DONOR: "the donor with its adapter",

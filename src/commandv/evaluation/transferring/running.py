@@ -14,11 +14,10 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import CommandVError, InputError
 from commandv.evaluation import material
-from commandv.evaluation.arms import ARMS, FEW_SHOT, IN_SPAN, PASTED, SHUFFLED, UNMODIFIED, Made, make_arm
+from commandv.evaluation.arms import ARMS, PASTED, UNMODIFIED, Made, make_arm
 from commandv.evaluation.likeness import likeness
 from commandv.evaluation.material import Material
 from commandv.evaluation.meter import Meter
-from commandv.evaluation.report.findings import DONOR
 from commandv.evaluation.results import Arm, Attempt, recorded
 from commandv.evaluation.statistics import difference
 from commandv.evaluation.tasks import Judge, Task, measure
@@ -26,6 +25,7 @@ from commandv.evaluation.transferring.certificate import Transferred, certified
 from commandv.evaluation.transferring.job import Job, TransferSettings, prepare
 from commandv.evaluation.transferring.parts import Parts
 from commandv.evaluation.transferring.planning import JUDGE, Plan, Stages, plan
+from commandv.evaluation.transferring.testing import tested
 from commandv.evaluation.tune import Setting, Tried, Tuned, attempt, choose
 from commandv.models.generation import generate
 from commandv.models.load import LM
@@ -136,7 +136,7 @@ class _Run:
         adapter = winner.adapter(best.setting).scaled(best.setting.scale)
         after = self._tried(best.setting, winner.adapter, winner.arm)
         with self.stages("test prompts"):
-            arms = self._tested(winner.arm, adapter, best.setting)
+            arms = tested(job, self.parts, self.meter, self.material, winner.arm, adapter, best.setting, self.missing)
         return certified(
             job, self.task, adapter, winner.arm, arms,
             base=base, after=after, donors=donors, tried={one.arm: one.tuned for one in found}, missing=self.missing,
@@ -276,56 +276,11 @@ class _Run:
 
         return self.parts.result(Attempt, tried, f"tried {name}", task.dev.hash, asdict(setting))
 
-    def _tested(self, name: str, adapter: Adapter, setting: Setting) -> list[Arm]:
-        """Measure the choice, its controls and the donor on the test prompts."""
-        job, task = self.job, self.task
-        material = replace(self.material, setting=setting, mirrored=adapter)
-        makers: dict[str, Callable[[], Made]] = {
-            UNMODIFIED: Made,
-            name: lambda: Made(adapter),
-            IN_SPAN: lambda: make_arm(IN_SPAN, material),
-            FEW_SHOT: lambda: make_arm(FEW_SHOT, material),
-        }
-        if name == PASTED:
-            makers[SHUFFLED] = lambda: _scaled(make_arm(SHUFFLED, material), setting.scale)
-        found = []
-        for arm, make in makers.items():
-            try:
-                found.append(
-                    self.parts.result(
-                        Arm, functools.partial(self._measured, arm, make, setting), f"tested {arm}", task.test.hash,
-                        name, asdict(setting),
-                    )
-                )  # fmt: skip
-            except InputError as error:
-                if arm in (UNMODIFIED, name):
-                    raise
-                self.missing[arm] = str(error)
-        donor = Meter(job.donor, [task], passages=job.passages[:1], batch_size=job.settings.batch_size)
-        own = Made(job.adapter)
-        found.append(
-            self.parts.result(
-                Arm, lambda: recorded(DONOR, donor.measured(own), own).model_copy(update={"price": {}}),
-                "tested donor", task.test.hash,
-            )
-        )  # fmt: skip
-        return found
-
-    def _measured(self, name: str, make: Callable[[], Made], setting: Setting) -> Arm:
-        made = make()
-        shown = setting if name not in (UNMODIFIED, FEW_SHOT) else Setting()
-        return recorded(name, self.meter.measured(made), made, shown)
-
 
 def _adapter(name: str, material: Material) -> Adapter:
     made = make_arm(name, material).adapter
     assert made is not None
     return made
-
-
-def _scaled(made: Made, scale: float) -> Made:
-    assert made.adapter is not None
-    return replace(made, adapter=made.adapter.scaled(scale))
 
 
 def _mean(labels: list[float | None]) -> float:
