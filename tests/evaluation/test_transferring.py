@@ -177,7 +177,7 @@ def test_another_number_of_test_prompts_keeps_what_was_chosen(pair, behaviour, c
     running.run(job)
     fewer = prepare(donor, behaviour, recipient, task(), dataclasses.replace(SETTINGS, n_test=16), **SETS)
     left = {one.name: one.seconds for one in plan(fewer).stages}
-    assert left["tune: activations"] == 0
+    assert left["tune: activations"] == left["profiles"] == left["donor's answers"] == 0
     assert left["test prompts"] > 0
 
 

@@ -195,7 +195,11 @@ def _go(job: Job, out: Path, recipient: str, *, dry_run: bool, as_json: bool) ->
             show({**stages, "in all": f"about {planned.seconds:.0f} s"}, False)
     if dry_run:
         return
-    found = run(job, planned)
+    try:
+        found = run(job, planned)
+    except KeyboardInterrupt:
+        sys.stderr.write("commandv: stopped; what is finished is kept, and the same command goes on there\n")
+        raise
     certificate = {**found.certificate, "command": shlex.join(["commandv", *sys.argv[1:]])}
     cv.save(replace(found.adapter, provenance={**found.adapter.provenance, "certificate": certificate}), out)
     if as_json:

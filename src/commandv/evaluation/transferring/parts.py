@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import pydantic
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import ADAPTER, read, save
 from commandv.evaluation.results import result
+from commandv.profiles.profile import Profile
 from commandv.storage.directories import CONFIG, kept
 from commandv.storage.files import digest, file_name
 from commandv.transfer.distil.demonstrations import (
@@ -22,6 +23,12 @@ from commandv.transfer.distil.demonstrations import (
 )
 
 M = TypeVar("M", bound=pydantic.BaseModel)
+
+
+class _Places(pydantic.BaseModel):
+    """Where profiles are, which the cache keeps by their own content."""
+
+    paths: list[Path]
 
 
 @dataclass(frozen=True)
@@ -73,3 +80,14 @@ class Parts:
             return load_demonstrations(place)
 
         return kept(place, CONFIG, lambda: load_demonstrations(place), made, kind=DEMONSTRATIONS)
+
+    def note(self, profiles: Iterable[Profile]) -> None:
+        """Note where the profiles are."""
+        self.result(_Places, lambda: _Places(paths=[one.path for one in profiles if one.path]), "profiles")
+
+    def profiled(self) -> bool:
+        """Tell whether profiles were made for this transfer, and are still there."""
+        if not self.has_result("profiles"):
+            return False
+        found = self.result(_Places, lambda: _Places(paths=[]), "profiles").paths
+        return len(found) > 1 and all(one.exists() for one in found)

@@ -95,7 +95,8 @@ def plan(job: Job) -> Plan:
         stages.append(Stage(JUDGE, answers("asked", recipient) + 2 * answers("asked", donor)))
     stages.append(Stage("donor", 2 * answers("dev", donor)))
     text = sum(len(one.response or one.text) for one in job.text) / CHARACTERS
-    stages.append(Stage("profiles", (sizes["prompts"] + text) * (donor.read + recipient.read)))
+    read = (sizes["prompts"] + text) * (donor.read + recipient.read)
+    stages.append(Stage("profiles", 0 if parts.profiled() else read))
     shown = answers("asked", donor, ANSWER_TOKENS) + 2 * (sizes["asked"] + n["asked"] * ANSWER_TOKENS) * donor.read
     stages.append(Stage("donor's answers", 0 if parts.has("demonstrations") else shown))
     whole = (sizes["asked"] + n["asked"] * ANSWER_TOKENS) * recipient.read

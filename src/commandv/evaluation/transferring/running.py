@@ -175,7 +175,9 @@ class _Run:
     def link(self) -> Link:
         job = self.job
         with self.stages("profiles"):
-            return link(*(profile(lm, job.prompts, text=job.text) for lm in (job.donor, job.recipient)))
+            donor, recipient = (profile(lm, job.prompts, text=job.text) for lm in (job.donor, job.recipient))
+            self.parts.note((donor, recipient))
+            return link(donor, recipient)
 
     @functools.cached_property
     def material(self) -> Material:
