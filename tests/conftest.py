@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 
@@ -7,6 +8,9 @@ import tiny
 from caching import cache as cache
 
 torch.set_num_threads(1)
+# A busy machine is slow at times; nothing here is about time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -46,8 +46,8 @@ def test_the_readme_example_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     load, profile = cv.load_prompts, cv.profile
     monkeypatch.setattr(
-        cv, "load_prompts", lambda source: load(source, limit=60)
-    )  # the example, at a tenth of its size
+        cv, "load_prompts", lambda source: load(source, limit=24)
+    )  # the example, at a fraction of its size
     monkeypatch.setattr(cv, "profile", lambda lm, prompts, text: profile(lm, prompts, text=text, cache=False))
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
     assert "Fidelity(" in capsys.readouterr().out

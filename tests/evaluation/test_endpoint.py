@@ -66,10 +66,10 @@ def test_a_server_that_wants_too_long_a_pause_is_given_up(serve):
 def test_errors_and_timeouts_are_tried_again(serve):
     def reply(content, number):
         if number == 1:
-            time.sleep(0.6)
+            time.sleep(1.5)
         return {0: 500, 2: 503}.get(number) or fair(content)
 
-    judge = endpoint(serve(reply), timeout=0.3)
+    judge = endpoint(serve(reply), timeout=1)
     assert judge([Prompt("a")], ["no"]) == [1.0]
     assert (judge.usage.requests, judge.usage.retries) == (4, 3)
 

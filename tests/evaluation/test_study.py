@@ -1,19 +1,21 @@
-"""Study files, their plans, and runs on tiny models: resumed, cut off, failing in part."""
+"""Runs of studies on tiny models: resumed, cut off, failing in part."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 
 import pytest
-import yaml
 
 import commandv as cv
+import real
+import studied
 import tiny
 from commandv.errors import FormatError, InputError
-from commandv.evaluation import ByText, Task, arms, tasks_of, versions
+from commandv.evaluation import ByText, Task, tasks_of, versions
 from commandv.evaluation.arms import ARMS
-from commandv.evaluation.results import Arm, Cell, Run, cell_key, load_cell, load_run, save_cell, save_head
+from commandv.evaluation.results import cell_key, load_run
 from commandv.evaluation.study import cell as cell_module
 from commandv.evaluation.study import load_study, plan, run_study
 from commandv.evaluation.study import shared as shared_module
@@ -21,76 +23,27 @@ from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.running import cell_content
 from commandv.prompts.sets import load_prompts
 from places import ROOT
+from studied import QUICK, cell_file, written
 
 STUDIES = ROOT / "studies"
-QUESTIONS = [{"prompt": f"What is {n} and 0?", "split": "dev"} for n in range(10)]  # enough for two contexts
-QUESTIONS += [{"prompt": f"What is {n} and 1?", "split": "test"} for n in range(4)]
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two models, an adapter for each, prompts, examples and a task."""
-    folder = tmp_path_factory.mktemp("study")
-    for seed, name in enumerate(("one", "two")):
-        lm = tiny.tiny_lm(seed=seed)
-        lm.model.save_pretrained(folder / name)
-        lm.tokenizer.save_pretrained(folder / name)
-        cv.save(tiny.random_adapter(cv.load_model(str(folder / name)), layers=(1, 2, 3)), folder / f"{name}-adapter")
-    rows = [{"prompt": f"Why is {n} a number?"} for n in range(20)]
-    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
-    examples = [{"prompt": f"Say {n}", "response": "1. tea"} for n in range(8)]
-    (folder / "examples.jsonl").write_text("\n".join(map(json.dumps, examples)))
-    return folder
+content, folder, finished, short = studied.content, studied.folder, studied.finished, studied.short
 
 
 @pytest.fixture
-def content(folder):
-    """A study file's content that is valid and quick."""
-    return {
-        "name": "tiny",
-        "question": "Does it arrive?",
-        "prompts": str(folder / "prompts.jsonl"),
-        "text": None,
-        "models": {name: {"id": str(folder / name)} for name in ("one", "two")},
-        "pairs": [["one", "two"]],
-        "behaviours": {
-            "pirate": {
-                "task": f"pirate:{folder / 'questions.jsonl'}",
-                "adapters": {name: str(folder / f"{name}-adapter") for name in ("one", "two")},
-            }
-        },
-        "methods": {"error-map": {"match": "lowest-error", "prompts": 16}},
-        "layers": ["last_half"],
-        "scales": [1.0],
-        "n_dev": 2,
-        "n_test": 4,
-    }
+def out(finished, tmp_path):
+    """A finished run of a quick study of two seeds, to change."""
+    return shutil.copytree(finished / "run", tmp_path / "finished")
 
 
-def written(content, path):
-    path.write_text(yaml.safe_dump(content))
-    return load_study(path)
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Two passages are enough to see that drift is measured."""
-    passages = cv.load_prompts("builtin:drift")[:2]
-    original = cv.load_prompts
-
-    def load(source, **options):
-        return passages if source == "builtin:drift" else original(source, **options)
-
-    monkeypatch.setattr(shared_module, "load_prompts", load)
-    # Training on the donor's answers in one quick epoch; random models' answers may loop.
-    monkeypatch.setattr(arms, "PRACTICE_SETTINGS", cv.TrainSettings(epochs=1, max_response=3, batch_size=4))
-    monkeypatch.setattr("commandv.evaluation.material.ANSWER_TOKENS", 4)
-    monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: False)
+@pytest.fixture
+def study(finished):
+    """The study that `out` is a run of."""
+    return load_study(finished / "s.yaml")
 
 
 def test_a_run_measures_every_arm(content, tmp_path):
-    run = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run")
+    run = run_study(written({**content, "leave_out": []}, tmp_path / "s.yaml"), tmp_path / "run")
     (cell,) = run.cells
     assert (cell.state, cell.error) == ("done", "")
     assert [arm.method for arm in cell.arms] == [*ARMS, "error-map", "donor"]
@@ -128,31 +81,20 @@ def test_models_may_be_asked_with_a_system_prompt_and_template_options(content, 
     assert (lm.format.system, lm.format.options, lm.ref.id) == ("Be brief.", {"quiet": True}, "org/one")
 
 
-def test_finished_cells_are_kept_and_others_are_run_again(content, tmp_path, monkeypatch):
-    study = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
-    run_study(study, tmp_path / "run")
+def test_finished_cells_are_kept_and_others_are_run_again(study, out, content, tmp_path, monkeypatch):
     ran = []
     original = cell_module._CellRun.run
     monkeypatch.setattr(cell_module._CellRun, "run", lambda self, given: ran.append(self.spec) or original(self, given))
-    assert len(run_study(study, tmp_path / "run").cells) == 2
+    assert len(run_study(study, out).cells) == 2
     assert ran == []
-    cell_file(tmp_path / "run", seed=1).unlink()
-    run_study(study, tmp_path / "run")
+    cell_file(out, seed=1).unlink()
+    run_study(study, out)
     assert [spec.seed for spec in ran] == [1]
-    run_study(written({**content, "seeds": [0, 1], "n_test": 3}, tmp_path / "s.yaml"), tmp_path / "run")
+    run_study(written({**content, "seeds": [0, 1], "n_test": 3}, tmp_path / "s.yaml"), out)
     assert [spec.seed for spec in ran] == [1, 0, 1]
 
 
-def cell_file(run, **which):
-    """Return the only file of a cell with these fields."""
-    files = [(file, json.loads(file.read_text())) for file in (run / "cells").glob("*.json")]
-    (found,) = [file for file, cell in files if which.items() <= cell.items()]
-    return found
-
-
-def test_an_edited_study_that_is_cut_off_mixes_no_cells_of_two_settings(content, tmp_path, monkeypatch):
-    first = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
-    run_study(first, tmp_path / "run")
+def test_an_edited_study_that_is_cut_off_mixes_no_cells_of_two_settings(study, out, content, tmp_path, monkeypatch):
     edited = written({**content, "seeds": [0, 1], "n_test": 3}, tmp_path / "s.yaml")
     original = cell_module._CellRun.run
 
@@ -164,15 +106,15 @@ def test_an_edited_study_that_is_cut_off_mixes_no_cells_of_two_settings(content,
     with monkeypatch.context() as patch:
         patch.setattr(cell_module._CellRun, "run", once)
         with pytest.raises(KeyboardInterrupt):
-            run_study(edited, tmp_path / "run")
-    halfway = load_run(tmp_path / "run")
+            run_study(edited, out)
+    halfway = load_run(out)
     assert (halfway.planned, [cell.seed for cell in halfway.cells]) == (2, [0])
     assert all(len(arm.labels["pirate:questions"]) == 3 for arm in halfway.cells[0].arms)
     assert set(halfway.ignored.values()) == {"a cell of other settings, or no cell of this study"}
     assert len(halfway.ignored) == 2
-    assert [cell.seed for cell in run_study(edited, tmp_path / "run").cells] == [0, 1]
+    assert [cell.seed for cell in run_study(edited, out).cells] == [0, 1]
     monkeypatch.setattr(cell_module._CellRun, "run", None)  # the cells of the first settings are still there
-    again = run_study(first, tmp_path / "run")
+    again = run_study(study, out)
     assert [len(arm.labels["pirate:questions"]) for arm in again.cells[1].arms] == [4] * len(again.cells[1].arms)
 
 
@@ -185,27 +127,9 @@ def test_names_that_a_hyphen_could_confuse_have_files_of_their_own(content, fold
     assert [(cell.donor, cell.recipient) for cell in run.cells] == [("one", "two-one"), ("one-two", "one")]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("a/b", "cannot hold"), ("..", "begins with no dot"), ("", "1 to 80"), ("a\x07b", "cannot hold"),
-     ("a\nb", "cannot hold"), ("x" * 81, "1 to 80"), ("..\\b", "begins with no dot")],
-)  # fmt: skip
-def test_names_that_cannot_go_into_file_names(name, message, content, tmp_path):
-    (behaviour,) = content["behaviours"].values()
-    for changes in (
-        {"name": name},
-        {"behaviours": {name: behaviour}},
-        {"methods": {name: {}}},
-        {"models": {**content["models"], name: content["models"]["one"]}},
-    ):
-        with pytest.raises(InputError, match=message):
-            written({**content, **changes}, tmp_path / "s.yaml")
-
-
 @pytest.mark.parametrize("change", ["copied", "other cell", "settings", "labels of another study"])
-def test_files_among_the_cells_that_are_not_the_runs_own_are_not_counted(change, content, tmp_path):
-    out = tmp_path / "run"
-    before = run_study(written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml"), out)
+def test_files_among_the_cells_that_are_not_the_runs_own_are_not_counted(change, out):
+    before = load_run(out)
     file = cell_file(out, seed=1)
     cell = json.loads(file.read_text())
     if change == "copied":
@@ -222,13 +146,12 @@ def test_files_among_the_cells_that_are_not_the_runs_own_are_not_counted(change,
     assert len(run.ignored) == 1
 
 
-def test_a_damaged_cell_is_made_again(content, tmp_path, caplog):
-    study = written(content, tmp_path / "s.yaml")
-    before = run_study(study, tmp_path / "run")
-    cell_file(tmp_path / "run").write_text("{")
-    after = run_study(study, tmp_path / "run")
-    assert [cell.state for cell in after.cells] == ["done"]
-    assert after.cells[0].arms[0].labels == before.cells[0].arms[0].labels
+def test_a_damaged_cell_is_made_again(study, out, caplog):
+    before = load_run(out)
+    cell_file(out, seed=1).write_text("{")
+    after = run_study(study, out)
+    assert [cell.state for cell in after.cells] == ["done", "done"]
+    assert [arm.labels for arm in after.cells[1].arms] == [arm.labels for arm in before.cells[1].arms]
     assert "Remove the file" in caplog.text
 
 
@@ -261,9 +184,10 @@ def test_donors_and_direct_controls_are_trained_once(content, folder, tmp_path, 
         "examples": str(folder / "examples.jsonl"),
         "training": {"rank": 2, "epochs": 1, "max_response": 2, "layers": "all_layers"},
     }
-    run = run_study(written({**content, "leave_out": ["text-bridge"]}, tmp_path / "s.yaml"), tmp_path / "run")
+    left_out = [name for name in QUICK if name != "direct"]
+    run = run_study(written({**content, "leave_out": left_out}, tmp_path / "s.yaml"), tmp_path / "run")
     assert run.cells[0].state == "done", run.cells[0].error
-    assert run.left_out == ["text-bridge"]
+    assert run.left_out == left_out
     assert len([path for path in (cache / "adapters").iterdir() if path.is_dir()]) == 2
 
 
@@ -278,14 +202,15 @@ def steered(content, folder):
             "vector": {"contrast": str(folder / "pairs.jsonl"), "pairs": 4, "strength": -1.0},
         }
     }
-    return {**content, "methods": {"plain": {"fit": "affine"}}, "layers": ["50%"], "scales": [0.5, 1.0]}
+    changes = {"methods": {"plain": {"fit": "affine"}}, "layers": ["50%"], "scales": [0.5, 1.0], "leave_out": []}
+    return {**content, **changes}
 
 
-@pytest.mark.parametrize("kind", ["add", "ablate"])
-def test_a_vector_is_measured_beside_the_native_one(kind, steered, tmp_path, cache):
+@pytest.mark.parametrize(("kind", "seeds"), [("add", [0, 1]), ("ablate", [0])])
+def test_a_vector_is_measured_beside_the_native_one(kind, seeds, steered, tmp_path):
     steered["behaviours"]["pirate"]["vector"]["kind"] = kind
-    run = run_study(written({**steered, "seeds": [0, 1]}, tmp_path / "s.yaml"), tmp_path / "run")
-    assert [cell.error for cell in run.cells] == ["", ""]
+    run = run_study(written({**steered, "seeds": seeds}, tmp_path / "s.yaml"), tmp_path / "run")
+    assert [cell.error for cell in run.cells] == [""] * len(seeds)
     cell = run.cells[0]
     assert {arm.method for arm in cell.arms} == {*ARMS, "plain", "donor"}
     tried = {method: [one.setting.scale for one in many] for method, many in cell.curve.items()}
@@ -293,12 +218,6 @@ def test_a_vector_is_measured_beside_the_native_one(kind, steered, tmp_path, cac
     assert tried == {name: [0.5, 1.0] for name in tuned}
     elsewhere = ("unmodified", "donor", "few-shot", "context", "vocabulary", "answers", "donor-answers")
     assert all(arm.layers == [tiny.LAYERS // 2] for arm in cell.arms if arm.method not in elsewhere)
-
-
-def test_a_vector_and_examples_exclude_each_other(steered, folder, tmp_path):
-    steered["behaviours"]["pirate"]["examples"] = str(folder / "examples.jsonl")
-    with pytest.raises(InputError, match="a vector and examples or adapters"):
-        written(steered, tmp_path / "s.yaml")
 
 
 def test_a_directory_serves_one_study_and_one_process(content, tmp_path):
@@ -329,65 +248,18 @@ def _hold(path, held, done):
         done.wait(30)
 
 
-def test_a_damaged_result_is_named(content, tmp_path):
-    run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run")
-    file = cell_file(tmp_path / "run")
+def test_a_damaged_result_is_named(out, tmp_path):
+    file = cell_file(out, seed=0)
     file.write_text(file.read_text()[:100])
     with pytest.raises(FormatError, match=r"\.json.*Remove the file"):
-        load_run(tmp_path / "run")
+        load_run(out)
     with pytest.raises(FormatError, match=r"no run\.json"):
         load_run(tmp_path)
 
 
-def test_results_that_are_not_finite_are_read_again(tmp_path):
-    arm = Arm(method="pasted", price={"kl": [float("inf"), float("nan")]})
-    save_cell(Cell(donor="a", recipient="b", behaviour="c", seed=0, arms=[arm]), tmp_path / "cells" / "a-b-c-0.json")
-    save_head(Run(name="x", planned=1), tmp_path)
-    values = load_run(tmp_path).cells[0].arms[0].price["kl"]
-    assert values[0] == float("inf")
-    assert values[1] != values[1]
-
-
-def test_labels_are_kept_as_characters_and_lists_on_lines(tmp_path):
-    made = Arm(
-        method="pasted",
-        labels={"a": [1, 0, None], "b": [3.25, None]},
-        units={"b": "words"},
-        price={"kl": [0.123456789]},
-    )
-    file = tmp_path / "cells" / "c.json"
-    save_cell(Cell(donor="a", recipient="b", behaviour="c", seed=0, arms=[made]), file)
-    lines = [line.strip() for line in file.read_text().splitlines()]
-    assert '"a": "10-",' in lines
-    assert '"b": [3.25, null]' in lines
-    assert '"kl": [0.12346]' in lines
-    (again,) = load_cell(file).arms
-    assert again.labels == made.labels
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"labels": {"a": "10"}}, "different numbers of labels"),
-        ({"labels": {"a": "1x1"}}, "labels with 'x'"),
-        ({"loops": {"a": "11"}}, "3 labels and 2 others"),
-        ({"method": "unmodified"}, "more than once"),
-    ],
-)
-def test_labels_that_are_short_doubled_or_strange(change, message, tmp_path):
-    content = {"donor": "a", "recipient": "b", "behaviour": "c", "seed": 0}
-    one = {"method": "pasted", "labels": {"a": "101"}}
-    file = tmp_path / "c.json"
-    file.write_text(json.dumps({**content, "arms": [{**one, "method": "unmodified"}, {**one, **change}]}))
-    with pytest.raises(FormatError, match=message):
-        load_cell(file)
-
-
-def test_a_cell_of_code_that_is_not_known_is_not_counted(content, tmp_path, monkeypatch):
-    study = written(content, tmp_path / "s.yaml")
-    run_study(study, tmp_path / "run")
+def test_a_cell_of_code_that_is_not_known_is_not_counted(out, monkeypatch):
     monkeypatch.setitem(versions.VERSIONS, "price", versions.VERSIONS["price"] - 1)
-    run = load_run(tmp_path / "run")
+    run = load_run(out)
     assert run.cells == []
     assert "made by code that this version does not know" in next(iter(run.ignored.values()))
 
@@ -435,73 +307,12 @@ def test_a_judge_that_raises_fails_its_cell_and_is_named(content, tmp_path):
 
 def test_an_arm_that_cannot_be_made_is_told_and_the_others_stand(content, tmp_path, monkeypatch):
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: True)
-    (cell,) = run_study(written(content, tmp_path / "s.yaml"), tmp_path / "run").cells
+    left_out = ["published", "random-in-span", "shuffled", "mean-ablation", "text-bridge"]
+    (cell,) = run_study(written({**content, "leave_out": left_out}, tmp_path / "s.yaml"), tmp_path / "run").cells
     assert cell.state == "done"
     assert set(cell.missing) == {"few-shot", "context", "vocabulary", "answers", "donor-answers"}
     assert "answers can be used" in cell.missing["few-shot"]
     assert {arm.method for arm in cell.arms} >= {"pasted", "random", "direct"}
-
-
-# -- the file ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sedes": [1]}, "sedes: unknown key"),
-        ({"pairs": [["one", "three"]]}, "'three' is not among the models"),
-        ({"pairs": []}, "pairs: expected at least one"),
-        ({"leave_out": ["luck"]}, "'luck'.* cannot be left out; expected some of published, random"),
-        ({"leave_out": ["pasted"]}, "'pasted'.* cannot be left out"),
-        ({"layers": ["top"]}, r"layers: .*'top'"),
-        ({"scales": [-1]}, "scales.0: Input should be greater than 0"),
-        ({"methods": {"published": {}}}, "names of arms"),
-        ({"methods": {"mine": {"fit": "magic"}}}, "methods.mine.fit: 'magic': expected one of ridge"),
-        ({"name": "a/b"}, "name: "),
-        ({"behaviours": {"x": {"task": "pirate"}}}, "neither examples, a vector nor an adapter for the donor 'one'"),
-    ],
-)
-def test_what_is_wrong_is_told_with_its_place(content, tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        written({**content, **change}, tmp_path / "s.yaml")
-
-
-def test_profiles_may_be_of_several_prompt_sets(content, folder, tmp_path):
-    one = content["prompts"]
-    assert written(content, tmp_path / "s.yaml").profile_prompts().texts == load_prompts(one).texts
-    other = folder / "others.jsonl"
-    other.write_text('{"prompt": "|DEV| Say it"}')
-    study = written({**content, "prompts": [one, str(other)]}, tmp_path / "s.yaml")
-    assert study.profile_prompts().texts == [*load_prompts(one).texts, "|DEV| Say it"]
-    other.unlink()
-    (problem,) = study.unreadable()
-    assert problem.startswith("prompts: ")
-    with pytest.raises(InputError, match="prompts: "):
-        written({**content, "prompts": []}, tmp_path / "s.yaml")
-
-
-def test_direct_is_left_out_only_by_an_explicit_word(content, tmp_path):
-    del content["behaviours"]["pirate"]["adapters"]["two"]
-    with pytest.raises(InputError, match=r"direct control needs .*leave_out: \[direct\]"):
-        written(content, tmp_path / "s.yaml")
-    written({**content, "leave_out": ["direct"]}, tmp_path / "s.yaml")
-
-
-def test_files_that_are_no_study(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
-        load_study(tmp_path / "none.yaml")
-    with pytest.raises(InputError, match="a directory, expected a file"):
-        load_study(tmp_path)
-    for text, message in (("a: [", "not YAML"), ("- a", "expected a mapping")):
-        (tmp_path / "s.yaml").write_text(text)
-        with pytest.raises(InputError, match=message):
-            load_study(tmp_path / "s.yaml")
-
-
-def test_missing_inputs_are_found_before_the_run(content, tmp_path):
-    content["behaviours"]["pirate"]["task"] = f"pirate:{tmp_path / 'none.jsonl'}"
-    (problem,) = written(content, tmp_path / "s.yaml").unreadable()
-    assert problem.startswith("behaviours.pirate: task pirate:")
 
 
 TASK_FILE = """
@@ -527,24 +338,8 @@ def test_a_task_defined_outside_the_package_is_known_to_a_study(content, tmp_pat
     assert all(len(arm.labels["fox"]) == 4 for arm in cell.arms)
 
 
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("TASKS = 1", "expected a dictionary TASKS"),
-        ("raise RuntimeError('no')", "RuntimeError while it ran: no"),
-        (TASK_FILE.replace('{"fox":', '{"pirate":'), "pirate are names of built-in tasks"),
-    ],
-)
-def test_a_task_file_that_cannot_be_used_is_refused(code, message, tmp_path):
-    (tmp_path / "mine.py").write_text(code)
-    with pytest.raises(InputError, match=message):
-        tasks_of(tmp_path / "mine.py")
-    with pytest.raises(InputError, match="no such file"):
-        tasks_of(tmp_path / "none.py")
-
-
 def test_plan_counts_the_work(content, tmp_path):
-    study = written({**content, "seeds": [0, 1]}, tmp_path / "s.yaml")
+    study = written({**content, "seeds": [0, 1], "leave_out": []}, tmp_path / "s.yaml")
     counted = plan(study)
     assert (counted.cells, counted.adapters, counted.profiles) == (2, 0, 2)
     assert counted.arms == len(ARMS) + 1  # and the extra method
@@ -554,18 +349,11 @@ def test_plan_counts_the_work(content, tmp_path):
     assert plan(study, ModelSource(study)).seconds is not None
 
 
-def test_rehearsal_needs_shapes(content, tmp_path):
-    with pytest.raises(InputError, match="needs a shape"):
-        ModelSource(written(content, tmp_path / "s.yaml"), rehearsal=4)
-
-
-@pytest.mark.parametrize("file", sorted(STUDIES.rglob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_studies_are_valid(file):
-    load_study(file)
-
-
+@pytest.mark.real
 def test_a_study_of_the_paper_is_rehearsed_with_random_weights(tmp_path):
-    study = load_study(STUDIES / "paper" / "profile-size.yaml").rehearsed()
+    real.require(real.SMOL)  # lends its tokenizer
+    whole = load_study(STUDIES / "paper" / "profile-size.yaml").rehearsed()
+    study = whole.model_copy(update={"methods": {name: whole.methods[name] for name in ("prompts-128", "pinv-128")}})
     assert study.unreadable() == []
     run = run_study(study, tmp_path / "run", models=ModelSource(study, rehearsal=24))
     assert [(cell.state, cell.error) for cell in run.cells] == [("done", "")]

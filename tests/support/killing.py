@@ -23,6 +23,7 @@ import yaml
 import commandv as cv
 import runs
 import tiny
+from commandv.evaluation.arms import ARMS
 from commandv.evaluation.report import write_report
 from commandv.evaluation.results import Run
 from commandv.evaluation.study import load_study, run_study
@@ -164,7 +165,7 @@ def study(kill: Killing, folder: Path) -> None:
             "training": {"epochs": 2, "max_response": 4, "rank": 2, "layers": "last_third"},
         }},
         "seeds": [0, 1], "scales": [1.0], "layers": ["last_third"], "n_dev": 2, "n_test": 2,
-        "leave_out": ["text-bridge", "mean-ablation", "shuffled"],
+        "leave_out": [name for name in ARMS if name not in ("unmodified", "pasted", "random", "direct")],
     }  # fmt: skip
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     wanted = load_study(folder / "study.yaml")

@@ -1,0 +1,54 @@
+"""Result files of studies: how they are kept and read, and what is wrong in them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from commandv.errors import FormatError
+from commandv.evaluation.results import Arm, Cell, Run, load_cell, load_run, save_cell, save_head
+
+
+def test_results_that_are_not_finite_are_read_again(tmp_path):
+    arm = Arm(method="pasted", price={"kl": [float("inf"), float("nan")]})
+    save_cell(Cell(donor="a", recipient="b", behaviour="c", seed=0, arms=[arm]), tmp_path / "cells" / "a-b-c-0.json")
+    save_head(Run(name="x", planned=1), tmp_path)
+    values = load_run(tmp_path).cells[0].arms[0].price["kl"]
+    assert values[0] == float("inf")
+    assert values[1] != values[1]
+
+
+def test_labels_are_kept_as_characters_and_lists_on_lines(tmp_path):
+    made = Arm(
+        method="pasted",
+        labels={"a": [1, 0, None], "b": [3.25, None]},
+        units={"b": "words"},
+        price={"kl": [0.123456789]},
+    )
+    file = tmp_path / "cells" / "c.json"
+    save_cell(Cell(donor="a", recipient="b", behaviour="c", seed=0, arms=[made]), file)
+    lines = [line.strip() for line in file.read_text().splitlines()]
+    assert '"a": "10-",' in lines
+    assert '"b": [3.25, null]' in lines
+    assert '"kl": [0.12346]' in lines
+    (again,) = load_cell(file).arms
+    assert again.labels == made.labels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": {"a": "10"}}, "different numbers of labels"),
+        ({"labels": {"a": "1x1"}}, "labels with 'x'"),
+        ({"loops": {"a": "11"}}, "3 labels and 2 others"),
+        ({"method": "unmodified"}, "more than once"),
+    ],
+)
+def test_labels_that_are_short_doubled_or_strange(change, message, tmp_path):
+    content = {"donor": "a", "recipient": "b", "behaviour": "c", "seed": 0}
+    one = {"method": "pasted", "labels": {"a": "101"}}
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({**content, "arms": [{**one, "method": "unmodified"}, {**one, **change}]}))
+    with pytest.raises(FormatError, match=message):
+        load_cell(file)
