@@ -44,6 +44,8 @@ from .evaluation import measure as measure
 from .evaluation.transferring.certificate import Transferred as Transferred
 from .evaluation.transferring.job import TransferSettings as TransferSettings
 from .evaluation.transferring.running import transfer_adapter as transfer_adapter
+from .executors.executor import Local as Local
+from .executors.ray import Ray as Ray
 from .interop.load import load_adapter as load_adapter
 from .models.encoding import encode as encode
 from .models.generation import generate as generate
@@ -78,6 +80,7 @@ from .profiles.profile import (
     save_profile as save_profile,
 )
 from .profiles.profiling import profile as profile
+from .profiles.profiling import profile_on as profile_on
 from .prompts.sets import Prompt as Prompt
 from .prompts.sets import PromptSet as PromptSet
 from .prompts.sets import load_prompts as load_prompts

@@ -31,3 +31,7 @@ class JudgeError(CommandVError, RuntimeError):
     def __init__(self, message: str, *, judged: int = 0) -> None:
         super().__init__(message)
         self.judged = judged
+
+
+class WorkerError(CommandVError, RuntimeError):
+    """Workers elsewhere cannot be reached, do not start or are lost; what they finished before is kept."""

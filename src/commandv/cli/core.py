@@ -20,6 +20,7 @@ from commandv.cli.options import (
     Out,
     PromptsOption,
     Reading,
+    Running,
     Scale,
     escaped,
     fitter,
@@ -32,6 +33,7 @@ from commandv.cli.options import (
 def profile(
     model: Model,
     how: Loading,
+    running: Running,
     prompts: PromptsOption = GENERAL,
     text: Annotated[str, typer.Option(help="Passages for text rows; 'none' to leave them out.")] = "builtin:text",
     limit: Annotated[int | None, typer.Option(help="Use the first so many prompts of each set.")] = None,
@@ -45,6 +47,8 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
+    from functools import partial
+
     import commandv as cv
     from commandv.profiles.profile import PROFILE
     from commandv.prompts.sets import load_prompt_sets
@@ -52,17 +56,19 @@ def profile(
 
     if out is not None:
         require_place(out, PROFILE)
-    lm = how.load(model)
     passages = None if text == "none" else cv.load_prompts(text)
     asked = load_prompt_sets(prompts, limit=limit)
-    made = cv.profile(
-        lm,
-        cv.mixed_forms(asked) if mixed_forms else asked,
-        text=passages,
-        batch_size=batch_size,
-        max_length=max_length,
-        cache=out or True,
-    )
+    asked = cv.mixed_forms(asked) if mixed_forms else asked
+    executor = running.choose()
+    if running.local:
+        made = cv.profile(
+            how.load(model), asked, text=passages, batch_size=batch_size, max_length=max_length, cache=out or True
+        )
+    else:
+        made = cv.profile_on(
+            executor, partial(how.load, model), asked, text=passages, batch_size=batch_size, max_length=max_length,
+            cache=out,
+        )  # fmt: skip
     facts = {"profile": str(made.path), "model": made.model.id, "rows": len(made), "layers": made.n_layers}
     show({**facts, "d_model": made.d_model}, as_json)
 

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from commandv.adapters.adapter import Adapter
+    from commandv.executors.executor import Executor
     from commandv.models.load import LM
     from commandv.transfer.convert import Fitter
 
@@ -81,6 +82,47 @@ class Reading:
         import commandv as cv
 
         return cv.load_adapter(source, layer=self.layer, convention=self.convention, same_as=same_as)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where the work is done: a bundle of the verbs that can spread it."""
+
+    executor: Annotated[
+        str, typer.Option(metavar="WHERE", help="local; ray (started here); ray:auto or ray:HOST:PORT for a cluster.")
+    ] = "local"
+    workers: Annotated[int | None, typer.Option(help="Ray workers at most. Default: as there is room.")] = None
+    cpus: Annotated[float | None, typer.Option(help="CPUs, and threads, of one worker. Default: 1.")] = None
+    gpus: Annotated[float | None, typer.Option(help="GPUs of one worker. Default: by the models' size.")] = None
+
+    @property
+    def local(self) -> bool:
+        """True where this process does the work."""
+        return self.executor == "local"
+
+    def choose(
+        self, *, workers: int | None = None, cpus: float = 1.0, gpus: float | None = None, size: int = 0
+    ) -> Executor:
+        """Return the executor that the options name; what they leave open is as given here."""
+        from commandv.errors import InputError
+        from commandv.executors.executor import Local
+        from commandv.executors.ray import Ray
+
+        kind, _, address = self.executor.partition(":")
+        if self.local and (self.workers, self.cpus, self.gpus) == (None, None, None):
+            return Local()
+        if kind != "ray":
+            raise InputError(
+                f"--executor {self.executor!r}: expected local (without workers, cpus and gpus), ray, ray:auto or "
+                "ray:HOST:PORT"
+            )
+        return Ray(
+            address or None,
+            workers=workers if self.workers is None else self.workers,
+            cpus=cpus if self.cpus is None else self.cpus,
+            gpus=gpus if self.gpus is None else self.gpus,
+            size=size,
+        )
 
 
 def _template_options(given: list[str] | None) -> dict[str, Any]:

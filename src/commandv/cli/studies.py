@@ -15,6 +15,7 @@ from commandv.cli.options import (
     Loading,
     Model,
     Reading,
+    Running,
     Scale,
     Tasks,
     escaped,
@@ -71,6 +72,7 @@ def evaluate(
 @verb
 def study(
     file: Annotated[Path, typer.Argument(help="Study file (YAML).")],
+    running: Running,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory. Default: runs/NAME.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the file and show the plan; run nothing.")
@@ -105,9 +107,11 @@ def study(
     place = out or Path("runs") / spec.name
     claim(spec, place)
     models = ModelSource(spec, rehearsal=rehearse)
-    if not as_json:
-        show({"study": spec.name, **asdict(plan(spec, models, known))}, False)
-    run = run_study(spec, place, models=models, tasks=known)
+    has = spec.workers
+    executor = running.choose(workers=has.count, cpus=has.cpus, gpus=has.gpus, size=models.bytes())
+    if not as_json:  # on a cluster only the workers load models, so that no duration is told
+        show({"study": spec.name, **asdict(plan(spec, models if running.local else None, known))}, False)
+    run = run_study(spec, place, models=models, tasks=known, executor=executor)
     failed = [cell for cell in run.cells if cell.state == "failed"]
     show({"run": str(place), "cells": len(run.cells), "failed": [f"{c.donor} -> {c.recipient}, {c.behaviour}, "
           f"seed {c.seed}: {c.error}" for c in failed]}, as_json)  # fmt: skip

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import save as serialized
 from torch import Tensor
 
-from commandv.errors import InputError, MismatchError
+from commandv.errors import InputError, MismatchError, WorkerError
+from commandv.executors.executor import Executor, Local, Pool, Task
 from commandv.models.identity import ModelRef, identity
 from commandv.models.load import LM
 from commandv.profiles.parts import find_part, joined, tensor_of, write_part
 from commandv.profiles.profile import PROFILE, Layers, Places, Profile, load_profile, write_profile
 from commandv.profiles.work import Wanted, Work
-from commandv.progress import track
-from commandv.prompts.sets import Prompt, PromptSet, as_prompts
+from commandv.progress import Report, track
+from commandv.prompts.sets import PromptSet
 from commandv.storage.directories import CONFIG, kept, read_config, require_place
 from commandv.storage.files import cache_dir, digest, file_name
 
@@ -73,36 +77,119 @@ def profile(
         FormatError: an activation that is not finite, with its layer and prompt.
         StorageError: the disk is full; finished parts are kept and the run resumes.
     """
-    ends = as_prompts(prompts)
-    n_end = len(ends)
-    items: list[Prompt] = list(ends)
-    hashes = [ends.hash]
-    if text is not None:
-        items += list(text)
-        hashes.append(text.hash)
+    wanted = Wanted.of(
+        prompts, text, places=places, rows_per_text=rows_per_text, batch_size=batch_size, max_length=max_length,
+        padding=padding,
+    )  # fmt: skip
+    model = None if cache is False else _described(lm, refuse=isinstance(cache, Path))
+    if model is None:
+        return _in_memory(Work(lm, wanted), wanted.hash)
+
+    def make(target: Path) -> Profile:
+        work = Work(lm, wanted)
+        work.key = model.key  # known already
+        with Local().pool(lambda: work) as pool:
+            return _made(pool, _itself, work.members, model, wanted, target)
+
+    return _kept(model, wanted, cache, make)
+
+
+def profile_on(
+    executor: Executor,
+    load: Callable[[], LM],
+    prompts: PromptSet | Sequence[str],
+    *,
+    text: PromptSet | None = None,
+    places: Places = "lines",
+    rows_per_text: int = 24,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    cache: Path | None = None,
+) -> Profile:
+    """Profile a model whose passes an executor's workers run; the same profile, found by the same key, as `profile`.
+
+    Only the workers load the model. Parts are written here as they arrive, so that a run that is cut off resumes at
+    what is finished, there or with `profile`.
+
+    Args:
+        executor: gives the workers.
+        load: loads the model on a worker: `functools.partial(load_model, ...)`.
+        prompts: as in `profile`, and so are the others.
+        text: passages.
+        places: of text rows.
+        rows_per_text: text rows kept per passage.
+        batch_size: sequences per forward pass; halved where a worker's memory does not suffice.
+        max_length: longer prompts are cut to.
+        cache: where the profile is kept; by default in the cache directory.
+
+    Raises:
+        WorkerError: workers cannot be reached or are lost again and again; finished parts are kept.
+        MismatchError: a worker has another model under the name, or other versions of the libraries.
+        CommandVError: what `profile` raises.
+    """
+    wanted = Wanted.of(
+        prompts, text, places=places, rows_per_text=rows_per_text, batch_size=batch_size, max_length=max_length,
+        padding="right",
+    )  # fmt: skip
+    with executor.pool(functools.partial(_loaded, load, wanted)) as pool:
+        return profile_in(pool, _itself, wanted, cache=cache)
+
+
+def profile_in(pool: Pool, of: Callable[[Any], Work], wanted: Wanted, *, cache: Path | None = None) -> Profile:
+    """Profile a model in a pool; `of` finds the work in what a worker keeps. See `profile_on`.
+
+    Raises:
+        InputError: a worker cannot vouch for what the model is.
+    """
+    (found,) = pool.run(functools.partial(_plan, of), [Task("what to profile", ())], _unreported)
+    if found.error is not None:
+        raise found.error
+    model, parts = found.value
+    return _kept(model, wanted, cache or True, lambda target: _made(pool, of, parts, model, wanted, target))
+
+
+class Described(NamedTuple):
+    """What decides a profile besides the texts.
+
+    Attributes:
+        ref: the model, in its prompt format.
+        key: hash of all that the model is.
+        dtype: that it runs in.
+    """
+
+    ref: ModelRef
+    key: str
+    dtype: str
+
+
+def _described(lm: LM, *, refuse: bool) -> Described | None:
     dtype = str(next(lm.model.parameters()).dtype).removeprefix("torch.")
-    prompts_hash = digest(hashes, [places, rows_per_text] if text is not None else [])
-    made_with = {"dtype": dtype, "max_length": max_length}
-    kept_as = None if cache is False else _key(lm, refuse=isinstance(cache, Path))
-    ref = lm.ref
-    settings = {"model": asdict(ref), "identity": kept_as, "prompts": prompts_hash, **made_with}
-    wanted = Wanted(tuple(items), n_end, places, rows_per_text, batch_size, max_length, padding)
-    if kept_as is None:
-        return _in_memory(Work(lm, wanted), prompts_hash)
-    name = f"{file_name(Path(lm.id).name)}-{digest(settings, CONTENT)}"
+    key = _key(lm, refuse=refuse)
+    return None if key is None else Described(lm.ref, key, dtype)
+
+
+def _kept(model: Described, wanted: Wanted, cache: bool | Path, make: Callable[[Path], Profile]) -> Profile:
+    """Return the profile from where it is kept, made there by `make` when it is not."""
+    record = _record(model, wanted)
+    own = isinstance(cache, Path)
+    name = f"{file_name(Path(model.ref.id).name)}-{digest(_settings(model, wanted), CONTENT)}"
     target = cache if isinstance(cache, Path) else cache_dir() / "profiles" / name
-    if isinstance(cache, Path):
+    if own:
         require_place(target, PROFILE)
 
-    def make() -> Profile:
-        keys, layers = _on_disk(Work(lm, wanted), target, digest(settings))
-        write_profile(target, ref, prompts_hash, keys, layers, {**made_with, "identity": kept_as})
-        return load_profile(target)
-
     def load() -> Profile:
-        return _from_disk(target, ref, prompts_hash, {**made_with, "identity": kept_as})
+        return _from_disk(target, model.ref, wanted.hash, record)
 
-    return kept(target, CONFIG, load, make, kind=PROFILE, cache=not isinstance(cache, Path))
+    return kept(target, CONFIG, load, lambda: make(target), kind=PROFILE, cache=not own)
+
+
+def _record(model: Described, wanted: Wanted) -> dict[str, Any]:
+    return {"dtype": model.dtype, "max_length": wanted.max_length, "identity": model.key}
+
+
+def _settings(model: Described, wanted: Wanted) -> dict[str, Any]:
+    """Return all that decides a profile's rows."""
+    return {"model": asdict(model.ref), "prompts": wanted.hash, **_record(model, wanted)}
 
 
 def _key(lm: LM, *, refuse: bool) -> str | None:
@@ -136,27 +223,84 @@ def _from_disk(path: Path, ref: ModelRef, prompts_hash: str, made_with: dict[str
     return found
 
 
-def _on_disk(work: Work, target: Path, settings: str) -> tuple[np.ndarray, Layers]:
-    """Run the parts that `target` does not hold yet, each written as it finishes; return keys and rows by layer.
+# -- the parts --------------------------------------------------------------------------------------------------------
 
-    Args:
-        work: what to run.
-        target: where parts are kept; those of the same settings and texts are not run again.
-        settings: hash of all that decides the rows.
-    """
-    stamps = [digest(settings, work.members(number), Work.BATCHES) for number in range(len(work.parts))]
-    files: dict[int, Path] = {}
-    for number, stamp in enumerate(stamps):
-        if (found := find_part(target, number, stamp)) is not None:
-            files[number] = found
-    with track(f"profiling {work.lm.id}", total=len(work)) as advance:
-        advance(sum(len(work.members(number)) for number in files))
-        for number in range(len(work.parts)):
-            if number not in files:
-                files[number] = write_part(target, number, stamps[number], serialized(work.run(number, advance)))
-    held = [files[number] for number in range(len(work.parts))]
+
+def _made(
+    pool: Pool, of: Callable[[Any], Work], parts: list[list[int]], model: Described, wanted: Wanted, target: Path
+) -> Profile:
+    """Run the parts, by the texts in them, that `target` does not hold yet, each written as it arrives; join them."""
+    stamps = [digest(digest(_settings(model, wanted)), members, Work.BATCHES) for members in parts]
+    found = {number: find_part(target, number, stamp) for number, stamp in enumerate(stamps)}
+    files = {number: file for number, file in found.items() if file is not None}
+    tasks = [
+        Task(f"part {number + 1} of {len(parts)} of the profile of {model.ref.id}", (model.key, number, 1))
+        for number in range(len(parts))
+        if number not in files
+    ]
+    with track(f"profiling {model.ref.id}", total=sum(map(len, parts))) as advance:
+        advance(sum(len(parts[number]) for number in files))
+        smaller = functools.partial(_split, wanted.batch_size)
+        for task, value, error in pool.run(functools.partial(_run_part, of), tasks, advance, smaller):
+            if error is not None:
+                raise error
+            data, sha256 = value
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise WorkerError(
+                    f"{task.key}: what arrived is not what the worker sent; run the same command again, what is "
+                    "finished is kept"
+                )
+            files[task.args[1]] = write_part(target, task.args[1], stamps[task.args[1]], data)
+    held = [files[number] for number in range(len(parts))]
     keys, places = _ordered([tensor_of(file, "keys") for file in held])
-    return keys, Layers(range(work.lm.n_layers), lambda layer: joined(held, places, f"layer.{layer}"))
+    layers = Layers(range(model.ref.n_layers), lambda layer: joined(held, places, f"layer.{layer}"))
+    write_profile(target, model.ref, wanted.hash, keys, layers, _record(model, wanted))
+    return load_profile(target)
+
+
+def _split(batch_size: int, task: Task) -> Task | None:
+    """Return a part whose batches are run in twice as many pieces."""
+    key, number, split = task.args
+    if split >= batch_size:
+        return None
+    stem = task.key.partition(", batches in ")[0]
+    return task._replace(key=f"{stem}, batches in {2 * split} pieces", args=(key, number, 2 * split))
+
+
+# What workers do, which find their work by `of` in what they keep.
+
+
+def _itself(work: Work) -> Work:
+    return work
+
+
+def _loaded(load: Callable[[], LM], wanted: Wanted) -> Work:
+    return Work(load(), wanted)
+
+
+def _unreported(_steps: int) -> None:
+    pass
+
+
+def _plan(of: Callable[[Any], Work], kept: Any, _report: Report) -> tuple[Described, list[list[int]]]:
+    work = of(kept)
+    model = _described(work.lm, refuse=True)
+    assert model is not None
+    return model, work.members
+
+
+def _run_part(
+    of: Callable[[Any], Work], kept: Any, report: Report, key: str, number: int, split: int
+) -> tuple[bytes, str]:
+    """Run a part of the model of this key; return its file and what that hashes to."""
+    work = of(kept)
+    if work.key != key:
+        raise MismatchError(
+            f"the worker on {socket.gethostname()} has another model under the name {work.lm.id}; give every node the "
+            "same files"
+        )
+    data = serialized(work.run(number, report, split))
+    return data, hashlib.sha256(data).hexdigest()
 
 
 def _in_memory(work: Work, prompts_hash: str) -> Profile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from commandv.errors import FormatError, InputError
 from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.models.generation import batches
+from commandv.models.identity import identity
 from commandv.models.live import reading
 from commandv.models.load import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
 from commandv.profiles.profile import END, Places
 from commandv.progress import Report
-from commandv.prompts.sets import Prompt
+from commandv.prompts.sets import Prompt, PromptSet, as_prompts
+from commandv.storage.files import digest
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Wanted:
         batch_size: sequences per forward pass.
         max_length: longer prompts are cut at their beginning.
         padding: side.
+        hash: of the texts and of what decides the places in them.
     """
 
     items: tuple[Prompt, ...]
@@ -42,6 +46,26 @@ class Wanted:
     batch_size: int
     max_length: int | None
     padding: Literal["left", "right"]
+    hash: str
+
+    @classmethod
+    def of(
+        cls,
+        prompts: PromptSet | Sequence[str],
+        text: PromptSet | None,
+        *,
+        places: Places = "lines",
+        rows_per_text: int = 24,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        padding: Literal["left", "right"] = "right",
+    ) -> Wanted:
+        """Put prompts and passages together."""
+        ends = as_prompts(prompts)
+        hashes = [ends.hash] if text is None else [ends.hash, text.hash]
+        hashed = digest(hashes, [places, rows_per_text] if text is not None else [])
+        items = (*ends, *(text or ()))
+        return cls(items, len(ends), places, rows_per_text, batch_size, max_length, padding, hashed)
 
 
 class Work:
@@ -92,9 +116,15 @@ class Work:
             size += own
         return parts
 
-    def members(self, number: int) -> list[int]:
-        """Return the numbers of a part's texts."""
-        return [item for batch in self.parts[number] for item in batch]
+    @property
+    def members(self) -> list[list[int]]:
+        """The numbers of each part's texts."""
+        return [[item for batch in part for item in batch] for part in self.parts]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """What the model is when this is first asked."""
+        return identity(self.lm).key
 
     @functools.cached_property
     def prefix(self) -> Prefix:
@@ -102,15 +132,20 @@ class Work:
         stops = [1 + min((index for index, _ in wanted), default=0) for wanted in self._wanted]
         return shared_prefix(self.lm, [one.ids for one in self._encoded], stops)
 
-    def run(self, number: int, report: Report) -> dict[str, Tensor]:
+    def run(self, number: int, report: Report, split: int = 1) -> dict[str, Tensor]:
         """Run a part: `layer.N` [rows, d_model] in bfloat16 for every layer, and `keys` [rows, 2].
+
+        Args:
+            number: of the part.
+            report: is told of every text that is done.
+            split: in how many passes each of its batches is run.
 
         Raises:
             FormatError: an activation that is not finite, with its layer and prompt.
         """
         collected: dict[int, list[Tensor]] = {layer: [] for layer in range(self.lm.n_layers)}
         keys: list[tuple[int, int]] = []
-        for members in self.parts[number]:
+        for members in (piece for batch in self.parts[number] for piece in _pieces(batch, split)):
             batch = pad(self.lm, [self._encoded[i].ids for i in members], self.padding, shared=self.prefix.length)
             width = batch.input_ids.shape[1]
             rows, columns = [], []
@@ -126,12 +161,20 @@ class Work:
                     _require_finite(values, layer, self.lm.id, [members[row] for row in rows])
                     collected[layer].append(values)
             report(len(members))
-        out = {
-            f"layer.{layer}": torch.cat(values) if values else torch.zeros(0, self.lm.d_model, dtype=torch.bfloat16)
-            for layer, values in collected.items()
-        }
+        out = {f"layer.{layer}": _cat(collected.pop(layer), self.lm.d_model) for layer in list(collected)}
         out["keys"] = torch.tensor(keys, dtype=torch.int64).reshape(-1, 2)
         return out
+
+
+def _pieces(batch: list[int], count: int) -> list[list[int]]:
+    step = -(-len(batch) // count)
+    return [batch[i : i + step] for i in range(0, len(batch), step)]
+
+
+def _cat(rows: list[Tensor], width: int) -> Tensor:
+    if len(rows) == 1:
+        return rows[0]
+    return torch.cat(rows) if rows else torch.zeros(0, width, dtype=torch.bfloat16)
 
 
 def read_rows(lm: LM, batch: Batch, at: tuple[Tensor, Tensor], prefix: Prefix = NOT_SHARED) -> dict[int, Tensor]:
@@ -148,7 +191,7 @@ def read_rows(lm: LM, batch: Batch, at: tuple[Tensor, Tensor], prefix: Prefix = 
     readers = {layer: functools.partial(keep, layer) for layer in range(lm.n_layers)}
     with torch.inference_mode(), reading(lm, readers):
         run_blocks(lm, prefix.rest(batch), prefix.past(len(batch.input_ids)))
-    return {layer: states.clone() for layer, states in found.items()}
+    return {layer: found.pop(layer).clone() for layer in list(found)}  # no inference tensors, and never two of all
 
 
 def _require_finite(values: Tensor, layer: int, id: str, items: list[int]) -> None:

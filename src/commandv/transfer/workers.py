@@ -16,17 +16,17 @@ MEMORY = 1 << 30  # bytes that the workers together may take
 
 
 def parallel(work: Callable[[T], U], items: Sequence[T], *, memory: int = 0) -> list[U]:
-    """Map over items with one single-threaded worker per core: faster than threaded linear algebra at these sizes.
+    """Map over items with a worker for each thread that torch may use: faster than threaded linear algebra here.
 
     Args:
         work: what to do with one.
         items: all of them.
         memory: bytes that one takes; where all cores together would take more than `MEMORY`, fewer workers share them.
     """
-    cores = os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    cores = min(os.cpu_count() or 1, threads)
     workers = max(1, min(cores, len(items), MEMORY // max(1, memory)))
     each = max(1, cores // workers) if workers < len(items) else 1
-    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(each)
         with (

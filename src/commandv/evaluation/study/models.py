@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,11 +33,15 @@ class ModelSource:
             InputError: a rehearsal of models whose shape the study does not state.
         """
         self.specs, self.rehearsal = study.models, rehearsal
+        self.device_map: str | None = None  # of models that are loaded
         self._loaded: OrderedDict[str, LM] = OrderedDict()
         if rehearsal is not None:
             without = [name for name, spec in self.specs.items() if spec.shape is None]
             if without or rehearsal < 1:
                 raise InputError(f"a rehearsal (shrink {rehearsal}) needs a shape for every model; {without} have none")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_loaded": OrderedDict()}  # workers load models of their own
 
     def __getitem__(self, name: str) -> LM:
         if name in self._loaded:
@@ -45,14 +51,28 @@ class ModelSource:
             self._loaded.popitem(last=False)
         spec = self.specs[name]
         if self.rehearsal is None:
-            self._loaded[name] = load_model(**spec.model_dump(exclude={"shape"}))
+            self._loaded[name] = load_model(**spec.model_dump(exclude={"shape"}), device_map=self.device_map)
         else:
             self._loaded[name] = _random(spec, self.rehearsal)
         return self._loaded[name]
 
+    def bytes(self) -> int:
+        """Return about what the weights of the two largest models take in bfloat16; 0 where no size is known here."""
+        sizes = sorted(_bytes(spec) for spec in self.specs.values())
+        return sum(sizes[-2:])
+
     def parameters(self, name: str) -> int:
         """Return how many parameters a model has."""
         return sum(parameter.numel() for parameter in self[name].model.parameters())
+
+
+def _bytes(spec: ModelSpec) -> int:
+    shape = spec.shape
+    if shape is None:
+        return sum(file.stat().st_size for file in Path(spec.id).glob("*.safetensors"))
+    head = shape.d_model // shape.heads
+    block = 2 * shape.d_model * head * (shape.heads + shape.kv_heads) + 3 * shape.d_model * shape.intermediate
+    return 2 * shape.n_layers * block
 
 
 def _random(spec: ModelSpec, shrink: int) -> LM:

@@ -71,6 +71,20 @@ class ModelSpec(Strict):
     shape: Shape | None = None
 
 
+class Workers(Strict):
+    """What one worker has when a study runs on a cluster, see `commandv.executors`; it decides no result.
+
+    Attributes:
+        cpus: and as many threads.
+        gpus: null for as many as the models need, by their size, where the cluster has any.
+        count: of workers at most; null for as many as there is room for.
+    """
+
+    cpus: Annotated[float, pydantic.Field(gt=0)] = 1.0
+    gpus: Annotated[float, pydantic.Field(ge=0)] | None = None
+    count: Annotated[int, pydantic.Field(ge=1)] | None = None
+
+
 class Training(Strict):
     """How donors (and recipients, for the direct control) are trained; `rates` replaces the learning rate by model."""
 

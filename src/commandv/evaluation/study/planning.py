@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from commandv.evaluation.material import ANSWER_TOKENS
 from commandv.evaluation.price import REPLY_TOKENS
 from commandv.evaluation.study.cell import N_ASKED, N_SAMPLES, SAMPLE_TOKENS, is_tuned
 from commandv.evaluation.study.models import ModelSource
-from commandv.evaluation.study.schema import Study
+from commandv.evaluation.study.schema import CellSpec, Study
 from commandv.evaluation.tasks import Task
 from commandv.models.load import resolve_dtype
 from commandv.prompts.sets import load_prompts
@@ -79,8 +79,8 @@ def plan(study: Study, models: ModelSource | None = None, tasks: Mapping[str, Ta
             tokens[spec.donor] += answered
         if "donor-answers" in arms:
             tokens[spec.recipient] += 3 * PRACTICE_SETTINGS.epochs * answered
-    trained = _trained(study)
-    for name, trained_on, _ in trained:
+    to_train = trained(study, study.cells())
+    for name, trained_on, _ in to_train:
         behaviour = study.behaviours[trained_on]
         assert behaviour.examples is not None
         tokens[name] += _training_tokens(behaviour.examples, behaviour.training.epochs, behaviour.training.max_response)
@@ -88,7 +88,7 @@ def plan(study: Study, models: ModelSource | None = None, tasks: Mapping[str, Ta
     for name in tokens:
         tokens[name] += n_rows * PROMPT_TOKENS
     seconds = None if models is None else _seconds(tokens, models)
-    return Plan(len(study.cells()), len(trained), len(study.models), n_arms, answers, tokens, seconds)
+    return Plan(len(study.cells()), len(to_train), len(study.models), n_arms, answers, tokens, seconds)
 
 
 def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
@@ -104,10 +104,10 @@ def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
     return round(total, 1)
 
 
-def _trained(study: Study) -> set[tuple[str, str, int]]:
-    """Return (model, behaviour, seed) of every adapter that is trained."""
+def trained(study: Study, specs: Sequence[CellSpec]) -> set[tuple[str, str, int]]:
+    """Return (model, behaviour, seed) of every adapter that is trained for cells."""
     found = set()
-    for spec in study.cells():
+    for spec in specs:
         behaviour = study.behaviours[spec.behaviour]
         if behaviour.examples is not None:
             sides = [spec.donor] + ([] if DIRECT in study.leave_out else [spec.recipient])

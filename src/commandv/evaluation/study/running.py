@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import logging
 import os
-import platform
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from commandv.errors import CommandVError, FormatError, InputError
+import torch
+
+from commandv.errors import CommandVError, FormatError, InputError, MismatchError, WorkerError
 from commandv.evaluation.catalogue import NO_TASKS
 from commandv.evaluation.results import Cell, Run, cell_key, load_cell, load_head, load_run, save_cell, save_head
 from commandv.evaluation.study.cell import run_cell
 from commandv.evaluation.study.models import ModelSource
+from commandv.evaluation.study.planning import trained
 from commandv.evaluation.study.schema import CellSpec, Study
 from commandv.evaluation.study.shared import Shared
-from commandv.evaluation.tasks import Task
+from commandv.evaluation.tasks import Task as Asked
 from commandv.evaluation.versions import VERSIONS
-from commandv.progress import track
+from commandv.executors.executor import Executor, Local, Pool, Task, out_of_memory, versions
+from commandv.profiles.profiling import profile_in
+from commandv.profiles.work import Work
+from commandv.progress import Report, track
 from commandv.prompts.sets import load_prompts
 from commandv.steering import load_contrast
 from commandv.storage.directories import locked
@@ -28,51 +34,197 @@ from commandv.storage.files import LOCK, is_temporary, storage_errors, tidy
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("commandv", "torch", "transformers", "numpy", "scipy")
-
 
 def run_study(
-    study: Study, out: Path | str, *, models: ModelSource | None = None, tasks: Mapping[str, Task] = NO_TASKS
+    study: Study,
+    out: Path | str,
+    *,
+    models: ModelSource | None = None,
+    tasks: Mapping[str, Asked] = NO_TASKS,
+    executor: Executor = Local(),
 ) -> Run:
     """Run a study, or go on with one that was cut off; return its results.
 
     Args:
         study: what to run.
         out: run directory: `run.json` and `cells/`, whose files are named by a hash of all that decides a cell.
-            Finished cells of the same content are kept and not run again.
+            Finished cells of the same content are kept and not run again, whichever executor ran them.
         models: where models come from; by default the study's own.
         tasks: that the study may name besides those of `TASKS`, by name.
+        executor: what runs the cells; by default this process. Files are written by this process alone.
 
     Raises:
         InputError: the directory holds another study, or another process is writing it.
         FormatError: the directory holds something else, or a damaged file.
         StorageError: the disk is full; finished cells are kept.
+        WorkerError: workers elsewhere cannot be reached or do not start; finished cells are kept.
+        MismatchError: a worker has other versions of the libraries.
     """
     out = Path(out)
     claim(study, out)
     with locked(out, wait=False):
         claim(study, out)
-        shared = Shared(study, models or ModelSource(study), tasks)
-        cells = {}
-        for spec in study.cells():
-            content = cell_content(shared, spec)
-            cells[cell_key(*spec, content)] = (spec, content)
-        run = Run(
-            name=study.name,
-            question=study.question,
-            study=study.model_dump(mode="json"),
-            planned=len(cells),
-            versions=_versions(),
-            hashes=_hashes(study),
-            left_out=list(study.leave_out),
-            plan={key: (spec.donor, spec.recipient, spec.behaviour, spec.seed) for key, (spec, _) in cells.items()},
-        )
-        save_head(run, out)
-        with track(f"study {study.name}", total=run.planned) as advance:
-            for key, (spec, content) in cells.items():
-                _finish(shared, spec, {"content": key, **content}, out / "cells" / f"{key}.json")
-                advance(1)
+        source = models or ModelSource(study)
+        shared = Shared(study, source, tasks)
+        with executor.pool(functools.partial(_on_worker, study, source, tasks), here=shared) as pool:
+            _identify(pool, shared)
+            cells = {}
+            for spec in study.cells():
+                content = cell_content(shared, spec)
+                cells[cell_key(*spec, content)] = (spec, content)
+            run = Run(
+                name=study.name,
+                question=study.question,
+                study=study.model_dump(mode="json"),
+                planned=len(cells),
+                versions={**versions(), "cores": str(os.cpu_count())},
+                hashes=_hashes(study),
+                left_out=list(study.leave_out),
+                plan={key: (spec.donor, spec.recipient, spec.behaviour, spec.seed) for key, (spec, _) in cells.items()},
+            )
+            save_head(run, out)
+            left = {key: one for key, one in cells.items() if not _finished(one[0], _file(out, key))}
+            with track(f"study {study.name}", total=run.planned) as advance:
+                advance(run.planned - len(left))
+                if pool.width > 1 and left:
+                    _prepare(pool, shared, [spec for spec, _ in left.values()])
+                _run_cells(pool, study, left, out, advance)
     return load_run(out)
+
+
+def _file(out: Path, key: str) -> Path:
+    return out / "cells" / f"{key}.json"
+
+
+def _finished(spec: CellSpec, file: Path) -> bool:
+    if not file.exists():
+        return False
+    try:
+        done = load_cell(file).state == "done"
+    except FormatError as error:
+        log.warning("%s", error)
+        return False
+    if done:
+        log.info("%s: finished before", spec)
+        tidy(file)
+    return done
+
+
+def _identify(pool: Pool, shared: Shared) -> None:
+    """Have the workers tell what every model and adapter is, so that this process need not load them."""
+    names = list(dict.fromkeys(name for pair in shared.study.pairs for name in pair))
+    for task, found, error in pool.run(
+        _identities, [Task(name, (name,), frozenset([name])) for name in names], _silent
+    ):
+        if error is not None:
+            found = {behaviour: {"not there": str(error)} for behaviour in shared.study.behaviours}
+        shared.identities |= {(task.args[0], behaviour): known for behaviour, known in found.items()}
+
+
+def _prepare(pool: Pool, shared: Shared, specs: Sequence[CellSpec]) -> None:
+    """Make what several cells need, profiles in parts, so that no worker waits for another's.
+
+    What fails here is told by the cells that need it.
+    """
+    for name in dict.fromkeys(name for spec in specs for name in (spec.donor, spec.recipient)):
+        try:
+            profile_in(pool, functools.partial(_work_of, name), shared.wanted())
+        except WorkerError:
+            raise
+        except CommandVError as error:
+            log.warning("profile of %s: %s", name, error)
+    to_train = [
+        Task(f"training {behaviour} on {name}, seed {seed}", (name, behaviour, seed), frozenset([name]))
+        for name, behaviour, seed in sorted(trained(shared.study, specs))
+    ]
+    for trying in pool.run(_train, to_train, _silent):
+        if problem := trying.value or trying.error:
+            log.warning("%s: %s", trying.task.key, problem)
+
+
+def _run_cells(
+    pool: Pool, study: Study, left: Mapping[str, tuple[CellSpec, dict[str, Any]]], out: Path, advance: Report
+) -> None:
+    tasks = []
+    for key, (spec, content) in left.items():
+        shares = {
+            spec.donor,
+            spec.recipient,
+            f"{spec.behaviour} on {spec.donor}",
+            f"{spec.behaviour} on {spec.recipient}",
+        }
+        args = (spec, {"content": key, **content}, study.batch_size)
+        tasks.append(Task(str(spec), args, frozenset(shares)))
+    for outcome in pool.run(_run_cell, tasks, _silent, _smaller):
+        spec, settings, _ = outcome.task.args
+        cell = outcome.value if outcome.error is None else _failed(spec, settings, outcome.error)
+        save_cell(cell, _file(out, settings["content"]))
+        advance(1)
+
+
+def _smaller(task: Task) -> Task | None:
+    """Return a cell with half the batch."""
+    spec, settings, batch_size = task.args
+    if batch_size == 1:
+        return None
+    return task._replace(key=f"{spec} with batches of {batch_size // 2}", args=(spec, settings, batch_size // 2))
+
+
+def _failed(spec: CellSpec, settings: dict[str, Any], error: Exception) -> Cell:
+    log.warning("%s: failed: %s", spec, error)
+    return Cell(**spec._asdict(), settings=settings, state="failed", error=f"{type(error).__name__}: {error}")
+
+
+def _silent(_steps: int) -> None:
+    """Steps within cells are not told."""
+
+
+# -- what workers do ---------------------------------------------------------------------------------------------------
+
+
+def _on_worker(study: Study, source: ModelSource, tasks: Mapping[str, Asked]) -> Shared:
+    source.device_map = "auto" if torch.cuda.is_available() else None
+    return Shared(study, source, tasks)
+
+
+def _identities(shared: Shared, _report: Report, name: str) -> dict[str, dict[str, str]]:
+    return {behaviour: shared.identity(name, behaviour) for behaviour in shared.study.behaviours}
+
+
+def _work_of(name: str, shared: Shared) -> Work:
+    return shared.work(name)
+
+
+def _train(shared: Shared, _report: Report, name: str, behaviour: str, seed: int) -> str:
+    try:
+        shared.adapter(behaviour, name, seed)
+    except (CommandVError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _run_cell(shared: Shared, _report: Report, spec: CellSpec, settings: dict[str, Any], batch_size: int) -> Cell:
+    """Run a cell; an error becomes its result, but too little memory, which smaller batches may mend.
+
+    Raises:
+        MemoryError: or what else says so.
+    """
+    log.info("%s: running", spec)
+    began = time.monotonic()
+    shared.limit_batches(batch_size)
+    try:
+        for side in ("donor", "recipient"):
+            if shared.identity(getattr(spec, side), spec.behaviour) != settings[side]["is"]:
+                raise MismatchError(
+                    f"the worker on {socket.gethostname()} has another {side} {getattr(spec, side)}, or another "
+                    "adapter for it, than the study was planned with; give every node the same files"
+                )
+        cell = run_cell(shared, spec, {**spec._asdict(), "settings": settings})
+    except (CommandVError, RuntimeError, MemoryError, OSError) as error:
+        if out_of_memory(error):
+            raise
+        cell = _failed(spec, settings, error)
+    return cell.model_copy(update={"seconds": round(time.monotonic() - began, 1)})
 
 
 def claim(study: Study, out: Path) -> None:
@@ -97,37 +249,11 @@ def claim(study: Study, out: Path) -> None:
                 raise FormatError(f"{out}: holds no study but {', '.join(sorted(foreign)[:4])}; choose another place")
 
 
-def _versions() -> dict[str, str]:
-    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"python": platform.python_version(), **libraries, "cores": str(os.cpu_count())}
-
-
 def _hashes(study: Study) -> dict[str, str]:
     sources = [*study.prompts, study.text, *(one.examples for one in study.behaviours.values())]
     found = {source: load_prompts(source).hash for source in sources if source is not None}
     vectors = [one.vector for one in study.behaviours.values() if one.vector]
     return found | {f"contrast {one.contrast}": load_contrast(one.contrast, one.negative).hash for one in vectors}
-
-
-def _finish(shared: Shared, spec: CellSpec, settings: dict[str, Any], file: Path) -> None:
-    """Run a cell unless it is finished; an error becomes part of its result."""
-    if file.exists():
-        try:
-            if load_cell(file).state == "done":
-                log.info("%s: finished before", spec)
-                tidy(file)
-                return
-        except FormatError as error:
-            log.warning("%s", error)
-    log.info("%s: running", spec)
-    began = time.monotonic()
-    identity: dict[str, Any] = {**spec._asdict(), "settings": settings}
-    try:
-        cell = run_cell(shared, spec, identity)
-    except (CommandVError, RuntimeError, MemoryError, OSError) as error:
-        log.warning("%s: failed: %s", spec, error)
-        cell = Cell(**identity, state="failed", error=f"{type(error).__name__}: {error}")
-    save_cell(cell.model_copy(update={"seconds": round(time.monotonic() - began, 1)}), file)
 
 
 def cell_content(shared: Shared, spec: CellSpec) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pydantic
 from commandv.errors import InputError
 from commandv.evaluation.arms import ARMS, DIRECT, Arm, arms_without
 from commandv.evaluation.catalogue import NO_TASKS, load_task
-from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, layer_choice
+from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, Workers, layer_choice
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.tune import Setting, grid
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
@@ -57,6 +57,7 @@ class Study(Strict):
         n_drift: passages on which drift is measured; null for all built-in ones.
         leave_out: arms not to run; the report says so.
         batch_size: prompts per batch.
+        workers: what a worker has when the study runs on a cluster.
     """
 
     name: Annotated[Name, pydantic.Field(pattern=r"^[\w.-]+$")]
@@ -79,6 +80,7 @@ class Study(Strict):
     n_drift: Annotated[int, pydantic.Field(ge=2)] | None = None
     leave_out: tuple[str, ...] = ()
     batch_size: Annotated[int, pydantic.Field(ge=1)] = 64
+    workers: Workers = Workers()
 
     @pydantic.field_validator("prompts", mode="before")
     @classmethod

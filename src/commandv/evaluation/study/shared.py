@@ -29,6 +29,7 @@ from commandv.models.identity import identity
 from commandv.models.layers import choose_layers
 from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
+from commandv.profiles.work import Wanted, Work
 from commandv.prompts.sets import load_prompts
 from commandv.steering import directions, from_directions, load_contrast
 from commandv.storage.directories import CONFIG, kept
@@ -83,8 +84,11 @@ class Shared:
 
     def __init__(self, study: Study, models: ModelSource, tasks: Mapping[str, Task] = NO_TASKS) -> None:
         self.study, self.models, self.known = study, models, tasks
+        self.identities: dict[tuple[str, str], dict[str, str]] = {}  # of models and behaviours, as workers told them
+        self.batch_size = study.batch_size
         self.passages = load_prompts("builtin:drift", limit=study.n_drift)
         self.meter = functools.lru_cache(maxsize=2)(self._meter)
+        self.work = functools.cache(self._work)
         self.profiled = functools.cache(self._profiled)
         self.directions = functools.cache(self._directions)
         self.native = functools.cache(self._native)
@@ -100,6 +104,8 @@ class Shared:
 
         Where one cannot be loaded the reason stands for it; its cells fail and are tried again.
         """
+        if (name, behaviour) in self.identities:
+            return self.identities[name, behaviour]
         spec = self.study.behaviours[behaviour]
         try:
             known = {key: str(value) for key, value in asdict(self.models[name].ref).items() if value and key != "id"}
@@ -108,6 +114,12 @@ class Shared:
         except CommandVError as error:
             return {"not there": str(error)}
         return known
+
+    def limit_batches(self, size: int) -> None:
+        """Measure in batches of this size from now on."""
+        if size != self.batch_size:
+            self.batch_size = size
+            self.meter.cache_clear()
 
     def adapter(self, behaviour: str, name: str, seed: int) -> Adapter | None:
         """Return a ready adapter, or train one; None when there is neither."""
@@ -129,11 +141,19 @@ class Shared:
         study = self.study
         return Meter(
             self.models[name], self.tasks(behaviour), passages=self.passages, limit=study.n_test,
-            batch_size=study.batch_size,
+            batch_size=self.batch_size,
         )  # fmt: skip
 
     def _unmodified(self, behaviour: str, name: str) -> Arm:
         return self.measured(UNMODIFIED, name, behaviour, Made())
+
+    def wanted(self) -> Wanted:
+        """Return what profiles are of."""
+        study = self.study
+        return Wanted.of(study.profile_prompts(), load_prompts(study.text) if study.text else None, places=study.places)
+
+    def _work(self, name: str) -> Work:
+        return Work(self.models[name], self.wanted())
 
     def _profiled(self, name: str) -> Profile:
         """Return a model's profile; from the cache directory when it was made before."""
