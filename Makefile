@@ -70,6 +70,7 @@ $(SMALL) $(STEERING): $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.judges
+	$(BIN)/python -m benchmarks.likeness
 	$(BIN)/python -m benchmarks.graders
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.speed_reading

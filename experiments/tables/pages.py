@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import graders, judges, overhead, speed, speed_reading
+from benchmarks import graders, judges, likeness, overhead, speed, speed_reading
 from commandv.evaluation.report import markdown
 from commandv.evaluation.results import load_run
 from experiments.mapping import table as validation
@@ -35,6 +35,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks/claims.md": claims.page,
     "docs/benchmarks/graders.md": _graders,
     "docs/benchmarks/judges.md": _kept(judges.RESULTS, judges.page),
+    "docs/benchmarks/likeness.md": _kept(likeness.RESULTS, likeness.page),
     "docs/benchmarks/mappers.md": _kept(mappers.RESULTS, mappers.report),
     "docs/benchmarks/overhead.md": overhead.page,
     "docs/benchmarks/reading.md": speed_reading.page,

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # Small in every number, so that it ends in about two minutes; by activations, the quickest method.
 DEMO = (
-    "transfer gemma-3-270m builtin:numbered-list@gemma-3-270m smollm2-135m-instruct --task numbered-list "
-    "--by activations --layers last_third --scales 0.6 --scales 1.0 --budget 2 --limit 400 --n-asked 32 --n-dev 16"
+    "transfer gemma-3-270m builtin:numbered-list@gemma-3-270m smollm2-135m-instruct --task numbered-list --by "
+    "activations --layers last_third --scales 0.4 --scales 0.6 --budget 2 --most-loops 0.2 --limit 400 --n-asked 32"
 )
 
 Layers = Annotated[
@@ -163,7 +163,7 @@ def tune(
 
 @verb
 def demo(
-    n: Annotated[int, typer.Option(help="Test prompts, at least 16.")] = 32,
+    n: Annotated[int, typer.Option(help="Test prompts, at least 16.")] = 48,
     out: Out = Path("commandv-demo"),
     as_json: Json = False,
 ) -> None:

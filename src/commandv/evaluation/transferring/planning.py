@@ -22,8 +22,9 @@ from commandv.prompts.sets import PromptSet
 
 JUDGE = "judge of likeness"
 PROBED, PROBE_TOKENS = 8, 6  # prompts and tokens of the answers whose time is taken
-# Forward passes over all prompts with answers that a method takes, with earlier turns counted as so many more.
-PASSES = {"context": 4 * (1 + DEMONSTRATIONS) + 8, "vocabulary": 30, "answers": 30}
+# Forward passes over all prompts with answers that a method takes, about, as timed on the packaged models: earlier turns
+# that prompts share are read once.
+PASSES = {"context": 5, "vocabulary": 30, "answers": 30}
 TRAINING = 3.5  # forward passes that one of training with its backward pass costs
 CHARACTERS = 4  # a token, of plain text
 FLOPS = 1e10  # a second, of the closed forms
