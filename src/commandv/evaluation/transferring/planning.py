@@ -22,7 +22,7 @@ from commandv.prompts.sets import PromptSet
 
 JUDGE = "judge of likeness"
 PROBED, PROBE_TOKENS = 8, 6  # prompts and tokens of the answers whose time is taken
-# Forward passes over all prompts with answers that a method takes, about, as timed on the packaged models: earlier turns
+# About how many forward passes over all prompts with answers a method takes, as timed on the packaged models: turns
 # that prompts share are read once.
 PASSES = {"context": 5, "vocabulary": 30, "answers": 30}
 TRAINING = 3.5  # forward passes that one of training with its backward pass costs
