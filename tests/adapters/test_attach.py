@@ -376,6 +376,13 @@ def test_scale_must_be_finite(lm, scale):
         cv.attach(lm, tiny.random_adapter(lm), scale=scale)
 
 
+@pytest.mark.parametrize("rows", [[[1, 20, 21], [1, 22, 0]], [[0, 1, 20], [1, 22, 23]]], ids=["right", "left"])
+def test_a_padded_batch_without_a_mask_is_refused(lm, rows):
+    assert lm.tokenizer.pad_token_id == 0
+    with cv.attach(lm, tiny.random_adapter(lm)), pytest.raises(InputError, match="attention_mask"):
+        lm.model(input_ids=torch.tensor(rows))
+
+
 def test_masks_that_hide_the_padding_are_refused(lm):
     ids = torch.tensor([[1, 20, 21]])
     mask = torch.zeros(1, 1, 3, 3)

@@ -284,7 +284,22 @@ class Live:
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
         if given and not (isinstance(mask, Tensor) and mask.ndim == 2):
             mask = given.get("attention_mask")
-        return Pass(tokens, ids if ids is not None else given.get("input_ids"), mask, start, n_prompt)
+        ids = ids if ids is not None else given.get("input_ids")
+        if mask is None and start == 0 and ids is not None:
+            self._require_no_padding(ids)
+        return Pass(tokens, ids, mask, start, n_prompt)
+
+    def _require_no_padding(self, ids: Tensor) -> None:
+        """Raise `InputError` where a batch without a mask is padded: changes would go to the padding.
+
+        Where padding is the end of a sequence, too, it cannot be told from text.
+        """
+        padding, end = self.lm.tokenizer.pad_token_id, self.lm.tokenizer.eos_token_id
+        if len(ids) == 1 or padding in (None, end):
+            return
+        padded = ids[:, [0, -1]] == padding
+        if (padded.any(0) & ~padded.all(0)).any():  # in some of the rows
+            raise InputError(f"{self.lm.id}: a padded batch without an attention_mask; give it")
 
 
 class _Hook:
