@@ -14,6 +14,7 @@ import torch
 import commandv as cv
 import killing
 import tiny
+from commandv.storage.directories import new_directory
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are sent to forked children")
@@ -32,6 +33,37 @@ def test_work_that_is_killed_at_random_moments_is_finished_by_the_next_run(tmp_p
     found = json.loads(last)
     assert (said, found["wrong"]) == ([], [])
     assert found["kills"] >= 30
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a forked child is ended")
+@pytest.mark.parametrize("call", ["replace", "fsync", "unlink"])
+def test_a_new_directory_whose_writer_ends_at_any_call_is_made_by_the_next_one(call, tmp_path, monkeypatch):
+    """As a kill does, with nothing cleaned up; at the first such call, the second, and so on."""
+    real, code, at = getattr(os, call), 9, 0
+    while code == 9:
+        at, target = at + 1, tmp_path / f"target-{at}"
+        child = os.fork()
+        if child == 0:
+            calls = iter(range(1, at))
+
+            def ending(*given, calls=calls, **named):
+                return real(*given, **named) if next(calls, None) else os._exit(9)
+
+            monkeypatch.setattr(os, call, ending)
+            made(target)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not (target / "last").exists():
+            made(target)
+        assert sorted(one.name for one in target.iterdir() if not one.name.startswith(".")) == ["first", "last"]
+    assert code == 0
+    assert at > 2
+
+
+def made(target):
+    with new_directory(target, "last") as directory:
+        for name in ("last", "first"):
+            (directory / name).write_text(name)
 
 
 def test_readers_in_another_process_never_fail_while_an_artefact_is_replaced(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import threading
 from pathlib import Path
 
@@ -217,37 +216,6 @@ def test_what_a_killed_writer_of_a_file_leaves_is_removed_by_the_next(tmp_path):
         (tmp_path / left).write_text("half")
     write_text(tmp_path / "report.md", "whole")
     assert set(contents(tmp_path)) == {"report.md", ".other.md.0123abcd.tmp", ".report.md.notes.tmp"}
-
-
-def test_a_directory_of_others_files_killed_at_any_moment_is_filled_by_the_next(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    real = os.replace
-    for moment in range(5):
-        target, calls = tmp_path / str(moment), []
-
-        def replace(a, b, moment=moment, calls=calls):
-            calls.append(a)
-            if len(calls) > moment:
-                raise Killed
-            real(a, b)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", replace)
-            patch.setattr("commandv.storage.directories._undo", lambda *_: None)  # a killed process does not clear up
-            if moment < 4:
-                with pytest.raises(Killed):
-                    fill(target)
-                assert not (target / "last.json").exists()
-        fill(target)
-        assert contents(target) == {"a.bin": b"a", "b.bin": b"b", "last.json": b"{}"}
-
-
-def fill(target: Path) -> None:
-    with new_directory(target, "last.json") as directory:
-        for name, text in {"last.json": "{}", "a.bin": "a", "b.bin": "b"}.items():
-            (directory / name).write_text(text)
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path):

@@ -355,7 +355,8 @@ def new_directory(target: Path, last: str) -> Iterator[Path]:
             for file in build.rglob("*"):
                 sync(file)
             names = sorted(os.listdir(build), key=lambda name: (name == last, name))
-            put(place / _MOVING, json.dumps(names).encode())
+            put(build / _MOVING, json.dumps(names).encode())  # a kill while it is written leaves nothing beside it
+            os.replace(build / _MOVING, place / _MOVING)
             for name in names:
                 os.replace(build / name, place / name)
             sync(place)
