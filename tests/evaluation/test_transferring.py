@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -18,6 +19,7 @@ from commandv.evaluation.transferring import running, testing
 from commandv.evaluation.transferring.job import prepare
 from commandv.evaluation.transferring.planning import plan
 from commandv.prompts.sets import Prompt, PromptSet
+from places import ROOT
 
 PROMPTS = PromptSet(tuple(Prompt(f"What is {n} and {m}?") for n in range(8) for m in range(8)), "sums")
 WORDS = ("river", "fox", "tea", "door", "tree", "yes", "cat", "letter", "garden", "water", "city", "quick")
@@ -193,6 +195,16 @@ def test_every_method_is_tried_and_what_does_not_apply_is_told(pair, behaviour, 
     assert found.arrived
 
 
+def test_what_needs_no_answers_goes_on_where_the_donors_are_no_good(pair, behaviour, cache, brief, monkeypatch):
+    monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: True)
+    settings = dataclasses.replace(SETTINGS, by="activations,context", scales=(1.0,))
+    found = cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), settings, **SETS)
+    assert found.arrived
+    assert "none of 12 answers can be used" in found.certificate["missing"]["donor's answers"]
+    assert {"context", "few-shot"} <= set(found.certificate["missing"])
+    assert "few-shot" not in found.sentence
+
+
 def test_without_a_task_the_donor_is_the_measure(pair, behaviour, cache, brief, monkeypatch):
     donor, recipient = pair
     sets = {"builtin:questions-dev": PROMPTS[:16], "builtin:questions-test": PROMPTS[16:]}
@@ -200,6 +212,24 @@ def test_without_a_task_the_donor_is_the_measure(pair, behaviour, cache, brief, 
     found = cv.transfer_adapter(donor, behaviour, recipient, None, SETTINGS, **SETS)
     assert found.certificate["task"]["accuracy_on_the_donor"] >= 0.75
     assert found.arrived
+
+
+def test_the_how_to_runs_as_it_stands(pair, behaviour, cache, brief, monkeypatch, tmp_path):
+    """On the twins: the names in it are those of the packaged models."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "transfer.md").read_text("utf-8"), re.S)
+    carry, asked = cv.transfer_adapter, []
+
+    def carried(donor, adapter, recipient, name, settings):
+        asked.append((name, settings))
+        return carry(donor, adapter, recipient, task(), SETTINGS, **SETS)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cv, "load_model", dict(zip(("smollm2-135m-instruct", "gemma-3-270m"), pair, strict=True)).get)
+    monkeypatch.setattr(cv, "load_adapter", lambda _: behaviour)
+    monkeypatch.setattr(cv, "transfer_adapter", carried)
+    exec(block[1], {})
+    assert asked == [("numbered-list", cv.TransferSettings(by="activations"))]
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_methods_are_arms():

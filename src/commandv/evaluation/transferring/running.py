@@ -192,6 +192,7 @@ class _Run:
                 return replace(bare, shown=self.parts.demonstrations(bare.demonstrations))
             except InputError as error:  # none that may be kept; what is carried by activations needs none
                 log.warning("%s", error)
+                self.missing["donor's answers"] = str(error)
                 return replace(bare, asked=None)
 
     # -- stages -------------------------------------------------------------------------------------------------------
