@@ -7,7 +7,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from commandv.cli import core, exporting, steering, studies, transfer, words  # noqa: F401  (defines the verbs, in this order)
+from commandv.cli import (  # noqa: F401  (defines the verbs, in this order)
+    chat,
+    core,
+    exporting,
+    serve,
+    steering,
+    studies,
+    transfer,
+    words,
+)
 from commandv.cli.app import app
 from commandv.cli.options import printable
 from commandv.errors import CommandVError

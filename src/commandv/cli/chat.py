@@ -1,0 +1,42 @@
+"""The verb that talks: a model before and after, side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from commandv.cli.app import verb
+from commandv.cli.options import Loading, MaxNewTokens, Model, Reading
+from commandv.cli.serve import Named, named_adapters
+
+
+@verb
+def chat(
+    model: Model,
+    how: Loading,
+    reading: Reading,
+    adapter: Named = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens of this probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    max_new_tokens: MaxNewTokens = 256,
+) -> None:
+    """Talk to a model without and with its behaviours, side by side; /help lists what can be changed meanwhile."""
+    from commandv.errors import InputError
+
+    try:
+        from commandv.cli.talking import talk
+    except ImportError as error:
+        raise InputError(
+            f"chat needs a package that is missing ({error.name}): pip install 'commandv[chat]'"
+        ) from error
+    from commandv.serving.engine import Engine
+    from commandv.serving.sampling import Sampling
+    from commandv.serving.talk import Talk
+
+    sampling = Sampling(temperature, top_p, seed)
+    adapters = named_adapters(adapter, reading)
+    lm = how.load(model)
+    with Engine(lm, adapters, max_rows=2) as engine:
+        talk(Talk(engine, sampling=sampling, max_tokens=max_new_tokens))

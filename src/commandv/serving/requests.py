@@ -1,0 +1,98 @@
+"""What an engine is asked, and what it tells."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from commandv.errors import CommandVError
+from commandv.serving.behaviours import Behaviour
+from commandv.serving.sampling import Sampling, Told
+
+Finish = Literal["stop", "length"]
+
+
+class QueueFull(CommandVError, RuntimeError):
+    """As many requests wait as may."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is asked of an engine.
+
+    Attributes:
+        ids: the prompt's tokens.
+        behaviour: what is attached for this request.
+        max_tokens: longest answer.
+        sampling: how tokens are chosen.
+        stop: texts before which the answer ends.
+        strip: leave out white space around the answer.
+        logprobs: alternatives told for each token, 0 for the chosen one only; None for no log-probabilities.
+        stream: tell the answer in pieces, not at its end.
+    """
+
+    ids: tuple[int, ...]
+    behaviour: Behaviour = ()
+    max_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    strip: bool = False
+    logprobs: int | None = None
+    stream: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of an answer.
+
+    Attributes:
+        text: what it adds.
+        told: log-probabilities of the tokens that it adds, where they were asked for.
+        n_tokens: tokens generated so far, a final end token included.
+        finish: why the answer is complete; None while it is not.
+        error: what ended it instead.
+    """
+
+    text: str
+    told: tuple[Told, ...] = ()
+    n_tokens: int = 0
+    finish: Finish | None = None
+    error: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """True when nothing follows."""
+        return self.finish is not None or self.error is not None
+
+
+class Answer:
+    """An answer under way: an iterator over its pieces; `cancel()` frees its row."""
+
+    def __init__(self, request: Request, listener: Callable[[Piece], None] | None, wake: Callable[[], None]) -> None:
+        self.request, self._wake = request, wake
+        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self.tell = listener or self._pieces.put
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Stop it; nothing more is told. Harmless when it has ended."""
+        self.cancelled = True
+        self._wake()
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Yield pieces up to the last one.
+
+        Raises:
+            CommandVError: what ended the answer.
+        """
+        while not (piece := self._pieces.get()).last:
+            yield piece
+        if piece.error is not None:
+            raise piece.error
+        yield piece
+
+    def text(self) -> str:
+        """Wait for the whole answer and return it."""
+        return "".join(piece.text for piece in self)

@@ -1,0 +1,67 @@
+"""Running the server: one address, one model, until it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from commandv.errors import InputError
+
+_PATIENCE = 10  # seconds that answers under way have to end when the server is told to stop
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before anything slow is loaded; port 0 takes a free one.
+
+    Raises:
+        InputError: the port is taken, or the address is none of this machine's.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"port {port}: expected 0 to 65535")
+    try:
+        return socket.create_server((host, port), family=_family(host), backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(
+                f"port {port} of {host} is taken, by another server perhaps; stop that one, or choose another --port"
+            ) from error
+        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror or error}; check --host") from error
+
+
+def run(app: FastAPI, listening: socket.socket) -> None:
+    """Serve until interrupted or terminated; answers under way have some seconds to end."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE, lifespan="off")
+    )
+    with _stopped_cleanly(), contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+
+
+def address(listening: socket.socket) -> str:
+    """Return where a listening server is reached."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _family(host: str) -> socket.AddressFamily:
+    try:
+        return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        return socket.AF_INET
+
+
+@contextlib.contextmanager
+def _stopped_cleanly() -> Iterator[None]:
+    """Have SIGTERM, which uvicorn raises once more after it has shut down, end as an interrupt does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,52 @@
+"""A real server on a free port of this machine, over a tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import openai
+import uvicorn
+
+from commandv.serving.app import create_app
+from commandv.serving.engine import Engine
+from commandv.serving.server import address, listen
+
+
+class Served(NamedTuple):
+    url: str
+    engine: Engine
+
+    def client(self, *, api_key: str = "none", max_retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries, timeout=30)
+
+
+@contextlib.contextmanager
+def serving(lm: Any, adapters: Any, *, max_rows: int = 8, max_waiting: int = 64, **options: Any) -> Iterator[Served]:
+    """Serve until the block ends."""
+    with (
+        listen("127.0.0.1", 0) as listening,
+        Engine(lm, adapters, max_rows=max_rows, max_waiting=max_waiting) as engine,
+    ):
+        app = create_app(engine, **options)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            yield Served(address(listening), engine)
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def until(true: Any, seconds: float = 10.0) -> bool:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
