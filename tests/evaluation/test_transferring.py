@@ -61,7 +61,7 @@ def brief(monkeypatch):
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: False)
 
 
-SETS = {"prompts": PROMPTS, "text": PASSAGES, "passages": PASSAGES[:3], "asked": PROMPTS[:16]}
+SETS = {"prompts": PROMPTS, "text": PASSAGES, "passages": PASSAGES[:4], "asked": PROMPTS[:16]}
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-
-import numpy as np
+from typing import Any
 
 from commandv.adapters.adapter import Adapter
 from commandv.errors import InputError
@@ -77,25 +76,29 @@ def tested(
 
 
 def _drawn(meter: Meter, material: Material) -> Arm:
-    """Measure random directions, another draw for each of several shares of the prompts."""
-    task, draws = meter.tasks[0], []
-    n = min(DRAWS, len(task.test))
+    """Measure random directions, another draw for each of several shares of the prompts and of the passages."""
+    task, passages, draws = meter.tasks[0], meter.passages, []
+    n = min(DRAWS, len(task.test), len(passages))
     for draw in range(n):
         share = replace(task, test=PromptSet(task.test.prompts[draw::n], task.test.name))
-        part = Meter(meter.lm, [share], passages=meter.passages, batch_size=meter.batch_size)
-        part.reference = meter.reference
+        text = PromptSet(passages.prompts[draw::n], passages.name)
+        part = Meter(meter.lm, [share], passages=text, batch_size=meter.batch_size)
+        part.reference = meter.reference[draw::n]
         made = make_arm(IN_SPAN, replace(material, seed=material.seed + draw))
         draws.append(recorded(IN_SPAN, part.measured(made), made, material.setting))
 
-    def joined(which: str) -> Mapping[str, list[float]]:
-        out: list[float] = [0.0] * len(task.test)
-        for draw, one in enumerate(draws):
-            out[draw::n] = getattr(one, which)[task.name]
-        return {task.name: out}
+    def joined(parts: Sequence[Sequence[Any]]) -> list[Any]:
+        out: list[Any] = [None] * sum(map(len, parts))
+        for draw, one in enumerate(parts):
+            out[draw::n] = one
+        return out
 
-    price = {name: np.mean([one.price[name] for one in draws], 0).tolist() for name in draws[0].price}
-    whole = {which: joined(which) for which in ("labels", "loops", "words")}
-    return draws[0].model_copy(update={**whole, "price": price, "seconds": sum(one.seconds for one in draws)})
+    whole: dict[str, Any] = {
+        which: {task.name: joined([getattr(one, which)[task.name] for one in draws])}
+        for which in ("labels", "loops", "words")
+    }
+    whole["price"] = {name: joined([one.price[name] for one in draws]) for name in draws[0].price}
+    return draws[0].model_copy(update={**whole, "seconds": sum(one.seconds for one in draws)})
 
 
 def _donor(job: Job, meter: Meter) -> Arm:
