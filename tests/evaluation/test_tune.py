@@ -9,7 +9,7 @@ import pytest
 import tiny
 from commandv.errors import InputError
 from commandv.evaluation import ByText, Task
-from commandv.evaluation.tune import Setting, grid, tune
+from commandv.evaluation.tune import Setting, Tried, choose, grid, tune
 from commandv.prompts.sets import Prompt, PromptSet
 
 PROMPTS = PromptSet(tuple(Prompt(f"What is {n}?") for n in range(12)), "sums")
@@ -72,6 +72,20 @@ def test_of_equal_effects_the_cheaper_wins(lm):
     adapter = tiny.random_adapter(lm, layers=(1, 2), size=3.0)
     found = tune(lm, silent, lambda setting: adapter, grid(["x"], [1.0, 0.25, 2.0]), passages=PASSAGES)
     assert found.chosen.setting.scale == 0.25
+
+
+def test_a_budget_of_looping_answers_leaves_aside_what_loops_more():
+    def one(scale: float, value: float, loops: float, kl: float = 0.1) -> Tried:
+        return Tried(Setting("x", scale), value, kl, loops=loops)
+
+    tried = [one(0.5, 0.4, 0.0), one(0.75, 0.6, 0.1), one(1.0, 0.9, 0.5)]
+    assert choose(tried, "more").chosen is tried[2]
+    assert choose(tried, "more", most_loops=0.1).chosen is tried[1]
+    assert choose(tried, "less", most_loops=0.1).chosen is tried[0]
+    dear = [one(0.5, 0.4, 0.3, kl=0.2), one(1.0, 0.9, 0.5, kl=0.1)]
+    found = choose(dear, "more", most_loops=0.1)
+    assert found.chosen is dear[1]  # the cheapest, since none is within the budget
+    assert not found.within_budget
 
 
 def test_nothing_to_try_is_refused(lm):

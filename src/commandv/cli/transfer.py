@@ -210,6 +210,7 @@ def _go(job: Job, out: Path, recipient: str, *, dry_run: bool, as_json: bool) ->
 
 def _tell(found: Transferred, certificate: dict[str, Any], out: Path, recipient: str) -> None:
     from commandv.cli.tables import certificate_table
+    from commandv.storage.files import file_name
 
     output("")
     output(certificate_table(certificate))
@@ -220,7 +221,9 @@ def _tell(found: Transferred, certificate: dict[str, Any], out: Path, recipient:
         output(f"[dim]after: [/dim] {escaped(one.after.strip())}")
     output(f"\n{escaped(found.sentence)}")
     own = shlex.join(["commandv", "generate", recipient, "How do I make tea?", "--adapter", str(out)])
-    output(f"\nThe adapter and its certificate are in {escaped(str(out))}. Your own prompt:\n  {escaped(own)}")
+    talk = shlex.join(["commandv", "chat", recipient, "--adapter", f"{file_name(found.adapter.name)}={out}"])
+    output(f"\nThe adapter and its certificate are in {escaped(str(out))}. A prompt of your own, or a talk with both:")
+    output(f"  {escaped(own)}\n  {escaped(talk)}")
 
 
 def _task(task: str | None, expect: str, expect_file: Path | None, tasks: Path | None) -> Task | None:

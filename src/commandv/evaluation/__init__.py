@@ -3,10 +3,11 @@
 from commandv.evaluation.arithmetic import (
     arithmetic_prompts,
 )
-from commandv.evaluation.arms import ARMS, Arm, Cost, Made, make_arm
+from commandv.evaluation.arms import ARMS, METHODS, Arm, Cost, Made, make_arm
 from commandv.evaluation.catalogue import (
     NEEDS_FILE,
     TASKS,
+    expecting,
     load_splits,
     load_task,
     tasks_of,
@@ -38,6 +39,7 @@ from commandv.evaluation.formats import (
 from commandv.evaluation.graders import GRADERS, Grader
 from commandv.evaluation.judges import JUDGES, Phrases, load_judge, refusal_phrases
 from commandv.evaluation.judgments import Cached, CostlyJudge, Judgment
+from commandv.evaluation.likeness import Likeness, like_the_donor
 from commandv.evaluation.material import DirectionMaterial, Material
 from commandv.evaluation.meter import Measured, Meter, price_scores
 from commandv.evaluation.model_judges import Classifier, Guard
@@ -75,6 +77,7 @@ __all__ = [
     "FORMATS",
     "GRADERS",
     "JUDGES",
+    "METHODS",
     "NEEDS_FILE",
     "TASKS",
     "Arm",
@@ -94,6 +97,7 @@ __all__ = [
     "Guard",
     "Judge",
     "Judgment",
+    "Likeness",
     "Made",
     "Material",
     "Measured",
@@ -118,6 +122,7 @@ __all__ = [
     "distinct_share",
     "drift",
     "drift_values",
+    "expecting",
     "final_answer",
     "grid",
     "holm",
@@ -128,6 +133,7 @@ __all__ = [
     "json_strict",
     "kappa",
     "language",
+    "like_the_donor",
     "load_judge",
     "load_questions",
     "load_splits",
