@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import graders, judges, likeness, memory, overhead, speed, speed_reading
+from benchmarks import graders, judges, likeness, memory, overhead, speed, speed_reading, words
 from commandv.evaluation.report import markdown
 from commandv.evaluation.results import load_run
 from experiments.mapping import table as validation
@@ -44,5 +44,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks/speed.md": _kept(speed.RESULTS, speed.report),
     "docs/benchmarks/validation.md": _kept(validation.RESULTS, validation.report),
     "docs/benchmarks/vectors.md": _kept(vectors.RESULTS, vectors.page),
+    "docs/benchmarks/words.md": words.page,
     **{f"docs/studies/{run.name}/report.md": _report(run) for run in sorted(RUNS.iterdir())},
 }

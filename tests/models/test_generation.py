@@ -143,6 +143,13 @@ def test_earlier_turns_come_before_the_prompt(chat):
     assert cv.generate(lm, ["Read the book."], max_new_tokens=3, turns=turns) != [""]
 
 
+def test_an_earlier_answer_follows_its_question_as_a_reply_does():
+    lm = tiny.tiny_lm(chat=False)
+    alone = encode(lm, "What is tea?", "Boiled leaves.")
+    after = encode(lm, "Read the book.", turns=[("What is tea?", "Boiled leaves.")])
+    assert lm.tokenizer.decode(after.ids).startswith(lm.tokenizer.decode(alone.ids))
+
+
 # -- numbers that overflow ---------------------------------------------------------------------------------------------
 
 

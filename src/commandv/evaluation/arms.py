@@ -7,6 +7,8 @@ needs of it, what it costs to make and at every request, and whether its strengt
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import random
 import resource
 import sys
@@ -40,6 +42,9 @@ DEMONSTRATIONS = 4  # answers of the donor in the few-shot prompt
 # What a practitioner would do with the donor's answers: a ReFT that acts along the whole answer.
 PRACTICE = DiReFT(rank=8, layers="last_half", positions=f"l1+g{ANSWER_TOKENS}")
 PRACTICE_SETTINGS = TrainSettings(epochs=3, max_response=ANSWER_TOKENS)
+PRACTICE_RATES, TRIED = (4e-3, 1e-3, 2.5e-4), 64  # one rate does not suit all models; answers on which they are tried
+
+log = logging.getLogger(__name__)
 
 UNMODIFIED, PASTED, DIRECT, RANDOM = "unmodified", "pasted", "direct", "random"
 IN_SPAN, SHUFFLED, FEW_SHOT = "random-in-span", "shuffled", "few-shot"
@@ -166,8 +171,24 @@ def distilled(material: Material, by: str) -> Adapter:
 
 def trained_on_answers(material: Material) -> Adapter:
     """Return an adapter that the recipient was trained to on the donor's answers."""
-    settings = replace(PRACTICE_SETTINGS, seed=material.seed)
-    return train(material.recipient_lm, material.donors_answers(), PRACTICE, settings, name=material.adapter.name)
+    answers = material.donors_answers()
+    return practised(material.recipient_lm, answers, seed=material.seed, name=material.adapter.name)
+
+
+def practised(lm: LM, answers: PromptSet, *, seed: int, name: str) -> Adapter:
+    """Train a model on answers at the learning rate that leaves the least held-out loss after an epoch of some."""
+    settings = replace(PRACTICE_SETTINGS, seed=seed)
+
+    def loss(rate: float) -> float:
+        short = replace(settings, epochs=1, learning_rate=rate)
+        try:
+            tried = train(lm, answers[:TRIED], PRACTICE, short, name=f"{name}, rate {rate:g}")
+        except InputError as error:  # the loss is no number
+            log.info("%s", error)
+            return math.inf
+        return float(tried.provenance["held_out_loss"][-1])
+
+    return train(lm, answers, PRACTICE, replace(settings, learning_rate=min(PRACTICE_RATES, key=loss)), name=name)
 
 
 def text_bridge(material: Material) -> Adapter:

@@ -10,7 +10,7 @@ from commandv.evaluation import graders
 
 VERSIONS: dict[str, int] = {
     "graders": graders.VERSION,  # what labels an answer gets
-    "arms": 3,  # what answers
+    "arms": 4,  # what answers
     "price": 1,
     "tuning": 1,
     "carrying": 1,  # from a donor's adapter to a recipient's

@@ -56,7 +56,7 @@ def format_prompt(lm: LM, prompt: str, turns: Turns = ()) -> str:
     if not prompt.strip():
         raise InputError("an empty prompt; give it a text")
     if turns and not lm.chat:  # the plain format is one question and its answer, again and again
-        before = (f"{format_prompt(lm, asked)} {answer.strip()}\n" for asked, answer in turns)
+        before = (f"{format_prompt(lm, asked)}{answer.strip()}\n" for asked, answer in turns)
         return "".join(before) + format_prompt(lm, prompt)
     both = ("user", "assistant")
     earlier = [{"role": role, "content": text} for turn in turns for role, text in zip(both, turn, strict=True)]

@@ -152,7 +152,7 @@ def _read(
             with reading(lm, readers):
                 logits = last_logits(lm, prefix.rest(batch), width, prefix.past(len(members))).float()
             replies = batch.input_ids[:, n_prompt:]
-            log_p = logits[:, :-1].log_softmax(-1).gather(2, replies[:, :, None])[:, :, 0].cpu()
+            log_p = (logits[:, :-1].gather(2, replies[:, :, None])[:, :, 0] - logits[:, :-1].logsumexp(-1)).cpu()
             given = real[members, 1:width].float()
             nats[members] = -(log_p * given).sum(1) / given.sum(1)
             for layer in layers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 
@@ -14,10 +13,7 @@ from commandv.models.identity import require_own
 from commandv.models.load import LM
 from commandv.transfer.distil.context import Context
 from commandv.transfer.distil.demonstrations import Demonstrations
-from commandv.transfer.distil.vocabulary import SHARED, Answers, Vocabulary, shared_tokens
-
-OPENING = 6  # tokens of an answer that are its opening
-MOSTLY = 0.5  # of an adapter's change: so much of it in the openings makes it one of openings
+from commandv.transfer.distil.vocabulary import Answers, Vocabulary
 
 Method = Context | Vocabulary | Answers
 METHODS: dict[str, type[Method]] = {one.name: one for one in (Context, Vocabulary, Answers)}
@@ -37,9 +33,8 @@ def distil(
 ) -> Adapter:
     """Make a native adapter of the recipient that behaves as the demonstrations do.
 
-    `"auto"` takes the context for demonstrations without ratios, for tokenizers that share less than half of what the
-    donor says, and where half or more of the nats that the adapter changes lie in the first 6 tokens of the answers;
-    the vocabulary otherwise. It looks at the demonstrations alone: no test prompt, and no answer of the recipient.
+    `"auto"` takes the context, and the vocabulary where there are too few demonstrations for that, or the recipient is
+    recurrent.
 
     Args:
         recipient: the model, with nothing attached; its weights do not change.
@@ -62,11 +57,9 @@ def distil(
         raise InputError(f"rank={rank}, batch_size={batch_size}: expected 1 or more, a rank up to {recipient.d_model}")
     if isinstance(by, str) and by not in (AUTO, *METHODS):
         raise InputError(f"by={by!r}: expected one of {', '.join((AUTO, *METHODS))}")
-    chosen: dict[str, Any] = {}
     if by == AUTO:
-        name, chosen = choose(recipient, demonstrations)
-        log.info("%s into %s by %s: %s", demonstrations.name, recipient.id, name, chosen)
-        by = name
+        by = choose(recipient, demonstrations)
+        log.info("%s into %s by %s", demonstrations.name, recipient.id, by)
     method = METHODS[by]() if isinstance(by, str) else by
     with torch.inference_mode():
         made, facts = method(recipient, demonstrations, rank=rank, seed=seed, batch_size=batch_size)
@@ -75,7 +68,6 @@ def distil(
         "by": method.name,
         "settings": asdict(method) | {"rank": rank, "seed": seed},
         "demonstrations": {"hash": demonstrations.hash, "n": len(demonstrations), "donor": demonstrations.donor.id},
-        **({"chosen": chosen} if chosen else {}),
         **facts,
     }
     # Tensors made in inference mode could not take part in a training later.
@@ -88,22 +80,7 @@ def distil(
     return Adapter(own, recipient.ref, demonstrations.name, provenance)
 
 
-def choose(recipient: LM, demonstrations: Demonstrations) -> tuple[str, dict[str, Any]]:
-    """Return the method that `"auto"` takes, and what it looked at; see `distil`."""
-    changes = demonstrations.changes
-    if changes is None:
-        return Context.name, {"reason": "texts only"}
-    share, _ = shared_tokens(recipient, demonstrations)
-    if share < SHARED:
-        log.warning(
-            "%.0f %% of what the donor says is in tokens that %s has, too: the context carries it",
-            100 * share, recipient.id,
-        )  # fmt: skip
-        return Context.name, {"reason": "few shared tokens", "shared_tokens": round(share, 4)}
-    order = torch.zeros(len(changes.places), dtype=torch.long)
-    for number in changes.places[:, 0].unique():
-        mine = (changes.places[:, 0] == number).nonzero()[:, 0]
-        order[mine] = changes.places[mine, 1].argsort().argsort()
-    early = float(changes.divergence[order < OPENING].sum() / changes.divergence.sum().clamp(min=1e-12))
-    name = Context.name if early >= MOSTLY else Vocabulary.name
-    return name, {"reason": "share of the change in the openings", "openings": round(early, 4)}
+def choose(recipient: LM, demonstrations: Demonstrations) -> str:
+    """Return the name of the method that `"auto"` takes; see `distil`."""
+    fits = not recipient.recurrent and len(demonstrations) >= 2 * Context.size
+    return Context.name if fits else Vocabulary.name

@@ -80,24 +80,19 @@ class Head:
         """Return rows of W by token, float32 [..., d_model]."""
         return self.weight[tokens.to(self.weight.device)].float().cpu()
 
-    def forward(self, h: Tensor, step: Tensor) -> Tensor:
-        """Return what a small step at h changes in norm(h): g ⊙ (step - m - x mean(x ⊙ step)) / r, x = (h - m) / r."""
-        x, r = self._parts(h)
-        return self.gain * self._tangent(x, step) / r
-
     def backward(self, h: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient at h for one at norm(h)."""
+        """Return the gradient at h for one at norm(h), both [..., d_model]."""
         x, r = self._parts(h)
         return self._tangent(x, self.gain * gradient) / r
 
     def _parts(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        shifted = h - h.mean(1, keepdim=True) if self.centred else h
-        r = shifted.pow(2).mean(1, keepdim=True).sqrt().clamp(min=1e-12)
+        shifted = h - h.mean(-1, keepdim=True) if self.centred else h
+        r = shifted.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
         return shifted / r, r
 
     def _tangent(self, x: Tensor, step: Tensor) -> Tensor:
-        taken = step - step.mean(1, keepdim=True) if self.centred else step
-        return taken - x * (x * taken).mean(1, keepdim=True)
+        taken = step - step.mean(-1, keepdim=True) if self.centred else step
+        return taken - x * (x * taken).mean(-1, keepdim=True)
 
 
 def _unlike(lm: LM) -> InputError:

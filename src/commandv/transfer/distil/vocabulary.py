@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
 from commandv.errors import InputError
-from commandv.models.encoding import encode, pad_replies, run_blocks
+from commandv.models.encoding import Encoded, encode, pad_replies, run_blocks
 from commandv.models.generation import batches
 from commandv.models.live import reading
 from commandv.models.load import LM
+from commandv.models.prefix import shared_prefix
 from commandv.models.template import end_of_turn
 from commandv.positions import Positions
 from commandv.progress import track
 from commandv.transfer.distil.demonstrate import places
-from commandv.transfer.distil.demonstrations import END, Changes, Demonstrations
+from commandv.transfer.distil.demonstrations import END, Demonstrations
 from commandv.transfer.distil.head import Head
-from commandv.transfer.distil.rounds import Places, Wanted, chunks, descend
+from commandv.transfer.distil.rounds import LIKELY, Places, Wanted, Words, chunks, descend
 from commandv.transfer.distil.texts import beginning, tokens_by_text
 
 CLIP = 10.0  # nats of a log-ratio
@@ -41,8 +43,8 @@ class _AtTheLastBlock:
         places: at most so many; of an answer's later tokens a random part is used.
     """
 
-    rounds: int = 8
-    places: int = 2048
+    rounds: int = 4
+    places: int = 2560
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.places < 32:
@@ -83,12 +85,12 @@ class Vocabulary(_AtTheLastBlock):
         rows = [by_place.get((int(p), int(e)), -1) for p, e in zip(here.groups, here.ends, strict=True)]
         met = torch.tensor(rows)
         here, met = here.at(met >= 0), met[met >= 0]
-        first = first_tokens(lm, shown, lead)
-        named = torch.where((here.columns == 0)[:, None], first[shown.changes.tokens[met]],
-                            tokens[shown.changes.tokens[met]])  # fmt: skip
-        wanted = _changed(head, here, _part(shown.changes, met), named)
-        interventions, told = _fit(lm, head, here, wanted, rank, self.rounds)
-        return interventions, {"shared_tokens": round(share, 4), "places": len(met), "held_out_divergence": told}
+        first, told = first_tokens(lm, shown, lead), shown.changes
+        named = torch.where((here.columns == 0)[:, None], first[told.tokens[met]], tokens[told.tokens[met]])
+        rest = told.rest[met, None].clamp(-CLIP, CLIP)
+        change = Change(named, told.ratio[met].clamp(-CLIP, CLIP) - rest)
+        interventions, facts = _fit(lm, head, here, change, rank, self.rounds)
+        return interventions, {"shared_tokens": round(share, 4), **facts}
 
 
 @dataclass(frozen=True)
@@ -104,24 +106,45 @@ class Answers(_AtTheLastBlock):
         head, lead = Head.of(lm), beginning(lm, shown.prompts)
         here = read_places(lm, shown, lead, seed=seed, most=self.places, batch_size=batch_size)
         here = here.at(here.tokens >= 0)
-        wanted = Wanted(head.rows(here.tokens), torch.zeros(len(here.tokens)), here.tokens[:, None])
-        interventions, told = _fit(lm, head, here, wanted, rank, self.rounds)
-        return interventions, {"places": len(here.tokens), "held_out_divergence": told}
+        return _fit(lm, head, here, None, rank, self.rounds)
+
+
+class Change(NamedTuple):
+    """What is to change in the recipient's log-odds against the rest: of tokens [n, t] (-1 for none), nats [n, t]."""
+
+    tokens: Tensor
+    nats: Tensor
 
 
 def _fit(
-    lm: LM, head: Head, here: Places, wanted: Wanted, rank: int, rounds: int
-) -> tuple[dict[int, tuple[Intervention, ...]], list[float]]:
+    lm: LM, head: Head, here: Places, change: Change | None, rank: int, rounds: int
+) -> tuple[dict[int, tuple[Intervention, ...]], dict[str, Any]]:
     if not here.held_out.any() or here.held_out.all():
         raise InputError("too few demonstrations to hold some out for the stop; expected answers to 4 prompts or more")
+    words = Words.at(head, here.states, here.tokens if change is None else change.tokens)
     positions = Positions(last=1, generated=max(1, int(here.columns.max())))
-    one, told = descend(head, here, wanted, rank=rank, rounds=rounds, positions=positions)
+    wanted = _wanted(words, here, change)
+    one, told = descend(words, here, wanted, rank=rank, rounds=rounds, positions=positions)
     log.info("%s: held-out divergence %s", lm.id, " -> ".join(f"{value:.3f}" for value in told))
-    return {lm.n_layers - 1: (one,)}, told
+    return {lm.n_layers - 1: (one,)}, {"places": len(here.states), "held_out_divergence": told}
 
 
-def _part(changes: Changes, index: Tensor) -> Changes:
-    return Changes(*(one[index] for one in changes))
+def _wanted(words: Words, here: Places, change: Change | None) -> Wanted:
+    """Return q ∝ p exp(change), or without a change the token that follows in the answer."""
+    size, parts = len(words.head.weight), []
+    for rows in chunks(len(here.states), size):
+        log_p = words.log_p(here.states[rows], rows)
+        if change is None:
+            q = torch.zeros_like(log_p).scatter_(1, words.columns[here.tokens[rows], None], 1.0)
+        else:
+            tokens = change.tokens[rows]
+            columns = torch.where(tokens >= 0, words.columns[tokens], size)
+            added = torch.zeros(len(log_p), size + 1).scatter_(1, columns, change.nats[rows])[:, :size]
+            q = (log_p + added).softmax(1)
+        heavy = (q + log_p.exp())[:, :-1].topk(min(LIKELY, size - 1), 1).indices
+        entropy = torch.special.entr(q).sum(1)
+        parts.append(Wanted(words.head.mean(q), q[:, -1], entropy, heavy, q.gather(1, heavy)))
+    return Wanted(*(torch.cat(many) for many in zip(*parts, strict=True)))
 
 
 def shared_tokens(lm: LM, shown: Demonstrations) -> tuple[float, Tensor]:
@@ -147,30 +170,37 @@ def read_places(lm: LM, shown: Demonstrations, lead: str, *, seed: int, most: in
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(encoded), generator=generator)
     held_out = set(order[: round(HELD_OUT * len(order))].tolist())
-    found, lengths = list[tuple[Tensor, Tensor]](), [one.n_prompt for one in encoded]
-    stop = end_of_turn(lm)
-    with torch.inference_mode(), track(f"reading in {lm.id}", total=len(encoded)) as advance:
-        for members in batches(lengths, batch_size, alike=lengths if lm.recurrent else None):
-            batch, n_prompt = pad_replies(lm, [encoded[i] for i in members])
-            states: list[Tensor] = []
-            with reading(lm, {lm.n_layers - 1: states.append}):
-                run_blocks(lm, batch)
-            for row, i in enumerate(members):
-                ends, columns = places(encoded[i])
-                last = -1 if stop is None or _cut_off(shown, i) else stop
-                follows = [*encoded[i].ids[encoded[i].n_prompt :], last]
-                rows = [
-                    (i, i in held_out, max(0, end - len(lead)), column, follows[column])
-                    for end, column in zip(ends, columns, strict=True)
-                ]
-                at = torch.tensor(columns) + n_prompt - 1
-                found.append((states[0][row, at.to(states[0].device)].float().cpu(), torch.tensor(rows)))
-            advance(len(members))
-    facts = torch.cat([one for _, one in found])
-    whole = Places(
-        torch.cat([one for one, _ in found]), facts[:, 0], facts[:, 1].bool(), facts[:, 2], facts[:, 3], facts[:, 4]
-    )
+    stop, facts, at = end_of_turn(lm), list[tuple[int, ...]](), list[list[int]]()
+    for i, one in enumerate(encoded):
+        ends, columns = places(one)
+        last = -1 if stop is None or _cut_off(shown, i) else stop
+        follows = [*one.ids[one.n_prompt :], last]
+        facts += [
+            (i, i in held_out, max(0, end - len(lead)), column, follows[column])
+            for end, column in zip(ends, columns, strict=True)
+        ]
+        at.append(columns)
+    told = torch.tensor(facts)
+    states = _states(lm, encoded, at, batch_size)
+    whole = Places(states, told[:, 0], told[:, 1].bool(), told[:, 2], told[:, 3], told[:, 4])
     return whole.at(_chosen(whole.columns, most, generator))
+
+
+def _states(lm: LM, encoded: Sequence[Encoded], at: Sequence[Sequence[int]], batch_size: int) -> Tensor:
+    """Return the last block's output after so many tokens of each reply, one below the other."""
+    lengths, found = [one.n_prompt for one in encoded], dict[int, Tensor]()
+    with torch.inference_mode(), track(f"reading in {lm.id}", total=len(encoded)) as advance:
+        prefix = shared_prefix(lm, [one.ids for one in encoded], lengths)
+        for members in batches(lengths, batch_size, alike=lengths if lm.recurrent else None):
+            batch, n_prompt = pad_replies(lm, [encoded[i] for i in members], shared=prefix.length)
+            kept: list[Tensor] = []
+            with reading(lm, {lm.n_layers - 1: kept.append}):
+                run_blocks(lm, prefix.rest(batch), prefix.past(len(members)))
+            for row, i in enumerate(members):
+                columns = torch.tensor(at[i], device=kept[0].device) + n_prompt - 1 - prefix.length
+                found[i] = kept[0][row, columns].float().cpu()
+            advance(len(members))
+    return torch.cat([found[i] for i in range(len(encoded))])
 
 
 def _cut_off(shown: Demonstrations, i: int) -> bool:
@@ -190,30 +220,3 @@ def _chosen(columns: Tensor, most: int, generator: torch.Generator) -> Tensor:
     late = (columns > EARLY).nonzero()[:, 0]
     drawn = late[torch.randperm(len(late), generator=generator)[: max(0, most - len(early))]]
     return torch.cat([early, drawn]).sort().values
-
-
-def _changed(head: Head, here: Places, changes: Changes, tokens: Tensor) -> Wanted:
-    """Return q ∝ p exp(ratio) from E_p[W] and corrections on the tokens that the ratios name.
-
-    With weights w = p (exp(ratio - rest) - 1) on these, E_q[W] = (E_p[W] + Σ w W) / (1 + Σ w).
-    """
-    parts = []
-    for rows in chunks(len(tokens), len(head.weight)):
-        y = head.normed(here.states[rows])
-        logits = head.logits(y)
-        normaliser = logits.logsumexp(1)
-        named = tokens[rows]
-        shared = named >= 0
-        named = torch.where(shared, named, named.max(1, keepdim=True).values.clamp(min=0))
-        log_p = logits.gather(1, named) - normaliser[:, None]
-        mean = head.mean(logits.sub_(normaliser[:, None]).exp_())
-        delta = (changes.ratio[rows].clamp(-CLIP, CLIP) - changes.rest[rows].clamp(-CLIP, CLIP)[:, None]) * shared
-        weight = log_p.exp() * delta.expm1()
-        total = 1 + weight.sum(1)
-        vectors = head.rows(named)
-        q_mean = (mean + torch.einsum("nt,ntd->nd", weight, vectors)) / total[:, None]
-        q = log_p.exp() * delta.exp() * shared / total[:, None]
-        cross = (y * q_mean).sum(1) - normaliser  # E_q[log p]
-        entropy = -(cross + (q * delta).sum(1) - total.log())
-        parts.append(Wanted(q_mean, entropy, named))
-    return Wanted(*(torch.cat(many) for many in zip(*parts, strict=True)))
