@@ -24,7 +24,7 @@ JUDGE = "judge of likeness"
 PROBED, PROBE_TOKENS = 8, 6  # prompts and tokens of the answers whose time is taken
 # About how many forward passes over all prompts with answers a method takes, as timed on the packaged models: turns
 # that prompts share are read once.
-PASSES = {"context": 5, "vocabulary": 30, "answers": 30}
+PASSES = {"context": 3, "vocabulary": 11, "answers": 6}
 TRAINING = 3.5  # forward passes that one of training with its backward pass costs
 CHARACTERS = 4  # a token, of plain text
 FLOPS = 1e10  # a second, of the closed forms
