@@ -152,7 +152,7 @@ def intervention(**changes) -> Intervention:
     [
         (1, intervention(read=torch.eye(1, D)), r"on layer 1 it reads the state \(rank 1\)"),
         (1, intervention(positions=Positions(last=1)), r"positions l1 \(prompt tokens only\).*every token"),
-        (1, intervention(positions=Positions(generated=4)), "positions g4; llama"),
+        (1, intervention(positions=Positions(generated=4)), "positions g4, not on every token"),
         (1, intervention(activation="relu"), "activation relu"),
         (0, intervention(), "on layer 0 it acts, and llama.cpp never"),
     ],
@@ -235,9 +235,10 @@ def test_a_file_of_others_saves_as_ours_and_exports_from_layer_1(tmp_path):
 
 def test_export_on_the_command_line(run, tmp_path):
     source, out = cv.save(steering(1, 3), tmp_path / "push"), tmp_path / "push.gguf"
-    ran = run("export", source, out, "--format", "control-vector", "--model-hint", "llama", "--json")
+    ran = run("export", source, out, "--to", "gguf", "--model-hint", "llama", "--json")
     assert ran.code == 0, ran.err
-    assert ran.json == {"file": str(out), "format": "control-vector", "layers": [1, 3], "d_model": D}
+    size = out.stat().st_size
+    assert ran.json == {"written": str(out), "format": "gguf", "layers": [1, 3], "d_model": D, "bytes": size}
     shown = run("inspect", out, "--json").json
     assert (shown["what"], shown["model_hint"], shown["layers"]) == ("control-vector", "llama", [1, 3])
     torch.save(torch.ones(D), tmp_path / "v.pt")
@@ -245,6 +246,6 @@ def test_export_on_the_command_line(run, tmp_path):
     assert cv.load_adapter(tmp_path / "one.gguf").layers == [2]
     (tmp_path / "notes.txt").write_text("mine")
     fails(run("export", source, tmp_path / "notes.txt"), "notes.txt", "not overwritten")
-    fails(run("export", source, out, "--format", "onnx"), "'onnx'", "control-vector")
+    fails(run("export", source, out, "--to", "onnx"), "'onnx'", "gguf, pyreft, baked")
     fails(run("export", "builtin:pirate@gemma-3-270m", tmp_path / "p.gguf"), "cannot be a control vector", "reads")
     assert not (tmp_path / "p.gguf").exists()

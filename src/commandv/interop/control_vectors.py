@@ -240,11 +240,25 @@ def _direction(adapter: Adapter, layer: int) -> Tensor:
     what = f"{adapter.name} cannot be a control vector: on layer {layer} it"
     if layer == 0:
         raise InputError(f"{what} acts, and llama.cpp never adds a direction after the first block")
+    return constant(adapter, layer, "a control vector")
+
+
+def constant(adapter: Adapter, layer: int, form: str) -> Tensor:
+    """Return the vector [d_model] that an adapter adds at a layer, whatever the state and the token.
+
+    Args:
+        adapter: whose.
+        layer: one of its layers.
+        form: what is to hold the vector, for the message.
+
+    Raises:
+        InputError: it reads the state, acts on some tokens only, or has an activation.
+    """
     total = torch.zeros(adapter.d_model)
     for edit in adapter.interventions[layer]:
-        one = low_rank(edit, "a control vector")
+        one = low_rank(edit, form)
         if reason := _refusal(one):
-            raise InputError(f"{what} {reason}")
+            raise InputError(f"{adapter.name} cannot be {form}: on layer {layer} it {reason}")
         total += (one.bias.detach().float() @ one.write.detach().float()).cpu()
     return total
 
@@ -252,12 +266,12 @@ def _direction(adapter: Adapter, layer: int) -> Tensor:
 def _refusal(one: Intervention) -> str:
     """Return why an intervention is no constant added everywhere; empty when it is one."""
     if one.activation != "linear":
-        return f"has the activation {one.activation}; the format holds a constant vector"
+        return f"has the activation {one.activation}, so what it adds is no constant vector"
     if one.read.any():
-        return f"reads the state (rank {one.rank}); the format holds a constant vector that is added whatever it is"
+        return f"reads the state (rank {one.rank}), so what it adds is no constant vector"
     if not one.positions.everywhere:
         only = " (prompt tokens only)" if one.positions.prefill_only else ""
-        return f"acts at positions {one.positions}{only}; llama.cpp adds a control vector to every token"
+        return f"acts at positions {one.positions}{only}, not on every token"
     return ""
 
 

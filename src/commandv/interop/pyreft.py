@@ -1,12 +1,13 @@
 """pyreft directories: `config.json` and one `intkey_layer_N_comp_block_output_unit_pos_nunit_1#K.bin` per intervention.
 
-Read without pyreft. The layer is taken from each file's key, not from the order of the config.
+Read and written without pyreft. The layer is taken from each file's key, not from the order of the config.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
+from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention, low_rank
 from commandv.adapters.kinds import KINDS, Kind, Part, steering_vector
-from commandv.errors import FormatError
+from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions, as_positions
+from commandv.storage.directories import CONFIG, new_directory
 from commandv.storage.reading import number_of, read_json
 from commandv.storage.tensors import read_torch
 
@@ -174,3 +176,92 @@ def _rotation(tensors: dict[str, Tensor], name: str) -> Tensor:
     tau = 2.0 / (1.0 + reflectors.square().sum(-2))
     product = torch.linalg.householder_product(reflectors, tau) * original.diagonal().int()
     return base.float() @ product
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_pyreft(adapter: Adapter, path: str | Path) -> Path:
+    """Write an adapter as a directory that pyreft's `ReftModel.load` opens.
+
+    Whatever it was made as, each layer becomes one DiReFT intervention, the one kind that holds every linear read,
+    bias and write, that pyreft 0.1.0 can load again, and that runs in any dtype: with Wᵀ = Q T (QR decomposition, Q
+    [d_model, rank] with orthonormal columns), (h Rᵀ + b) W = (h (T R)ᵀ + (T b)ᵀ) Qᵀ. Its rotation takes d_model²
+    numbers a layer in pyreft's own files. pyreft keeps positions nowhere: they are in `training_metadata.json`, and are
+    given to each call as unit locations.
+
+    Args:
+        adapter: linear interventions on prompt tokens, at the same positions everywhere.
+        path: absent or empty directory.
+
+    Raises:
+        InputError: the format cannot hold this adapter; the message says why.
+        FormatError: `path` holds something.
+        StorageError: not writable or disk full.
+    """
+    path = Path(path)
+    layers = {layer: _joined(adapter, layer) for layer in adapter.layers}
+    (positions,) = adapter.positions
+    with new_directory(path, CONFIG) as folder:
+        for layer, one in layers.items():
+            torch.save(_direft(one), folder / f"intkey_{_key(layer)}.bin")
+        config = {
+            "intervention_constant_sources": [True] * len(layers),
+            "intervention_dimensions": [adapter.d_model] * len(layers),
+            "intervention_types": ["<class 'pyreft.interventions.DireftIntervention'>"] * len(layers),
+            "mode": "parallel",
+            "representations": [
+                [layer, "block_output", "pos", 1, _rank(one), *[None] * 9] for layer, one in layers.items()
+            ],
+            "sorted_keys": [_key(layer) for layer in layers],
+        }
+        facts = {"model_name": adapter.model.id, "positions": str(positions), "act_fn": None}
+        (folder / CONFIG).write_text(json.dumps(config, indent=2), "utf-8")
+        (folder / _FACTS).write_text(json.dumps(facts, indent=2), "utf-8")
+    return path
+
+
+def _key(layer: int) -> str:
+    return f"layer_{layer}_comp_block_output_unit_pos_nunit_1#0"
+
+
+def _joined(adapter: Adapter, layer: int) -> Intervention:
+    """Return a layer's interventions as one."""
+    what = f"{adapter.name} cannot be a pyreft directory: on layer {layer} it"
+    first, *others = (low_rank(one, "a pyreft directory") for one in adapter.interventions[layer])
+    for one in (first, *others):
+        if one.activation != "linear":
+            raise InputError(f"{what} has the activation {one.activation}, which pyreft's files do not record")
+        if not one.positions.prefill_only:
+            raise InputError(f"{what} acts at positions {one.positions}; pyreft acts on prompt tokens only")
+    if len(adapter.positions) > 1:
+        many = ", ".join(sorted(map(str, adapter.positions)))
+        raise InputError(f"{adapter.name} cannot be a pyreft directory: it acts at several positions ({many})")
+    return first.joined(others)
+
+
+def _rank(one: Intervention) -> int:
+    return min(one.rank, one.d_model)
+
+
+def _direft(one: Intervention) -> OrderedDict[str, Tensor]:
+    """Return the state of a DiReFT that adds what a linear intervention adds."""
+    read, bias, write = (value.detach().double().cpu() for value in (one.read, one.bias, one.write))
+    base, triangle = torch.linalg.qr(write.T, mode="complete")  # Wᵀ = Q T
+    rank = _rank(one)
+    mix = triangle[:rank]  # [rank of Q, rank]
+    # Torch's parametrisation takes base @ (product of reflections); without reflectors that product is -I, and so are
+    # the signs on the diagonal.
+    original = torch.zeros(one.d_model, rank, dtype=torch.float64)
+    original.fill_diagonal_(-1.0)
+    width = torch.tensor(one.d_model)
+    return OrderedDict(
+        {
+            "embed_dim": width,
+            "interchange_dim": width.clone(),
+            "rotate_layer.parametrizations.weight.original": original.float(),
+            "rotate_layer.parametrizations.weight.0.base": base.float().contiguous(),
+            "learned_source.weight": (mix @ read).float().contiguous(),
+            "learned_source.bias": (mix @ bias).float().contiguous(),
+        }
+    )
