@@ -47,6 +47,8 @@ from .evaluation.transferring.running import transfer_adapter as transfer_adapte
 from .executors.executor import Local as Local
 from .executors.ray import Ray as Ray
 from .interop.load import load_adapter as load_adapter
+from .interop.share import pull as pull
+from .interop.share import push as push
 from .models.encoding import encode as encode
 from .models.generation import generate as generate
 from .models.layers import (

@@ -25,6 +25,10 @@ class StorageError(CommandVError, OSError):
     """A file could not be written (disk full, no permission); what was complete before is kept."""
 
 
+class HubError(CommandVError, RuntimeError):
+    """The hub cannot be reached, does not have what was asked for, or does not give or take it."""
+
+
 class JudgeError(CommandVError, RuntimeError):
     """A judge gave up before every answer was judged; `judged` says how many are."""
 

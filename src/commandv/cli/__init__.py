@@ -12,6 +12,7 @@ from commandv.cli import (  # noqa: F401  (defines the verbs, in this order)
     core,
     exporting,
     serve,
+    share,
     steering,
     studies,
     transfer,

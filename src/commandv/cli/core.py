@@ -117,8 +117,8 @@ def train(
 @verb
 def paste(
     adapter: AdapterFile,
-    donor: Annotated[Path, typer.Argument(help="Profile directory of the donor.")],
-    recipient: Annotated[Path, typer.Argument(help="Profile directory of the recipient.")],
+    donor: Annotated[str, typer.Argument(help="Profile of the donor: a directory, or on the hub.")],
+    recipient: Annotated[str, typer.Argument(help="Profile of the recipient: a directory, or on the hub.")],
     out: Out,
     reading: Reading,
     fit: Annotated[

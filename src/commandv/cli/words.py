@@ -68,7 +68,7 @@ def demonstrate(
 def distil(
     model: Model,
     how: Loading,
-    demonstrations: Annotated[Path, typer.Argument(help="Directory of demonstrations.")],
+    demonstrations: Annotated[str, typer.Argument(help="Demonstrations: a directory, or on the hub.")],
     out: Out,
     by: Annotated[str, typer.Option(help="auto, context, vocabulary or answers.")] = "auto",
     rank: Annotated[int, typer.Option(help="Of each fit.")] = 16,

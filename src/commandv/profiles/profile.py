@@ -18,6 +18,7 @@ from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.identity import ModelRef
 from commandv.storage.directories import Kind, read_artefact, write_artefact
 from commandv.storage.files import digest
+from commandv.storage.hub import is_repo, opened, require_local
 from commandv.storage.tensors import read_safetensors, safetensors_bytes
 
 END = -1  # the offset of a prompt's last token, which has no place in the text
@@ -161,13 +162,24 @@ def write_profile(
     write_artefact(target, PROFILE, config, itertools.chain([first], rest))
 
 
-def load_profile(path: str | Path) -> Profile:
-    """Open a profile directory; the activations stay on disk, memory-mapped.
+def load_profile(source: str | Path, *, revision: str | None = None) -> Profile:
+    """Open a profile: a directory, or a data set on the hub; the activations stay on disk, memory-mapped.
+
+    Args:
+        source: the directory, or the hub's `user/name`.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         FormatError: not a profile, of an unknown version, or truncated.
+        HubError: not on the hub, not allowed, or not reachable.
     """
-    path = Path(path)
+    if is_repo(source):
+        return opened(str(source), "dataset", _read, revision=revision)
+    require_local(revision, source)
+    return _read(Path(source))
+
+
+def _read(path: Path) -> Profile:
 
     def build(config: dict[str, Any], files: dict[str, Path]) -> Profile:
         try:

@@ -254,7 +254,8 @@ def _made(
     held = [files[number] for number in range(len(parts))]
     keys, places = _ordered([tensor_of(file, "keys") for file in held])
     layers = Layers(range(model.ref.n_layers), lambda layer: joined(held, places, f"layer.{layer}"))
-    write_profile(target, model.ref, wanted.hash, keys, layers, _record(model, wanted))
+    how = {"sets": list(wanted.sets), "places": wanted.places, "rows_per_text": wanted.rows_per_text}  # for people
+    write_profile(target, model.ref, wanted.hash, keys, layers, {**_record(model, wanted), **how})
     return load_profile(target)
 
 

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Wanted:
         max_length: longer prompts are cut at their beginning.
         padding: side.
         hash: of the texts and of what decides the places in them.
+        sets: the sets of prompts that they come from: name, number and hash.
     """
 
     items: tuple[Prompt, ...]
@@ -47,6 +48,7 @@ class Wanted:
     max_length: int | None
     padding: Literal["left", "right"]
     hash: str
+    sets: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def of(
@@ -62,10 +64,12 @@ class Wanted:
     ) -> Wanted:
         """Put prompts and passages together."""
         ends = as_prompts(prompts)
-        hashes = [ends.hash] if text is None else [ends.hash, text.hash]
+        used = [ends] if text is None else [ends, text]
+        hashes = [one.hash for one in used]
         hashed = digest(hashes, [places, rows_per_text] if text is not None else [])
         items = (*ends, *(text or ()))
-        return cls(items, len(ends), places, rows_per_text, batch_size, max_length, padding, hashed)
+        sets = tuple({"name": one.name, "n": len(one), "hash": one.hash} for one in used)
+        return cls(items, len(ends), places, rows_per_text, batch_size, max_length, padding, hashed, sets)
 
 
 class Work:

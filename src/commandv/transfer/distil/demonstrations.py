@@ -20,6 +20,7 @@ from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
 from commandv.storage.directories import Kind, read_artefact, write_artefact
 from commandv.storage.files import digest
+from commandv.storage.hub import is_repo, opened, require_local
 from commandv.storage.tensors import read_safetensors
 
 DEMONSTRATIONS = Kind("commandv-demonstrations", "tensors", lambda _config: ["tensors"])
@@ -167,13 +168,24 @@ def _packed(changes: Changes) -> dict[str, Tensor]:
     return {"places": changes.places.int(), "tokens": changes.tokens.int(), **small}
 
 
-def load_demonstrations(path: str | Path) -> Demonstrations:
-    """Read demonstrations.
+def load_demonstrations(source: str | Path, *, revision: str | None = None) -> Demonstrations:
+    """Read demonstrations: a directory, or a data set on the hub.
+
+    Args:
+        source: the directory, or the hub's `user/name`.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         FormatError: not demonstrations, of an unknown version, damaged, or with another hash than when written.
+        HubError: not on the hub, not allowed, or not reachable.
     """
-    path = Path(path)
+    if is_repo(source):
+        return opened(str(source), "dataset", _read, revision=revision)
+    require_local(revision, source)
+    return _read(Path(source))
+
+
+def _read(path: Path) -> Demonstrations:
 
     def build(raw: dict[str, Any], files: dict[str, Path]) -> Demonstrations:
         try:
