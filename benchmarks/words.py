@@ -31,7 +31,7 @@ SMOLLM, GEMMA, QWEN = "smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.
 FILES = {QWEN: cache_dir() / "family" / f"{QWEN}-q4_k_m.gguf"}  # of `make family`
 PAIRS = ((SMOLLM, GEMMA), (GEMMA, SMOLLM), (SMOLLM, QWEN))
 BEHAVIOURS = {"numbered-list": ("numbered-list",), "pirate": ("pirate-opening", "pirate")}
-ARMS = ("donor", "unmodified", "few-shot", "context", "vocabulary", "auto", "trained")
+ARMS = ("donor", "unmodified", "few-shot", "context", "vocabulary", "trained")
 ASKED, TESTED, SEED = 128, 64, 0
 DONOR = DiReFT(rank=8, layers="last_half", positions="l1+g48")  # along the whole answer: a style has to last
 DONOR_SETTINGS = TrainSettings(epochs=3, max_response=40, seed=SEED)
@@ -140,17 +140,19 @@ def rows() -> dict[Cell, dict[str, Any]]:
 
 def page() -> str:
     """Return the page."""
-    found = rows()
-    lines = [INTRODUCTION]
-    for behaviour, names in BEHAVIOURS.items():
-        lines += ["", f"## {behaviour}", ""]
-        lines += [f"| arm | {' | '.join(names)} | loops | KL first / after | words | seconds | GB | tokens a request |"]
-        lines += ["|" + "---|" * (len(names) + 7)]
-        for donor, recipient in PAIRS:
-            lines.append(f"| **{donor} -> {recipient}** |" + " |" * (len(names) + 6))
-            for arm in ARMS:
-                row = found.get((donor, recipient, behaviour, arm))
-                lines.append(f"| {arm} | not measured |" if row is None else _told(arm, row, names))
+    found, lines, missing = rows(), [INTRODUCTION], []
+    for donor, recipient in PAIRS:
+        for behaviour, names in BEHAVIOURS.items():
+            table = [(arm, found.get((donor, recipient, behaviour, arm))) for arm in ARMS]
+            if without := [arm for arm, row in table if row is None]:
+                missing.append(f"{donor} -> {recipient}, {behaviour}: {', '.join(without)}")
+            if len(without) == len(ARMS):
+                continue
+            columns = [*names, "loops", "KL first / after", "words", "seconds", "GB", "tokens a request"]
+            lines += ["", f"## {donor} -> {recipient}: {behaviour}", "", f"| arm | {' | '.join(columns)} |"]
+            lines += ["|" + "---|" * (len(columns) + 1), *(_told(arm, row, names) for arm, row in table if row)]
+    if missing:
+        lines += ["", "## Not measured yet", "", *(f"- {one}" for one in missing)]
     return "\n".join(lines) + "\n"
 
 
@@ -160,7 +162,7 @@ def _told(arm: str, row: dict[str, Any], names: tuple[str, ...]) -> str:
     cells.append(" / ".join(f"{kl[name].value:.2f}" for name in KL if name in kl))
     free = arm in ("donor", "unmodified", "few-shot")
     cells += [f"{row['words']:.0f}", "" if free else f"{row['seconds']:.0f}", "" if free else f"{row['peak_gb']:.1f}"]
-    by = {"auto": f" ({row['by']})", "trained": f" (rate {row['by']})"}.get(arm, "")
+    by = f" (rate {row['by']})" if arm == "trained" else ""
     return f"| {arm}{by} | {' | '.join(cells)} | {row['tokens'] or ''} |"
 
 
@@ -173,12 +175,12 @@ INTRODUCTION = f"""# Through words: real models
 
 Strict graders, {TESTED} test prompts, answers of 48 tokens, greedy, default settings, **one seed** of everything; 95 %
 intervals over prompts. The donors are DiReFT adapters of rank 8 on the last half of the layers that act along the whole
-answer (l1+g48), trained on the built-in examples; they answered {ASKED} task-agnostic prompts. "Trained" is a DiReFT of
+answer (l1+g48), trained on the built-in examples; they answered {ASKED} task-agnostic prompts. "trained" is a DiReFT of
 the same form trained on these answers, its learning rate the best of three on held-out answers. "few-shot" has
-{DEMONSTRATIONS} of them as earlier turns. KL is from the unmodified model, in nats, at the first token of benign
-replies and after it. Seconds are CPU seconds of one thread for making the adapter, from the demonstrations on
-(choosing a learning rate included); GB is the peak of a process that holds the recipient and makes it. Made by
-`python benchmarks/words.py`."""
+{DEMONSTRATIONS} of them as earlier turns. `by="auto"` is the context here. KL is from the unmodified model, in nats, at
+the first token of benign replies and after it. Seconds are CPU seconds of one thread for making the adapter, from the
+demonstrations on (choosing a learning rate included); GB is the peak of a process that holds the recipient and makes
+it. Made by `python benchmarks/words.py`."""
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def sentences(made: Pages) -> Iterator[Sentence]:
     yield from studies(made)
     yield from methods(made)
     yield from vectors(made)
+    yield from words(made)
 
 
 # -- the README's first table -----------------------------------------------------------------------------------------
@@ -426,3 +427,27 @@ def vectors(made: Pages) -> Iterator[Sentence]:
 
 
 WAY_LAST = CONCEPTS["sentiment, last token"].way
+
+
+# -- through words ----------------------------------------------------------------------------------------------------
+
+
+def words(made: Pages) -> Iterator[Sentence]:
+    """Yield what the README says of behaviours carried through words."""
+
+    def of(section: str, arm: str, column: str) -> list[str]:
+        return at(made, "docs/benchmarks/words.md", section, arm, column)
+
+    qwen, gemma, both = "qwen2.5-coder-0.5b-instruct: pirate", "gemma-3-270m: pirate", ("context", "vocabulary")
+    yield Sentence(
+        "README.md",
+        "as an opening in {} [{}, {}] of 64 answers by context ({} [{}, {}] by vocabulary), as dialect after it in "
+        "only {} and {}, with loops in {} and {}",
+        [
+            *(figure for arm in both for figure in of(qwen, arm, "pirate-opening")),
+            *(of(qwen, arm, "pirate")[0] for arm in both),
+            *(of(qwen, arm, "loops")[0] for arm in both),
+        ],
+    )
+    nothing = of(gemma, "vocabulary", "pirate-opening")[:1]
+    yield Sentence("README.md", "the vocabulary brings nothing ({} openings)", nothing)
