@@ -10,11 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Two tests at a time, one thread each.
 WORKERS ?= 2
 
-SMALL := $(wildcard studies/small/*.yaml)
-STEERING := $(wildcard studies/steering/*.yaml)
-
-.PHONY: demo test check format adapters docs site tables evidence bench experiments studies small-studies family clean
-.PHONY: $(SMALL) $(STEERING)
+.PHONY: demo test check format adapters docs site tables evidence bench experiments family clean
 
 # What the demo and a user need: the package, and two models' weights without the code that comes with them.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -59,16 +55,8 @@ site: $(VENV)/.dev  ## build the documentation site into site/
 tables: $(VENV)/.dev  ## make every table, figure and sentence with a figure again, from what is committed
 	$(BIN)/python -m experiments.tables
 
-# Two at a time, one thread each: OMP_NUM_THREADS=1 make -j2 small-studies
-studies: small-studies $(STEERING)  ## run all studies (hours)
-
-small-studies: $(SMALL)  ## run the small studies, write their reports and the claims page
-	$(BIN)/python -m experiments.tables
-
-$(SMALL) $(STEERING): $(VENV)/.dev
-	$(BIN)/python -m experiments.organisms.make
-	$(BIN)/commandv study $@ --tasks experiments/organisms/tasks.py -o studies/results/$(@F:.yaml=)
-	$(BIN)/commandv report studies/results/$(@F:.yaml=) -o docs/studies/$(@F:.yaml=)
+evidence: $(VENV)/.dev  ## measure again what is stale of the studies, hours told first, and make the tables
+	$(BIN)/python -m experiments.tables.evidence
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.speed

@@ -6,7 +6,7 @@ Each is a directory under `build/organisms/` that `load_model` opens. One that i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,9 @@ MODELS: dict[str, Recipe] = {
 }
 
 
-def main() -> None:
+def make(names: Iterable[str]) -> None:
     """Make what is not there."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*MODELS, []], metavar="NAME", help=", ".join(MODELS))
-    for name in parser.parse_args().names or MODELS:
+    for name in names:
         out = OUT / name
         if (out / "tokenizer_config.json").exists():  # written last
             continue
@@ -101,6 +99,13 @@ def main() -> None:
         lm.model.save_pretrained(out)
         lm.tokenizer.save_pretrained(out)
         print(out)
+
+
+def main() -> None:
+    """Make the models that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*MODELS, []], metavar="NAME", help=", ".join(MODELS))
+    make(parser.parse_args().names or MODELS)
 
 
 if __name__ == "__main__":

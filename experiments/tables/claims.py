@@ -1,7 +1,7 @@
 """The paper's claims, each with what the small studies say of it: confirmed, refuted, or not examinable here.
 
-    make small-studies            # runs the studies, writes their reports and this page
-    python -m experiments.tables   # this page and every other, from what is committed
+    make tables      # this page and every other, from what is committed
+    make evidence    # measures anew what is stale of the studies first
 
 A verdict follows from figures by the rule that stands beside it; nothing is worded by hand.
 """

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -392,3 +394,12 @@ def test_masks_that_hide_the_padding_are_refused(lm):
         with pytest.raises(InputError, match="static caches"):
             generated(lm, ROWS, cache_implementation="static")
         forward(lm, [[1, 20, 21]])
+
+
+def test_a_scale_that_makes_the_deltas_overflow_is_refused_before_anything_is_attached(lm):
+    loud = tiny.random_adapter(lm, layers=(1,)).map(lambda one: dataclasses.replace(one, write=one.write + 1e15))
+    with pytest.raises(InputError, match="its scale is broken"):
+        cv.attach(lm, loud, scale=1e3)
+    assert "attached" not in repr(lm)
+    with cv.attach(lm, loud, scale=0.0):
+        pass

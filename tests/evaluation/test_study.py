@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import shutil
@@ -13,7 +14,7 @@ import real
 import studied
 import tiny
 from commandv.errors import FormatError, InputError
-from commandv.evaluation import ByText, Task, tasks_of, versions
+from commandv.evaluation import ByText, Task, load_task, tasks, tasks_of, versions
 from commandv.evaluation.arms import ARMS
 from commandv.evaluation.results import cell_key, load_run
 from commandv.evaluation.study import cell as cell_module
@@ -84,7 +85,7 @@ def test_models_may_be_asked_with_a_system_prompt_and_template_options(content, 
 def test_finished_cells_are_kept_and_others_are_run_again(study, out, content, tmp_path, monkeypatch):
     ran = []
     original = cell_module._CellRun.run
-    monkeypatch.setattr(cell_module._CellRun, "run", lambda self, given: ran.append(self.spec) or original(self, given))
+    monkeypatch.setattr(cell_module._CellRun, "run", lambda self: ran.append(self.spec) or original(self))
     assert len(run_study(study, out).cells) == 2
     assert ran == []
     cell_file(out, seed=1).unlink()
@@ -98,10 +99,10 @@ def test_an_edited_study_that_is_cut_off_mixes_no_cells_of_two_settings(study, o
     edited = written({**content, "seeds": [0, 1], "n_test": 3}, tmp_path / "s.yaml")
     original = cell_module._CellRun.run
 
-    def once(self, given):
+    def once(self):
         if self.spec.seed == 1:
             raise KeyboardInterrupt
-        return original(self, given)
+        return original(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(cell_module._CellRun, "run", once)
@@ -276,6 +277,70 @@ def test_cells_are_made_anew_when_the_code_of_a_part_has_a_new_version(part, con
 def study_keys(study, source):
     shared = shared_module.Shared(study, source)
     return [cell_key(*spec, cell_content(shared, spec)) for spec in study.cells()]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many prompts were asked of which task, in test runs of a study."""
+    counts: list[tuple[str, int]] = []
+    generate = tasks.generate
+
+    def counting(lm, prompts, **options):
+        counts.append((options["turns"] and "turns", len(prompts)))
+        return generate(lm, prompts, **options)
+
+    monkeypatch.setattr(tasks, "generate", counting)
+    return counts
+
+
+def test_a_new_grader_reads_kept_answers_and_asks_the_development_prompts_alone(
+    content, tmp_path, cache, monkeypatch, asked
+):
+    content = {**content, "methods": {}, "leave_out": ["donor-answers", "context", "vocabulary"]}
+    study = written(content, tmp_path / "s.yaml")
+    (before,) = run_study(study, tmp_path / "run").cells
+    assert 4 in {n for _, n in asked}
+    asked.clear()
+    monkeypatch.setitem(versions.VERSIONS, "graders", 1000)
+    monkeypatch.setattr("commandv.evaluation.graders.loops", lambda text: True, raising=False)
+    (after,) = run_study(study, tmp_path / "run").cells
+    assert {n for _, n in asked} == {2}, "only what settings are chosen on"
+    assert [arm.method for arm in after.arms] == [arm.method for arm in before.arms]
+    assert after.settings["content"] != before.settings["content"]
+    for one, other in zip(before.arms, after.arms, strict=True):
+        assert (one.price, one.words, one.cost) == (other.price, other.words, other.cost)
+
+
+def test_where_no_answers_are_kept_a_new_grader_has_them_asked_again(content, tmp_path, cache, monkeypatch, asked):
+    content = {**content, "methods": {}, "leave_out": ["donor-answers", "context", "vocabulary"]}
+    study = written(content, tmp_path / "s.yaml")
+    known = load_task(content["behaviours"]["pirate"]["task"])
+    hidden = {"hidden": dataclasses.replace(known, name="hidden", keep_answers=False)}
+    study = study.model_copy(
+        update={"behaviours": {"pirate": study.behaviours["pirate"].model_copy(update={"task": "hidden"})}}
+    )
+    run_study(study, tmp_path / "run", tasks=hidden)
+    assert "tea" not in "".join(path.read_text() for path in (cache / "answers").iterdir())
+    first = [n for _, n in asked].count(4)
+    asked.clear()
+    monkeypatch.setitem(versions.VERSIONS, "graders", 1000)
+    run_study(study, tmp_path / "run", tasks=hidden)
+    assert [n for _, n in asked].count(4) == first
+
+
+def test_an_arm_that_was_measured_before_a_cell_was_cut_off_is_not_measured_again(content, tmp_path, cache, asked):
+    study = written(
+        {**content, "methods": {}, "leave_out": ["donor-answers", "context", "vocabulary"]}, tmp_path / "s.yaml"
+    )
+    run_study(study, tmp_path / "run")
+    asked.clear()
+    for file in (tmp_path / "run" / "cells").iterdir():
+        file.unlink()
+    for file in sorted((cache / "answers").iterdir())[:1]:
+        file.write_text("{")
+    (again,) = run_study(study, tmp_path / "run").cells
+    assert [n for _, n in asked].count(4) == 1
+    assert again.state == "done"
 
 
 def test_cells_are_made_anew_when_an_adapter_or_a_model_behind_a_name_has_changed(content, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -14,7 +15,7 @@ from commandv.evaluation.arithmetic import LEVELS, is_dev
 from commandv.evaluation.catalogue import arithmetic, expecting, opening, write_outcome
 from commandv.evaluation.likeness import likeness
 from commandv.evaluation.tasks import judged
-from commandv.prompts.sets import Prompt, load_prompts
+from commandv.prompts.sets import Prompt, PromptSet, load_prompts
 from places import SHARED_DATA
 from texts import similar
 from tiny import tiny_lm
@@ -34,7 +35,9 @@ def rows_file(path, rows):
 
 @pytest.fixture
 def problems(tmp_path):
-    return rows_file(tmp_path / "sums.jsonl", [{"prompt": f"What is {i} + 1?", "answer": i + 1} for i in range(12)])
+    choices = [str(n) for n in range(14)]
+    rows = [{"prompt": f"What is {i} + 1?", "answer": i + 1, "choices": choices} for i in range(12)]
+    return rows_file(tmp_path / "sums.jsonl", rows)
 
 
 # -- every entry ------------------------------------------------------------------------------------------------------
@@ -92,6 +95,8 @@ LABELS = {
     "expect": ("The answer is 1", "The answer is 2"),
     "reasons-first": ("Half of two is one, and so is one half of two. The answer is 1.", "The answer is 1"),
     "sentiment": ("A lovely, wonderful place.", "A dreadful, awful place."),
+    "letters": ("(B)", "A"),
+    "instructions": ("boil the water.", "Boil the water."),
     "formality": ("Furthermore, we would be delighted to assist you.", "gonna be cool, yeah"),
 }
 
@@ -102,6 +107,8 @@ def test_judges_label_what_they_are_for(problems, name):
     prompt = task.test.prompts[0]
     if name in ("arithmetic", "exact", "expect"):
         prompt = prompt._replace(response="1")
+    if name == "letters":
+        prompt = prompt._replace(response="(B)")
     assert task.judge([prompt, prompt], list(LABELS[name])) == [2.0 if name == "length" else 1.0, 0.0]
 
 
@@ -397,3 +404,10 @@ def test_the_judge_of_likeness_finds_what_the_adapter_changes():
         likeness(plain, plain, own, "nothing")
     with pytest.raises(InputError, match="expected 10 or more"):
         likeness(changed[:4], plain[:4], own[:4], "few")
+
+
+def test_the_same_test_prompt_twice_is_refused():
+    known = load_task("numbered-list")
+    again = PromptSet((*known.test.prompts[:3], known.test.prompts[1]), "again")
+    with pytest.raises(InputError, match="is there more than once; intervals count prompts"):
+        dataclasses.replace(known, test=again)

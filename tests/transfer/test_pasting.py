@@ -184,6 +184,25 @@ def test_profiles_are_joined_by_key_not_by_place():
     assert same_tensors(paste(adapter_of(4), mixed, longer), expected)
 
 
+def test_a_vector_beside_an_adapter_of_its_layer_goes_through_the_same_fits():
+    """One of two reads nothing: what the other reads is carried all the same."""
+    donor, recipient = both()
+    reading, (vector,) = intervention(3), steering_vector(normal(D_DONOR, seed=8).float())
+    match = explicit({4: 6})
+    alone = paste(Adapter({4: (reading,)}, DONOR, "alone"), donor, recipient, match=match)
+    pair = paste(Adapter({4: (reading, vector)}, DONOR, "pair"), donor, recipient, match=match)
+    torch.testing.assert_close(pair.interventions[6][0].read, alone.interventions[6][0].read)
+    torch.testing.assert_close(pair.interventions[6][0].bias, alone.interventions[6][0].bias)
+    assert not pair.interventions[6][1].read.any()
+
+
+def test_an_intervention_that_writes_nothing_does_not_hide_one_that_does():
+    donor, recipient = both()
+    silent = replace(intervention(3), write=torch.zeros(RANK, D_DONOR))
+    pasted = paste(Adapter({4: (silent, intervention(5))}, DONOR, "two"), donor, recipient, match=explicit({4: 6}))
+    assert [bool(one.write.any()) for one in pasted.interventions[6]] == [False, True]
+
+
 # -- random control ---------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +228,18 @@ def test_random_control_has_no_direction_it_prefers():
     torch.testing.assert_close(drawn.norm(dim=1), torch.full((400,), D_DONOR**0.5))
     assert drawn.mean(0).norm() < 0.1 * D_DONOR**0.5
     assert len({tuple(row) for row in drawn.tolist()}) == 400
+
+
+def test_random_control_within_activations_follows_how_they_vary():
+    """Where they do not vary it does not write, however far from 0 they are; each seed draws anew."""
+    rows = normal(40, D_DONOR, seed=6)
+    rows[:, 0], rows[:, 1] = 100.0, rows[:, 1] * 1e-3
+    flat = profile_of({0: rows}, DONOR)
+    one = Adapter({0: (intervention(7, rank=2),)}, DONOR, "a")
+    first, second = (random_like(one, seed, within=flat).interventions[0][0].write for seed in (0, 1))
+    assert float(first[:, 0].abs().max()) < 1e-4 * float(first.abs().max())
+    assert float(first[:, 1].abs().max()) < 0.05 * float(first.abs().max())
+    assert not torch.allclose(first, second, rtol=0.1)
 
 
 def test_random_control_of_more_directions_than_dimensions():
@@ -399,3 +430,9 @@ def test_a_fit_that_finds_nothing_is_refused_rather_than_pasted_as_nothing():
 
     with pytest.raises(InputError, match="comes out as zero"):
         paste(adapter_of(4), *both(), fit=nothing)
+    some = intervention(3)
+    some.write[0, 0] = 0.0  # a zero among others is no adapter of zeros
+    with pytest.raises(InputError, match="comes out as zero"):
+        paste(
+            Adapter({4: (some, replace(some, write=torch.zeros_like(some.write)))}, DONOR, "some"), *both(), fit=nothing
+        )

@@ -82,6 +82,19 @@ def predictors(x: Tensor, dtype: type = np.float64) -> tuple[Factor, np.ndarray]
     return Factor.of(rows, dtype), rows.dense(np.float64)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bound_is_above_the_greatest_eigenvalue_and_the_unit_is_the_mean(shape):
+    factor, z = predictors(related(*SHAPES[shape])[0])
+    values = np.linalg.eigvalsh(z @ z.T if factor.rows.dual else z.T @ z)
+    assert values[-1] <= factor.bound * (1 + 1e-9) <= 4 * values[-1]
+    assert factor.unit == pytest.approx(values.mean())
+
+
+def test_rows_that_are_all_alike_have_the_unit_one():
+    factor, _ = predictors(torch.ones(5, 3))
+    assert factor.unit == 1.0
+
+
 def prompts(n: int, kind: str) -> np.ndarray:
     """Prompt numbers, of unequal sizes and not side by side where there are several rows of one."""
     return {

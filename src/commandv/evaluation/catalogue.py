@@ -14,8 +14,10 @@ from typing import Literal
 
 from commandv.errors import FormatError, InputError
 from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, sum_is_right
+from commandv.evaluation.choices import as_letters, load_questions
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
 from commandv.evaluation.graders import GRADERS, Grader, answered, refusal
+from commandv.evaluation.instructions import follows, instructed
 from commandv.evaluation.reasoning import is_right, reasons_first
 from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Outcome, Split, Task
 from commandv.evaluation.tone import formal, positive_sentiment
@@ -355,6 +357,48 @@ def reasons(file: str | Path | None = None, *, seed: int = 0, max_new_tokens: in
     return Task(_title("reasons-first", file), dev, test, judge, max_new_tokens=max_new_tokens)
 
 
+def letters(file: str | Path, *, max_new_tokens: int = 8) -> Task:
+    """Ask multiple-choice questions (MMLU, ARC) for the letter of the choice, of which the right one is success.
+
+    Args:
+        file: see `load_questions`; choices that are no letters are listed by letter. A third is dev, by hash.
+        max_new_tokens: of an answer.
+    """
+    asked = load_questions(file)
+    plain = [one for one in asked if not all(_LETTER.fullmatch(choice) for choice in one.choices)]
+    asked = [*(one for one in asked if one not in plain), *as_letters(plain)]
+    prompts = {
+        (text := f"{one.text}\n\nAnswer with the letter of your choice alone."): Prompt(text, one.choices[one.answer])
+        for one in asked
+    }
+    order = by_hash(prompts)
+    cut = max(1, len(order) // 3)
+    dev, test = (PromptSet(tuple(map(prompts.__getitem__, part)), str(file)) for part in (order[:cut], order[cut:]))
+    return Task(_title("letters", file), dev, test, _CHOSEN, max_new_tokens=max_new_tokens)
+
+
+def instructions(file: str | Path | None = None) -> Task:
+    """Ask the built-in questions with a small instruction behind each, and check whether it is followed.
+
+    Args:
+        file: questions instead of the built-in ones.
+    """
+    name = _title("instructions", file)
+    dev, test = (instructed(one, name) for one in _splits("questions", file))
+    return Task(name, dev, test, _FOLLOWED)
+
+
+_LETTER = re.compile(r"\(?([A-Z])\)?")
+
+
+def _letter(text: str) -> str:
+    """Return the letter that a text begins with and that is no word's, empty for none."""
+    found = re.match(r"\W*([A-Z])(?![\w'])", text)
+    return found[1] if found else ""
+
+
+_CHOSEN = ByPrompt("letter", lambda prompt, answer: _letter(answer) == _letter(prompt.response))
+_FOLLOWED = ByPrompt("follows", lambda prompt, answer: follows(prompt.response, answer) and not loops(answer))
 _EXACT = ByPrompt("exact-answer", lambda prompt, answer: is_right(answer, prompt.response) and not loops(answer))
 
 _SUM = ByPrompt(
@@ -362,7 +406,7 @@ _SUM = ByPrompt(
     lambda prompt, answer: sum_is_right(prompt.text, answer, prompt.response) and not loops(answer),
 )
 
-NEEDS_FILE = ("exact", "expect")
+NEEDS_FILE = ("exact", "expect", "letters")
 
 TASKS: dict[str, Callable[..., Task]] = {
     "numbered-list": functools.partial(_by_text, "numbered-list", GRADERS["numbered-list"]),
@@ -383,4 +427,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": arithmetic,
     "exact": exact,
     "reasons-first": reasons,
+    "letters": letters,
+    "instructions": instructions,
 }

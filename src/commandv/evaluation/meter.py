@@ -63,6 +63,12 @@ class Meter:
         """What the unmodified model predicts along the passages."""
         return reply_log_probs(self.lm, self.passages)
 
+    def on(self, tasks: Sequence[Task]) -> Meter:
+        """Return a meter of the same model for other tasks."""
+        if [task.name for task in tasks] == [task.name for task in self.tasks]:
+            return self
+        return Meter(self.lm, tasks, passages=self.passages, limit=self.limit, batch_size=self.batch_size)
+
     def measured(self, made: Made, scale: float = 1.0) -> Measured:
         """Measure an arm on the test split of every task, and its price."""
         began, adapter = time.monotonic(), made.adapter

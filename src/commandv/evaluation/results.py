@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +15,7 @@ import pydantic
 from commandv.errors import FormatError
 from commandv.evaluation.arms import Cost, Made
 from commandv.evaluation.meter import Measured
+from commandv.evaluation.tasks import Outcome
 from commandv.evaluation.tune import Setting, Tried
 from commandv.evaluation.versions import VERSIONS
 from commandv.storage.files import digest, write_text
@@ -102,16 +103,23 @@ def recorded(method: str, found: Measured, made: Made, setting: Setting = Settin
         method=method,
         setting=setting,
         layers=made.adapter.layers if made.adapter else [],
-        labels={
-            task: [None if math.isnan(label) else label for label in one.labels] for task, one in found.outcomes.items()
-        },
-        units={task: one.unit for task, one in found.outcomes.items()},
-        loops={task: [float(label) for label in one.loops] for task, one in found.outcomes.items()},
-        words={task: list(one.words) for task, one in found.outcomes.items()},
         price=found.price,
         cost=made.cost,
         seconds=found.seconds,
+        **graded(found.outcomes),
     )
+
+
+def graded(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
+    """Return those fields of an arm that its answers decide."""
+    return {
+        "labels": {
+            task: [None if math.isnan(label) else label for label in one.labels] for task, one in outcomes.items()
+        },
+        "units": {task: one.unit for task, one in outcomes.items()},
+        "loops": {task: [float(label) for label in one.loops] for task, one in outcomes.items()},
+        "words": {task: list(one.words) for task, one in outcomes.items()},
+    }
 
 
 class Attempt(_Strict):

@@ -1,7 +1,7 @@
 """Studies: donors x recipients x behaviours x methods x seeds x scales from one file."""
 
 from commandv.evaluation.study.planning import Plan, plan
-from commandv.evaluation.study.running import run_study
+from commandv.evaluation.study.running import run_study, unfinished
 from commandv.evaluation.study.schema import Study, load_study
 
-__all__ = ["Plan", "Study", "load_study", "plan", "run_study"]
+__all__ = ["Plan", "Study", "load_study", "plan", "run_study", "unfinished"]

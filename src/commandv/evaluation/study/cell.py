@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from commandv.adapters.adapter import Adapter
@@ -13,6 +14,7 @@ from commandv.evaluation.arms import DIRECT, PASTED, RANDOM, UNMODIFIED, Arm, Ma
 from commandv.evaluation.material import DirectionMaterial, Material
 from commandv.evaluation.results import Arm as Result
 from commandv.evaluation.results import Cell, Sample
+from commandv.evaluation.study.kept import answers_key
 from commandv.evaluation.study.parts import Method
 from commandv.evaluation.study.schema import CellSpec
 from commandv.evaluation.study.shared import Shared
@@ -39,11 +41,13 @@ def is_tuned(name: str, arm: Arm, vector: bool) -> bool:
 
 def run_cell(shared: Shared, spec: CellSpec, identity: Mapping[str, Any]) -> Cell:
     """Return a cell's result; `identity` are its own fields and settings."""
-    return _CellRun(shared, spec).run(identity)
+    return _CellRun(shared, spec, identity).run()
 
 
 class _CellRun:
-    def __init__(self, shared: Shared, spec: CellSpec) -> None:
+    def __init__(self, shared: Shared, spec: CellSpec, identity: Mapping[str, Any]) -> None:
+        self.identity = identity
+        self.content = {key: value for key, value in identity["settings"].items() if key != "content"}
         self.shared, self.spec, self.study = shared, spec, shared.study
         self.vector = self.study.behaviours[spec.behaviour].vector
         self.tasks = shared.tasks(spec.behaviour)
@@ -85,12 +89,12 @@ class _CellRun:
         examples = self.study.behaviours[self.spec.behaviour].examples
         return self.tasks[0].dev if examples is None else load_prompts(examples)[:N_ASKED]
 
-    def run(self, identity: Mapping[str, Any]) -> Cell:
+    def run(self) -> Cell:
         """Return the cell's result."""
         _, recipient, behaviour, seed = self.spec
         chosen, curve, missing = self._tuned()
         setting = chosen[PASTED]
-        made: dict[str, Made] = {}
+        made: dict[str, Callable[[], Made]] = {}
         rows = []
         for name, arm in self.study.arms().items():
             if name == UNMODIFIED:
@@ -102,8 +106,8 @@ class _CellRun:
             elif name not in missing:
                 own = chosen.get(name, setting)
                 at = replace(own, scale=1.0) if arm.strength == "full" else own
+                made[name] = functools.cache(functools.partial(make_arm, name, replace(self.material, setting=own)))
                 try:
-                    made[name] = make_arm(name, replace(self.material, setting=own))
                     rows.append(self._measured(name, made[name], at))
                 except InputError as error:
                     if name == PASTED:
@@ -113,18 +117,22 @@ class _CellRun:
         fits = {PASTED: self.material.fidelity()}
         for name, method in self.study.methods.items():
             material = self._by(method)
-            rows.append(self._measured(name, Made(material.pasted()), material.setting))
+
+            def pasted(material: Material = material) -> Made:
+                return Made(material.pasted())
+
+            rows.append(self._measured(name, pasted, material.setting))
             # On part of the prompts others are held out, and the figures would not compare.
             fits[name] = [] if method.prompts else material.fidelity()
         rows.append(self._donor())
         success = {task.name: task.success for task in self.tasks}
         return Cell(
-            **{**identity, "settings": {**identity["settings"], "success": success}},
+            **{**self.identity, "settings": {**self.identity["settings"], "success": success}},
             arms=rows,
             curve=curve,
             missing=missing,
             fidelity=fits,
-            samples=self._samples(made[PASTED].adapter, setting.scale),
+            samples=self._samples(made[PASTED]().adapter, setting.scale),
         )
 
     def _tuned(self) -> tuple[dict[str, Setting], dict[str, list[Tried]], dict[str, str]]:
@@ -149,14 +157,16 @@ class _CellRun:
             chosen[name], curve[name] = found.chosen.setting, list(found.tried)
         return chosen, curve, missing
 
-    def _measured(self, method: str, made: Made, setting: Setting) -> Result:
-        return self.shared.measured(method, self.spec.recipient, self.spec.behaviour, made, setting)
+    def _measured(self, method: str, make: Callable[[], Made], setting: Setting) -> Result:
+        key = answers_key(self.content, method, asdict(setting))
+        return self.shared.measured(method, self.spec.recipient, self.spec.behaviour, make, setting, key)
 
     def _donor(self) -> Result:
         donor, _, behaviour, seed = self.spec
         if self.vector is not None:
             return self.shared.native(behaviour, donor, seed).arm.model_copy(update={"method": DONOR})
-        return self.shared.measured(DONOR, donor, behaviour, Made(self.material.adapter))
+        key = answers_key(self.content, DONOR)
+        return self.shared.measured(DONOR, donor, behaviour, lambda: Made(self.material.adapter), key=key)
 
     def _by(self, method: Method) -> Material:
         """Return the material with a method of the study in the place of the default."""

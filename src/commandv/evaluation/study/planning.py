@@ -51,13 +51,26 @@ class Plan:
     seconds: float | None
 
 
-def plan(study: Study, models: ModelSource | None = None, tasks: Mapping[str, Task] = NO_TASKS) -> Plan:
-    """Count a study's work; with `models`, load them and estimate its duration on this machine."""
+def plan(
+    study: Study,
+    models: ModelSource | None = None,
+    tasks: Mapping[str, Task] = NO_TASKS,
+    cells: Sequence[CellSpec] | None = None,
+) -> Plan:
+    """Count a study's work, or that of some of its cells.
+
+    Args:
+        study: what is to be run.
+        models: load them and estimate the duration on this machine.
+        tasks: known besides the built-in ones.
+        cells: count these; None for all.
+    """
+    wanted = study.cells() if cells is None else cells
     arms = study.arms()
     n_arms = len(arms) + len(study.methods)
     tokens = dict.fromkeys(study.models, 0)
     answers = 0
-    for spec in study.cells():
+    for spec in wanted:
         behaviour = study.behaviours[spec.behaviour]
         # A native vector is tuned as well, once for several cells; here it counts in each.
         tuned = [name for name, arm in arms.items() if is_tuned(name, arm, behaviour.vector is not None)]
@@ -79,16 +92,16 @@ def plan(study: Study, models: ModelSource | None = None, tasks: Mapping[str, Ta
             tokens[spec.donor] += answered
         if "donor-answers" in arms:
             tokens[spec.recipient] += 3 * PRACTICE_SETTINGS.epochs * answered
-    to_train = trained(study, study.cells())
+    to_train = trained(study, wanted)
     for name, trained_on, _ in to_train:
         behaviour = study.behaviours[trained_on]
         assert behaviour.examples is not None
         tokens[name] += _training_tokens(behaviour.examples, behaviour.training.epochs, behaviour.training.max_response)
     n_rows = len(study.profile_prompts()) + (len(load_prompts(study.text)) if study.text else 0)
-    for name in tokens:
+    for name in {name for spec in wanted for name in spec[:2]}:
         tokens[name] += n_rows * PROMPT_TOKENS
     seconds = None if models is None else _seconds(tokens, models)
-    return Plan(len(study.cells()), len(to_train), len(study.models), n_arms, answers, tokens, seconds)
+    return Plan(len(wanted), len(to_train), len(study.models), n_arms, answers, tokens, seconds)
 
 
 def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:

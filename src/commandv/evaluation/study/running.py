@@ -68,10 +68,7 @@ def run_study(
         shared = Shared(study, source, tasks)
         with executor.pool(functools.partial(_on_worker, study, source, tasks), here=shared) as pool:
             _identify(pool, shared)
-            cells = {}
-            for spec in study.cells():
-                content = cell_content(shared, spec)
-                cells[cell_key(*spec, content)] = (spec, content)
+            cells = _keyed(shared)
             run = Run(
                 name=study.name,
                 question=study.question,
@@ -90,6 +87,20 @@ def run_study(
                     _prepare(pool, shared, [spec for spec, _ in left.values()])
                 _run_cells(pool, study, left, out, advance)
     return load_run(out)
+
+
+def unfinished(
+    study: Study, out: Path | str, *, models: ModelSource | None = None, tasks: Mapping[str, Asked] = NO_TASKS
+) -> list[CellSpec]:
+    """Return the cells that `run_study` would run: those without a result of the same content; arguments as there."""
+    cells = _keyed(Shared(study, models or ModelSource(study), tasks))
+    return [spec for key, (spec, _) in cells.items() if not _finished(spec, _file(Path(out), key))]
+
+
+def _keyed(shared: Shared) -> dict[str, tuple[CellSpec, dict[str, Any]]]:
+    """Return every cell of a study and its content by key."""
+    contents = [(spec, cell_content(shared, spec)) for spec in shared.study.cells()]
+    return {cell_key(*spec, content): (spec, content) for spec, content in contents}
 
 
 def _file(out: Path, key: str) -> Path:

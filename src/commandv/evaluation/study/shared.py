@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ from commandv.adapters.store import ADAPTER, save
 from commandv.errors import CommandVError
 from commandv.evaluation.arms import DIRECT, UNMODIFIED, Cost, Made
 from commandv.evaluation.catalogue import NO_TASKS, load_task
-from commandv.evaluation.meter import Meter
+from commandv.evaluation.meter import Measured, Meter
 from commandv.evaluation.results import Arm, recorded
+from commandv.evaluation.study.kept import measured_once
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.parts import Behaviour
 from commandv.evaluation.study.schema import Study
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.tune import Setting, Tried, Tuned
+from commandv.evaluation.versions import VERSIONS
 from commandv.interop.load import load_adapter
 from commandv.models.identity import identity
 from commandv.models.layers import choose_layers
@@ -128,9 +130,24 @@ class Shared:
             return load_adapter(spec.adapters[name])
         return None if spec.examples is None else self._trained(spec, behaviour, name, seed)
 
-    def measured(self, method: str, name: str, behaviour: str, made: Made, setting: Setting = Setting()) -> Arm:
-        """Measure a model as an arm has it, on the behaviour's tasks."""
-        return recorded(method, self.meter(name, behaviour).measured(made, setting.scale), made, setting)
+    def measured(
+        self,
+        method: str,
+        name: str,
+        behaviour: str,
+        make: Callable[[], Made],
+        setting: Setting = Setting(),
+        key: str = "",
+    ) -> Arm:
+        """Measure a model as an arm has it, on the behaviour's tasks; with a key, see `measured_once`."""
+
+        def measure(tasks: Sequence[Task]) -> tuple[Arm, Measured]:
+            made = make()
+            found = self.meter(name, behaviour).on(tasks).measured(made, setting.scale)
+            return recorded(method, found, made, setting), found
+
+        tasks = self.tasks(behaviour)
+        return measured_once(key, tasks, measure) if key else measure(tasks)[0]
 
     def tuned(self, name: str, behaviour: str, make: Callable[[Setting], Adapter]) -> Tuned:
         """Choose the strength and the layers of an arm on the development split."""
@@ -145,7 +162,11 @@ class Shared:
         )  # fmt: skip
 
     def _unmodified(self, behaviour: str, name: str) -> Arm:
-        return self.measured(UNMODIFIED, name, behaviour, Made())
+        tasks = [(task.name, task.test.hash, task.max_new_tokens) for task in self.tasks(behaviour)]
+        asked = {"tasks": tasks, "limit": self.study.n_test, "passages": self.passages.hash}
+        parts = {part: VERSIONS[part] for part in ("arms", "price", "answering")}
+        key = digest(UNMODIFIED, self.identity(name, behaviour), asked, parts)
+        return self.measured(UNMODIFIED, name, behaviour, Made, key=key)
 
     def wanted(self) -> Wanted:
         """Return what profiles are of."""
@@ -186,7 +207,7 @@ class Shared:
         tried = self.tuned(name, behaviour, make)
         setting = tried.chosen.setting
         adapter = make(setting)
-        arm = self.measured(DIRECT, name, behaviour, Made(adapter, cost=cost), setting)
+        arm = self.measured(DIRECT, name, behaviour, lambda: Made(adapter, cost=cost), setting)
         return Native(adapter, arm, list(tried.tried))
 
     def _trained(self, spec: Behaviour, behaviour: str, name: str, seed: int) -> Adapter:

@@ -1,0 +1,98 @@
+"""Arms that were measured before, with their answers: a new grader reads these and asks no model again.
+
+They lie in the cache directory, named by all that decides the answers and the price, which the grader does not. Tasks
+that keep no answers keep their labels; a new grader has to have those asked again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from commandv.evaluation.meter import Measured
+from commandv.evaluation.results import MOST_RESULT, Arm, graded
+from commandv.evaluation.tasks import Task, judged
+from commandv.evaluation.versions import VERSIONS
+from commandv.storage.files import cache_dir, digest, write_text
+from commandv.storage.reading import read_bytes
+
+log = logging.getLogger(__name__)
+
+
+class Kept(pydantic.BaseModel):
+    """One arm as it was measured.
+
+    Attributes:
+        arm: what was found.
+        graded: task -> judge and version of the graders.
+        answers: task -> answers, of tasks that keep them.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    arm: Arm
+    graded: dict[str, str]
+    answers: dict[str, list[str]]
+
+
+def answers_key(content: dict[str, Any], *more: Any) -> str:
+    """Return the hash of what decides an arm's answers: a cell's content but for who grades them."""
+    versions = {part: n for part, n in content.get("versions", {}).items() if part != "graders"}
+    tasks = {
+        name: {key: value for key, value in task.items() if key != "judge"}
+        for name, task in content.get("tasks", {}).items()
+    }
+    return digest({**content, "versions": versions, "tasks": tasks}, *more)
+
+
+def measured_once(key: str, tasks: Sequence[Task], measure: Callable[[Sequence[Task]], tuple[Arm, Measured]]) -> Arm:
+    """Return an arm: as kept, graded anew from kept answers, or measured.
+
+    Args:
+        key: see `answers_key`.
+        tasks: what is asked.
+        measure: makes the arm and measures it on some of the tasks.
+    """
+    file = cache_dir() / "answers" / f"{key}.json"
+    kept = _read(file)
+    stale = [task for task in tasks if kept is None or kept.graded.get(task.name) != _grader(task)]
+    if kept is not None and not stale:
+        return kept.arm
+    from_answers = [task for task in stale if kept is not None and task.name in kept.answers]
+    asked = [task for task in stale if task not in from_answers]
+    answers = dict(kept.answers) if kept is not None else {}
+    arm = None if kept is None else kept.arm
+    if arm is not None and from_answers:
+        log.info("%s: graded anew from kept answers", arm.method)
+        arm = _joined(arm, graded({task.name: judged(task, answers[task.name]) for task in from_answers}))
+    if asked:
+        fresh, found = measure(asked)
+        answers |= {task.name: list(found.outcomes[task.name].answers) for task in asked if task.keep_answers}
+        arm = fresh if arm is None else _joined(arm, graded(found.outcomes))
+    assert arm is not None
+    write_text(file, Kept(arm=arm, graded={one.name: _grader(one) for one in tasks}, answers=answers).model_dump_json())
+    return arm
+
+
+def _grader(task: Task) -> str:
+    return f"{task.judge.name}, graders {VERSIONS['graders']}"
+
+
+def _joined(arm: Arm, more: dict[str, dict[str, Any]]) -> Arm:
+    """Return an arm with other labels for some tasks."""
+    return Arm.model_validate({**dict(arm), **{part: {**getattr(arm, part), **of} for part, of in more.items()}})
+
+
+def _read(file: Path) -> Kept | None:
+    """Return what is kept; nothing where there is none or it is damaged, for then it is measured again."""
+    if not file.exists():
+        return None
+    try:
+        return Kept.model_validate_json(read_bytes(file, most=MOST_RESULT))
+    except pydantic.ValidationError as error:
+        log.warning("%s: damaged (%d problems); measuring again", file, error.error_count())
+        return None
