@@ -297,8 +297,8 @@ def _run_part(
     work = of(kept)
     if work.key != key:
         raise MismatchError(
-            f"the worker on {socket.gethostname()} has another model under the name {work.lm.id}; give every node the "
-            "same files"
+            f"the worker on {socket.gethostname()} has another model under the name {work.lm.id}, or the same in "
+            "another dtype; give every node the same files, and say dtype"
         )
     data = serialized(work.run(number, report, split))
     return data, hashlib.sha256(data).hexdigest()
