@@ -217,6 +217,13 @@ def test_text_bridge_reads_the_texts_once_for_all_settings(material, monkeypatch
     assert torch.equal(made[0].interventions[3][0].write, made[1].interventions[3][0].write)
 
 
+def test_of_a_few_answers_none_is_held_out_and_the_usual_rate_is_taken(material):
+    few = PromptSet(tuple(Prompt(one, "Say yes.") for one in PROMPTS.texts[:2]), "few")
+    made = arms.practised(material.recipient_lm, few, seed=0, name="few")
+    assert made.provenance["held_out_loss"] == []
+    assert made.provenance["settings"]["learning_rate"] == cv.TrainSettings().learning_rate
+
+
 def test_arms_are_left_out_only_by_name():
     assert set(arms_without(["published"])) == set(ARMS) - {"published"}
     for name in ("pasted", "unmodified", "luck"):
