@@ -39,7 +39,7 @@ MLP = ("mlp.down_proj", "mlp.c_proj", "mlp.fc_out", "mlp.fc2", "mlp.dense_4h_to_
 SWITCHES = {"llama": "mlp_bias", "falcon": "bias", "starcoder2": "use_bias"}
 AS_LLAMA = {"qwen2": True, "mistral": False}  # whether queries, keys and values have biases
 N_CHECKS = 4
-# Largest difference of log-probabilities that is rounding, in nats.
+# Largest difference of log-probabilities that the rounding of weights in a dtype makes, in nats.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
@@ -71,11 +71,11 @@ def bake(lm: LM, adapter: Adapter, path: str | Path, *, every_writer: bool = Fal
     and the MLP's last map) becomes one that cannot write U. That is more than the attached adapter does, which acts on
     blocks' outputs and lets attention and the MLP read U within a block, so it has to be asked for.
 
-    What is saved is loaded again and compared with the original, changed by hooks; it is only kept when their
-    log-probabilities agree up to rounding, and differ less than a tenth as much as the adapter makes.
+    What is saved is loaded again, in float32, and compared with the original, changed by hooks; it is only kept when
+    their log-probabilities agree up to the rounding of the weights, and within a tenth of what the adapter changes.
 
     Args:
-        lm: the model that the adapter is for, with nothing attached. Memory must hold it twice.
+        lm: the model that the adapter is for, with nothing attached. Memory must hold it three times, in float32.
         adapter: additions on every token, or the ablation of the same directions at every layer.
         path: absent or empty directory.
         every_writer: allow an ablation.
@@ -102,18 +102,19 @@ def bake(lm: LM, adapter: Adapter, path: str | Path, *, every_writer: bool = Fal
         )
     model = _with_constants(lm, adapter) if basis is None else _with_ablation(lm, basis)
     prompts = load_prompts("builtin:general", limit=N_CHECKS).texts
-    before = _log_probs(lm, prompts)
-    with attach(lm, adapter):
-        attached = _log_probs(lm, prompts)
+    exact = _in_float32(lm)
+    before = _log_probs(exact, prompts)
+    with attach(exact, adapter):
+        attached = _log_probs(exact, prompts)
     meant = attached
     if basis is not None:
-        with _ablating(lm, basis):
-            meant = _log_probs(lm, prompts)
+        with _ablating(exact, basis):
+            meant = _log_probs(exact, prompts)
     with new_directory(path, CONFIG) as folder:
         model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
         del model
-        found = _log_probs(_again(lm, folder), prompts)
+        found = _log_probs(_again(exact, folder), prompts)
         difference, effect = _largest(found, meant), _largest(meant, before)
         _require_equal(lm, adapter, difference, effect)
     return Baked(path, difference, effect, None if basis is None else _kl(attached, found))
@@ -292,6 +293,13 @@ def _writer(lm: LM, block: nn.Module, names: tuple[str, ...]) -> Any:
         f"{lm.id}: a {lm.model.config.model_type}, whose blocks have none of {', '.join(names)} as a plain linear map "
         "(experts, quantised weights, a LoRA, another layout), so nothing can be baked into it"
     )
+
+
+def _in_float32(lm: LM) -> LM:
+    """Return a half-precision model in float32, in which rounding does not hide what differs; others as they are."""
+    if next(lm.model.parameters()).dtype in (torch.float32, torch.float64):
+        return lm
+    return lm.like(copy.deepcopy(lm.model).float(), lm.id)
 
 
 def _again(lm: LM, folder: Path) -> LM:
