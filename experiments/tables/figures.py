@@ -13,8 +13,8 @@ SLOT = r"(-?\d*\.?\d+)"
 FIGURE = re.compile(r"(?<![\w.:/^-])-?\d*\.\d+(?![\w]|\.\d)")
 # Where figures are no results: code, addresses, numbers of papers, sizes of downloads.
 ASIDE = re.compile(
-    r"```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv\s+[\d.]+|sections?\s+[\d.]+|https?://\S+|[\d.]+\s+[GM]B\b|Python 3\.\d+|"
-    r"Licence: .*?\n\n",
+    r"```.*?```|`(?:[^`\n]|\n(?!\n))*`|\]\([^)]*\)|arXiv\s+[\d.]+|sections?\s+[\d.]+|https?://\S+|[\d.]+\s+[GM]B\b|"
+    r"(?:Python|transformers|torch) \d[\d.]*|Licence: .*?\n\n",
     re.S,
 )
 NOT_READ = (

@@ -63,6 +63,7 @@ SETTINGS = [
     ("docs/formats.md", "a cosine of .996 or more"),
     ("docs/method.md", "(0.05 s for 135M parameters in bfloat16)"),
     ("docs/methods/choosing.md", "depth is .8"),
+    ("docs/run-elsewhere.md", "(.002 nats in float32)"),
     ("docs/methods/norm-relative-strength.md", "shares from -.3 to .3"),
     ("docs/methods/probe.md", "10, 1, .1, .01, .001"),
     ("docs/methods/ridge.md", "10^2.75"),

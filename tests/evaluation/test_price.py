@@ -83,6 +83,20 @@ def test_the_first_token_and_what_follows_are_priced_apart(lm, adapter):
             assert found[name][number] == pytest.approx(float(value), rel=5e-3, abs=2e-3), name
 
 
+def test_a_reply_of_one_token_has_no_price_after_it_and_one_of_two_has(lm):
+    token = lm.tokenizer.decode([40])
+    replies = [f"{token}", f"{token} {token}"]
+    short = [
+        tuple(reply_log_probs(lm, PromptSet((Prompt("Why?", reply),)), tokens=n))
+        for reply, n in zip(replies, (1, 2), strict=True)
+    ]
+    assert [len(one[0]) for one in short] == [1, 2]
+    for (plain,), reply, known in zip(short, replies, (False, True), strict=True):
+        found = prices(lm, PromptSet((Prompt("Why?", reply),)), [plain], [plain])
+        assert found["kl_first"] == [0.0]
+        assert math.isfinite(found["kl_after"][0]) is known
+
+
 def test_the_unmodified_model_has_nothing_to_differ_from(lm):
     found = prices(lm, PASSAGES, reply_log_probs(lm, PASSAGES, tokens=4))
     assert set(found) == {"perplexity_first", "perplexity_after"}

@@ -411,3 +411,11 @@ def test_the_same_test_prompt_twice_is_refused():
     again = PromptSet((*known.test.prompts[:3], known.test.prompts[1]), "again")
     with pytest.raises(InputError, match="is there more than once; intervals count prompts"):
         dataclasses.replace(known, test=again)
+
+
+def test_an_outcome_of_zeros_and_ones_is_a_rate_and_any_other_a_mean():
+    rate, words = (Outcome("t", "a", unit, (1.0, 0.0, 1.0, 1.0), (False,) * 4).score() for unit in ("rate", "words"))
+    assert (rate.value, rate.unit) == (words.value, "rate") == (0.75, "rate")
+    assert words.unit == "words"
+    assert rate.low >= 0
+    assert rate.high <= 1 < words.high

@@ -49,8 +49,6 @@ def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None
             f"{lm.d_model} and layers 0 .. {lm.n_layers - 1}. paste() carries an adapter between models"
         )
     require_scale(scale)
-    if scale not in (0.0, 1.0):
-        adapter.scaled(scale)  # says so where the deltas overflow
     addends = {layer: _joined(many, scale) for layer, many in adapter.interventions.items()}
     return attach_change(lm, Additions(adapter.name, addends, scale, n_prompt))
 
