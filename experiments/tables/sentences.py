@@ -439,16 +439,27 @@ def words(made: Pages) -> Iterator[Sentence]:
     def of(section: str, arm: str, column: str) -> list[str]:
         return at(made, "docs/benchmarks/words.md", section, arm, column)
 
-    qwen, gemma, both = "qwen2.5-coder-0.5b-instruct: pirate", "gemma-3-270m: pirate", ("context", "vocabulary")
+    listed, qwen, gemma = (f"-> {one}" for one in (
+        "qwen2.5-coder-0.5b-instruct: numbered-list", "qwen2.5-coder-0.5b-instruct: pirate", "gemma-3-270m: pirate"
+    ))  # fmt: skip
     yield Sentence(
         "README.md",
-        "as an opening in {} [{}, {}] of 64 answers by context ({} [{}, {}] by vocabulary), as dialect after it in "
-        "only {} and {}, with loops in {} and {}",
+        "a numbered list in {} [{}, {}] of 64 answers, with loops in {}; a pirate's opening in {} [{}, {}], its "
+        "dialect after that in only {}, loops in {},",
         [
-            *(figure for arm in both for figure in of(qwen, arm, "pirate-opening")),
-            *(of(qwen, arm, "pirate")[0] for arm in both),
-            *(of(qwen, arm, "loops")[0] for arm in both),
+            *of(listed, "context", "numbered-list"),
+            of(listed, "context", "loops")[0],
+            *of(qwen, "context", "pirate-opening"),
+            *(of(qwen, "context", column)[0] for column in ("pirate", "loops")),
         ],
     )
-    nothing = of(gemma, "vocabulary", "pirate-opening")[:1]
-    yield Sentence("README.md", "the vocabulary brings nothing ({} openings)", nothing)
+    told = [of(qwen, "vocabulary", column)[0] for column in ("pirate-opening", "pirate")]
+    yield Sentence("README.md", "the opening arrives in {}, the dialect in {}.", told)
+    yield Sentence(
+        "README.md",
+        "the context brings the opening in {}, the dialect in {}, the vocabulary nothing ({})",
+        [
+            *(of(gemma, "context", column)[0] for column in ("pirate-opening", "pirate")),
+            of(gemma, "vocabulary", "pirate-opening")[0],
+        ],
+    )
