@@ -54,11 +54,11 @@ class Transcript:
         return self._give(self._end()), self._tell(lambda _: True)
 
     def _cut(self, before: int) -> None:
-        """Cut at the first stop string; what came before place `before` has been looked through."""
+        """Cut at the stop string that was complete first; what came before place `before` has been looked through."""
         start = max(0, before - self._longest + 1)
-        places = [place for stop in self._stops if (place := self._raw.find(stop, start)) >= 0]
-        if places:
-            self._raw, self.stopped = self._raw[: min(places)], True
+        found = [(place + len(one), place) for one in self._stops if (place := self._raw.find(one, start)) >= 0]
+        if found:
+            self._raw, self.stopped = self._raw[: min(found)[1]], True
             self._told = [(place, told) for place, told in self._told if place < len(self._raw)]
 
     def _end(self) -> int:
