@@ -46,7 +46,7 @@ MODULES: dict[str, tuple[int, tuple[str, ...]]] = {
     "evaluation/statistics.py": (10, ("evaluation/test_statistics",)),
     "evaluation/price.py": (8, ("evaluation/test_price",)),
     "evaluation/tasks.py": (5, ("evaluation/test_tasks",)),
-    "evaluation/meter.py": (4, ("evaluation/test_arms", "evaluation/test_price")),
+    "evaluation/meter.py": (4, ("evaluation/test_session", "evaluation/test_study")),
 }
 
 COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import graders, judges, likeness, memory, overhead, speed, speed_reading, words
+from benchmarks import graders, judges, likeness, memory, mutation, overhead, speed, speed_reading, words
 from commandv.evaluation.report import markdown
 from commandv.evaluation.results import load_run
 from experiments.mapping import table as validation
@@ -38,6 +38,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks/likeness.md": _kept(likeness.RESULTS, likeness.page),
     "docs/benchmarks/mappers.md": _kept(mappers.RESULTS, mappers.report),
     "docs/benchmarks/memory.md": memory.page,
+    "docs/benchmarks/mutation.md": mutation.page,
     "docs/benchmarks/overhead.md": overhead.page,
     "docs/benchmarks/reading.md": speed_reading.page,
     "docs/benchmarks/sae.md": _kept(features.RESULTS, features.report),
