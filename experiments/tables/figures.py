@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from experiments.tables.pages import PAGES, ROOT
-from experiments.tables.sentences import BY_HAND, SETTINGS, Sentence, sentences
+from experiments.tables.sentences import BY_HAND, PAGES_BY_HAND, SETTINGS, Sentence, sentences
 
 SLOT = r"(-?\d*\.?\d+)"
 FIGURE = re.compile(r"(?<![\w.:/^-])-?\d*\.\d+(?![\w]|\.\d)")
@@ -72,7 +72,7 @@ def made(whole: Mapping[str, str]) -> Made:
         out.pages[sentence.page], _ = placed(text, sentence, out.problems)
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         name = path.relative_to(ROOT).as_posix()
-        if name not in whole and name not in NOT_READ:
+        if name not in {*whole, *NOT_READ, *PAGES_BY_HAND}:
             text = out.pages.get(name) or path.read_text("utf-8")
             out.problems += strays(name, text, [one for one in known if one.page == name])
     return out

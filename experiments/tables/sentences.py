@@ -57,6 +57,12 @@ BY_HAND = [
     (WORDS, "| the last prompt token fitted apart | KL 1.02 as together; left out |"),
     ("docs/studies/README.md", "at 1.2 nats where .8 buy the same natively"),
 ]  # fmt: skip
+# Pages with times that a script printed and a hand copied; no results are kept.
+PAGES_BY_HAND = {
+    "docs/benchmarks/serving.md": "benchmarks/serving.py",
+    "docs/share.md": "benchmarks/sharing.py",
+    "docs/run-elsewhere.md": "benchmarks/sharing.py",
+}
 # Numbers that are settings of the method or bounds that tests hold, and no results.
 SETTINGS = [
     ("docs/evaluation.md", "below .05 where the interval leaves out 0"),
