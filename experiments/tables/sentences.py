@@ -469,3 +469,11 @@ def words(made: Pages) -> Iterator[Sentence]:
             of(gemma, "vocabulary", "pirate-opening")[0],
         ],
     )
+    yield Sentence(
+        "README.md",
+        "brings the opening in {} and no dialect ({}) in Qwen, and in Gemma lists in {} where the context brings {}.",
+        [
+            *(of(qwen, "few-shot", column)[0] for column in ("pirate-opening", "pirate")),
+            *(of("-> gemma-3-270m: numbered-list", arm, "numbered-list")[0] for arm in ("few-shot", "context")),
+        ],
+    )
