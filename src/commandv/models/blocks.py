@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from commandv.errors import ModelError
 from commandv.models.passes import stream_of
 from commandv.models.running import evaluating
 from commandv.storage.reading import first_line
+
+# Of layers without a cache of their own, from transformers 5.23 on; before, they were DynamicLayers that stay empty.
+_KEEPS_NOTHING = getattr(cache_utils, "DummyLayer", DynamicLayer)
 
 
 class Found(NamedTuple):
@@ -108,6 +112,6 @@ def find_blocks(model: Any) -> Found:
 
 def _attends_only(cache: Any) -> bool:
     return isinstance(cache, Cache) and all(
-        isinstance(layer, DynamicLayer | DummyLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        isinstance(layer, DynamicLayer | _KEEPS_NOTHING) and not isinstance(layer, LinearAttentionCacheLayerMixin)
         for layer in cache.layers
     )
