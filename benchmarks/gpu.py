@@ -204,7 +204,7 @@ def profiling(bench: Bench, lm: cv.LM, prompts: int, tokens: int) -> dict[str, f
             for part in ids.split(16):
                 lm.model.model(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False)
 
-    found = bench.ratio(lambda: cv.profile(lm, texts, cache=False), plain)
+    found = bench.ratio(lambda: cv.profile(lm, texts, cache=False, text=None), plain)
     return {**found, "tokens a second": prompts * tokens / found["seconds"]}
 
 

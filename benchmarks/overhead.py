@@ -57,7 +57,7 @@ def profiling(lm: LM) -> dict[str, float]:
     prompts = cv.load_prompts("builtin:general")[:PROFILED]
 
     def shared() -> None:
-        cv.profile(lm, prompts, cache=False)
+        cv.profile(lm, prompts, cache=False, text=None)
 
     def whole() -> None:
         with mock.patch("commandv.models.prefix.WORTHWHILE", 10**9):

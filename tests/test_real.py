@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import commandv as cv
-from commandv.adapters.store import builtin_path
+from commandv.adapters.shipped import builtin_path
 from commandv.errors import CommandVError
-from commandv.models.gguf import PACKAGED
 from commandv.models.load import LM
+from commandv.models.names import PACKAGED
 from commandv.profiles.profile import Profile
 from real import GEMMA, SMOL, load
 
@@ -75,7 +75,7 @@ def test_profiles_of_both_models_pair_up(profiles, smol, gemma):
 
 def test_a_profile_does_not_depend_on_the_batch(smol, profiles):
     prompts = cv.load_prompts("builtin:general", limit=6)
-    one, many = (cv.profile(smol, prompts, batch_size=size, cache=False) for size in (1, 6))
+    one, many = (cv.profile(smol, prompts, batch_size=size, cache=False, text=None) for size in (1, 6))
     for layer in (0, 15, 29):
         torch.testing.assert_close(one.layer(layer).float(), many.layer(layer).float(), rtol=2e-2, atol=2e-2)
 

@@ -140,11 +140,11 @@ def profiled(name: str, kind: str) -> cv.Profile:
         case "mixed":
             return cv.profile(lm, cv.mixed_forms(general), text=text)
         case "both":
-            return cv.profile(lm, cv.mixed_forms(general) + third_party())
+            return cv.profile(lm, cv.mixed_forms(general) + third_party(), text=None)
         case "words":  # prompts have words too; last tokens are of no concern here
             return cv.profile(lm, text.texts, text=text + general, places="words", rows_per_text=64)
         case _:
-            return cv.profile(lm, third_party())
+            return cv.profile(lm, third_party(), text=None)
 
 
 @functools.cache

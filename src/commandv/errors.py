@@ -1,5 +1,8 @@
 """The errors that commandv raises on purpose; each says what was got, what was expected and what to do next."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class CommandVError(Exception):
     """Base of every error that this library raises on purpose."""
@@ -39,3 +42,15 @@ class JudgeError(CommandVError, RuntimeError):
 
 class WorkerError(CommandVError, RuntimeError):
     """Workers elsewhere cannot be reached, do not start or are lost; what they finished before is kept."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" for a name that is nearly one of those known, else "".
+
+    Args:
+        name: what was given, in any case.
+        known: names that would do.
+    """
+    names = {one.lower(): one for one in known}
+    near = [names[one] for one in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.6)]
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from commandv.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 MOST = 9_999_999  # tokens
 
@@ -75,6 +77,8 @@ class Positions:
         Returns:
             bool [batch, stop - start].
         """
+        import torch  # here, so that the notation is checked without it
+
         batch, width = prompt.shape
         if self.everywhere:
             inside = prompt[:, start:stop]

@@ -1,8 +1,9 @@
-"""Progress of long work: a bar with ETA on a terminal, log lines otherwise."""
+"""Progress of long work: a bar with ETA on a terminal and in notebooks that have ipywidgets, log lines otherwise."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import threading
 import time
@@ -25,7 +26,8 @@ _bar = threading.Lock()  # one terminal has room for one bar; work beside it log
 def track(title: str, total: int) -> Iterator[Report]:
     """Yield a function that advances the progress of `title` by so many of `total` steps."""
     console = Console(stderr=True)
-    if console.is_terminal and _bar.acquire(blocking=False):
+    notebook = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None  # rich draws with it
+    if (console.is_terminal or notebook) and _bar.acquire(blocking=False):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

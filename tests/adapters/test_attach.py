@@ -315,10 +315,10 @@ def test_a_pass_does_not_depend_on_the_one_before(lm):
     with cv.attach(lm, adapter):
         expected = forward(lm, [[1, 20, 21, 22, 23, 24]])[0]
     with cv.attach(lm, adapter):
-        through_the_blocks = cv.profile(lm, prompts, cache=False)
+        through_the_blocks = cv.profile(lm, prompts, cache=False, text=None)
         generated(lm, [[1, 7]])
         assert torch.equal(forward(lm, [[1, 20, 21, 22, 23, 24]])[0], expected)
-        again = cv.profile(lm, prompts, cache=False)
+        again = cv.profile(lm, prompts, cache=False, text=None)
     for layer in range(tiny.LAYERS):
         assert torch.equal(again.layer(layer), through_the_blocks.layer(layer))
 

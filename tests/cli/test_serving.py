@@ -66,13 +66,13 @@ def test_chat_reads_questions_and_commands_from_a_pipe(said, monkeypatch):
 )
 @pytest.mark.parametrize("verb", ["serve", "chat"])
 def test_adapters_are_read_before_the_model(run, verb, words, told):
-    fails(run(verb, "no/such/model", *words), told)
+    fails(run(verb, "gemma-3-270m", *words), told)
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run):
     with listen("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        fails(run("serve", "no/such/model", "--port", port), f"port {port} of 127.0.0.1 is taken", "--port")
+        fails(run("serve", "gemma-3-270m", "--port", port), f"port {port} of 127.0.0.1 is taken", "--port")
 
 
 def test_serve_says_where_it_is_and_stops_cleanly(model, adapter):

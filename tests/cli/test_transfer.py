@@ -133,7 +133,7 @@ def test_an_adapter_of_another_width_is_refused(run, made, tmp_path):
     lm = tiny.tiny_lm(hidden_size=16, id="narrow")
     cv.save(tiny.random_adapter(lm), tmp_path / "narrow")
     fails(run("transfer", made / "donor", tmp_path / "narrow", made / "recipient", "--task", "json", *HERE, "-o",
-              tmp_path / "out"), "another width")  # fmt: skip
+              tmp_path / "out"), "width 16")  # fmt: skip
 
 
 def test_the_donor_itself_is_no_recipient(run, made, tmp_path):

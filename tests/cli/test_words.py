@@ -52,7 +52,7 @@ def test_replies_of_a_file_serve_without_an_adapter(run, made, tmp_path):
     assert run("demonstrate", made / "donor", "none", made / "told.jsonl", "-o", tmp_path / "s", *HERE).code == 0
     assert cv.load_demonstrations(tmp_path / "s").changes is None
     ran = run("distil", made / "recipient", tmp_path / "s", "-o", tmp_path / "a", "--by", "vocabulary", *HERE)
-    fails(ran, "texts only", "by='context'")
+    fails(ran, "texts only", "--by context")
     assert not (tmp_path / "a").exists()
 
 

@@ -48,7 +48,8 @@ def test_the_readme_example_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         cv, "load_prompts", lambda source: load(source, limit=24)
     )  # the example, at a fraction of its size
-    monkeypatch.setattr(cv, "profile", lambda lm, prompts, text: profile(lm, prompts, text=text, cache=False))
+    text = load("builtin:text", limit=24)
+    monkeypatch.setattr(cv, "profile", lambda lm, prompts: profile(lm, prompts, text=text, cache=False))
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
     assert "Fidelity(" in capsys.readouterr().out
-    assert cv.load_adapter("numbered-list-on-gemma").d_model == 640
+    assert cv.load_adapter("numbered-list-on-smollm").d_model == 576

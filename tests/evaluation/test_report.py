@@ -10,6 +10,7 @@ import pytest
 import runs
 from commandv.errors import FormatError, InputError
 from commandv.evaluation import rate
+from commandv.evaluation.catalogue import MEANS, TASKS, meaning
 from commandv.evaluation.report import findings, tables, write_report
 from commandv.evaluation.results import Arm, Cell, Sample, load_run, save_cell, save_head
 from commandv.evaluation.statistics import compare
@@ -168,7 +169,7 @@ def test_figures_are_those_computed(reports):
         for arm in cells[0].arms if arm.method != "donor"
     }  # fmt: skip
     caption = f"numbered-list, {runs.PAIRS[0][0]} → {runs.PAIRS[0][1]}: numbered-list"
-    _, *effects = page.tables[f"{caption}; more is the aim"]
+    _, *effects = page.tables[f"{caption}; more is the aim (share of answers: numbered lists)"]
     header, *rows = page.tables[f"{caption}, compared"]
     assert (
         [row[0] for row in rows]
@@ -308,9 +309,37 @@ def test_settings_that_were_tried_are_averaged_over_seeds():
 
 def test_verdict_is_one_sentence(reports, tmp_path):
     one = runs.study(behaviours=("pirate",), seeds=(0,))
-    assert "**pirate does not cross gemma-3-270m → smollm2-135m-instruct: pasted 0.00 [" in written(one, tmp_path)[1]
+    assert (
+        "**pirate does not cross gemma-3-270m → smollm2-135m-instruct: share of answers: in a pirate's speech 0.00 ["
+        in (written(one, tmp_path)[1])
+    )
     told = "Of 3 behaviours and pairs: 1 crosses partly; 1 crosses; 1 does not cross."
     assert all(told in text for text in ("".join(reports["complete"][0].text), reports["complete"][1]))
+
+
+def test_what_a_reader_sees_first(reports):
+    """A verdict, a table of what the paste did where, then a list of contents that leads to every part."""
+    page, text = reports["complete"]
+    _, *rows = page.tables["Verdicts on test prompts; 95 % intervals"]
+    run = runs.study()
+    told = [(row[0].strip(), row[1], row[2]) for row in rows]
+    assert told == [
+        (f"{group.behaviour}, {group.pair}", group.verdict.word, tables.figure(group.tables[0].score("pasted")))
+        for group in findings.groups(run)
+    ]
+    assert "more is the aim (share of answers: in a pirate's speech)" in [row[-1] for row in rows]
+    assert text.index("Verdicts on") < text.index("## ")
+    _, *arms = reports["one seed"][0].tables[
+        "json, gemma-3-270m → smollm2-135m-instruct; more is the aim (share of answers: valid JSON); 95 % intervals"
+    ]
+    assert [row[0] for row in arms] == [one for one in tables.SHORT if one in runs.CROSSING]
+
+
+def test_every_task_says_in_words_what_its_rate_is():
+    assert set(MEANS) == set(TASKS) - {"length"}
+    assert meaning("over-refusal:mine", "rate") == "share of answers: refused"
+    assert meaning("juggling", "rate") == "share of answers"
+    assert meaning("length", "words") == "words"
 
 
 def test_run_again(reports):

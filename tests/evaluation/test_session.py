@@ -126,11 +126,22 @@ def test_evaluate_from_the_command_line(monkeypatch, capsys, folder):
     assert [row["method"] for row in json.loads(printed.out)["judges"]["pirate"]] == [UNMODIFIED, ADAPTED, "random"]
     code, printed = run(monkeypatch, capsys, *arguments)
     assert code == 0
-    assert "more is the aim" in printed.out
+    assert "more is the aim" in " ".join(printed.out.split())
     assert "Left out" in printed.out
     code, printed = run(monkeypatch, capsys, "evaluate", folder / "model", "juggling")
     assert code == 2
     assert "juggling" in printed.err
+
+
+def test_what_is_expected_in_words_is_a_task(monkeypatch, capsys, folder):
+    asked = ("evaluate", folder / "model", "--expect", "the|a", "--n", 4, "--json")
+    code, printed = run(monkeypatch, capsys, *asked)
+    assert code == 0
+    assert json.loads(printed.out)["task"] == "expect"
+    code, printed = run(monkeypatch, capsys, "evaluate", folder / "model", "json", "--expect", "x")
+    assert (code, "not both" in printed.err) == (2, True)
+    code, printed = run(monkeypatch, capsys, "evaluate", folder / "model")
+    assert (code, "--expect" in printed.err) == (2, True)
 
 
 def test_study_and_report_from_the_command_line(monkeypatch, capsys, folder, tmp_path):
@@ -157,7 +168,7 @@ n_test: 2
     assert code == 0
     assert (tmp_path / "out" / "report.html").stat().st_size > 1000
     code, printed = run(monkeypatch, capsys, "report", tmp_path)
-    assert code == 2
+    assert code == cli.EXIT_CODES[FormatError]
     assert "no run.json" in printed.err
 
 

@@ -134,8 +134,8 @@ def folder(tmp_path_factory):
 
 def test_a_profile_in_parts_is_found_again_by_this_process(executor, folder, cache):
     load = functools.partial(cv.load_model, str(folder / "one"))
-    made = cv.profile_on(executor, load, PROMPTS, batch_size=2)
-    again = cv.profile(load(), PROMPTS, batch_size=2)
+    made = cv.profile_on(executor, load, PROMPTS, batch_size=2, text=None)
+    again = cv.profile(load(), PROMPTS, batch_size=2, text=None)
     assert again.path == made.path
     assert len(made) == len(PROMPTS)
 

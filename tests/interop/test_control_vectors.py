@@ -78,7 +78,7 @@ def test_a_pasted_steering_vector_is_exported(tmp_path):
     """Folding leaves R = 0, so what is pasted everywhere is a steering vector of the recipient."""
     donor, recipient = tiny.tiny_lm(seed=1), tiny.tiny_lm("gpt2", seed=2, n_embd=48)
     prompts = [f"What is {thing}?" for thing in ("tea", "a fox", "it", "the river", "a cat", "Monday")]
-    pd, pr = (cv.profile(lm, prompts, cache=False) for lm in (donor, recipient))
+    pd, pr = (cv.profile(lm, prompts, cache=False, text=None) for lm in (donor, recipient))
     adapter = Adapter({2: steering(2).interventions[2]}, donor.ref, "push")
     pasted = cv.paste(adapter, pd, pr, layers=[2])
     again = cv.load_adapter(write_control_vector(pasted, tmp_path / "v.gguf"))

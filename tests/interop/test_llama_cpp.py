@@ -13,8 +13,8 @@ import torch
 import commandv as cv
 from commandv.interop.control_vectors import write_control_vector
 from commandv.models.encoding import encode
-from commandv.models.gguf import packaged_files
 from commandv.models.load import LM
+from commandv.models.names import packaged_files
 from commandv.positions import EVERYWHERE
 from real import SMOL, load
 
@@ -71,7 +71,7 @@ def llama(smol) -> Llama:
 def steering(lm: LM, *layers: int, strength: float = 0.6) -> cv.Adapter:
     """Random directions, as long as `strength` of the median state at their layer."""
     generator = torch.Generator().manual_seed(0)
-    typical = cv.profile(lm, cv.load_prompts("builtin:general", limit=4), cache=False)
+    typical = cv.profile(lm, cv.load_prompts("builtin:general", limit=4), cache=False, text=None)
     made = {}
     for layer in layers:
         direction = torch.nn.functional.normalize(torch.randn(lm.d_model, generator=generator), dim=0)

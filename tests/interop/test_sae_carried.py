@@ -31,7 +31,7 @@ def sae_directory(path: Path, *, d_model: int = tiny.D, layer: int = LAYER) -> P
 def siblings():
     donor = tiny.tiny_lm(seed=3)
     recipient = rotated(donor, 48)
-    return donor, recipient, *(cv.profile(lm, TEXTS, cache=False) for lm in (donor, recipient))
+    return donor, recipient, *(cv.profile(lm, TEXTS, cache=False, text=None) for lm in (donor, recipient))
 
 
 def change(lm: cv.LM, adapter: cv.Adapter) -> Tensor:

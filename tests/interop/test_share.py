@@ -36,7 +36,7 @@ def adapter(lm):
 
 @pytest.fixture
 def profile(lm):
-    return cv.profile(lm, ["How are you?", "What is tea?", "Name a river."])
+    return cv.profile(lm, ["How are you?", "What is tea?", "Name a river."], text=None)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_profile_and_demonstrations_are_data_sets(hub, lm, profile, demonstrat
     assert cv.load_demonstrations("anna/manners").answers == demonstrations.answers
     # With nothing but what was shared, and a model of one's own:
     other = tiny.tiny_lm(seed=1)
-    recipient = cv.profile(other, ["How are you?", "What is tea?", "Name a river."])
+    recipient = cv.profile(other, ["How are you?", "What is tea?", "Name a river."], text=None)
     link = cv.link(again, recipient, write_rows="end", holdout=0.0)
     assert link.paste(tiny.random_adapter(lm), layers="all_layers").d_model == other.d_model
 

@@ -48,8 +48,8 @@ def test_a_batch_with_one_beginning_answers_as_prompts_alone(models, arch, posit
 def test_profiles_are_the_same_padded_and_alone(models, arch, positions):
     lm = models[arch]
     with changed(lm, positions):
-        alone = cv.profile(lm, PROMPTS, batch_size=1, cache=False)
-        padded = [cv.profile(lm, PROMPTS, padding=side, cache=False) for side in ("left", "right")]
+        alone = cv.profile(lm, PROMPTS, batch_size=1, cache=False, text=None)
+        padded = [cv.profile(lm, PROMPTS, padding=side, cache=False, text=None) for side in ("left", "right")]
     for layer in range(lm.n_layers):
         for one in padded:
             assert_close(one.layer(layer).float(), alone.layer(layer).float(), rtol=2e-2, atol=2e-2)
@@ -106,7 +106,7 @@ def test_recurrent_models_are_not_padded_at_the_left(models, arch):
 def test_blocks_that_only_an_image_needs_are_left_out(models):
     lm = models["mllama"]
     assert lm.n_layers == tiny.LAYERS // 2
-    assert cv.profile(lm, PROMPTS, cache=False).n_layers == lm.n_layers
+    assert cv.profile(lm, PROMPTS, cache=False, text=None).n_layers == lm.n_layers
 
 
 def test_of_several_streams_the_active_one_is_changed(models):

@@ -10,6 +10,7 @@ from commandv.errors import InputError, ModelError
 from commandv.evaluation.price import drift
 from commandv.models.encoding import encode, pad
 from commandv.models.generation import batches
+from commandv.models.sampling import Sampled
 
 PROMPTS = [
     "Why does Venus spin?",
@@ -196,3 +197,42 @@ def test_scales_that_overflow_are_refused(scale):
             use()
     with pytest.raises(InputError, match="numbers beyond"):
         cv.attach(lm, pushed(lm, 1e10), scale=1e10)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch():
+    lm = tiny.tiny_lm()
+    asked = {"max_new_tokens": 6, "temperature": 1.5, "seed": 3}
+    one = cv.generate(lm, PROMPTS, **asked)
+    assert cv.generate(lm, PROMPTS, **asked, batch_size=1) == one
+    assert cv.generate(lm, PROMPTS, **asked | {"seed": 4}) != one
+    assert len(set(cv.generate(lm, [PROMPTS[0]] * 8, **asked))) > 1
+    assert cv.generate(lm, PROMPTS, max_new_tokens=6, temperature=0.0, seed=4) == cv.generate(
+        lm, PROMPTS, max_new_tokens=6
+    )
+
+
+def test_samples_have_the_frequencies_of_the_softmax_and_stay_within_top_p():
+    n, temperature = 4000, 2.0
+    logits = torch.tensor([2.0, 1.0, 0.0, -3.0])
+    ids = torch.zeros(n, 1, dtype=torch.long)
+
+    def frequencies(top_p: float) -> torch.Tensor:
+        drawn = Sampled(temperature, top_p, 0, range(n))(ids, logits.expand(n, -1)).argmax(1)
+        return torch.bincount(drawn, minlength=4) / n
+
+    expected = torch.softmax(logits / temperature, 0)
+    assert torch.allclose(frequencies(1.0), expected, atol=4 / (2 * n**0.5))
+    top = frequencies(0.5)
+    assert top[2:].sum() == 0
+    assert torch.allclose(top[:2], expected[:2] / expected[:2].sum(), atol=4 / (2 * n**0.5))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_what_cannot_be_sampled_with_is_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        cv.generate(tiny.tiny_lm(), PROMPTS, **wrong)

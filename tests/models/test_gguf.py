@@ -12,7 +12,7 @@ import torch
 import commandv as cv
 import tiny
 from commandv.errors import ModelError
-from commandv.models.gguf import PACKAGED
+from commandv.models.names import PACKAGED
 from gguf_model import tensors, write, write_parts
 from places import ROOT
 

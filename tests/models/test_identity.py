@@ -51,32 +51,32 @@ def test_dtype_template_and_tokenizer_are_part_of_it():
 
 def test_an_edited_model_is_not_given_the_profile_of_the_other():
     lm = tiny.tiny_lm()
-    old = cv.profile(lm, PROMPTS)
+    old = cv.profile(lm, PROMPTS, text=None)
     lm.model.model.layers[0].mlp.down_proj.weight.data.zero_()
-    new = cv.profile(lm, PROMPTS)
+    new = cv.profile(lm, PROMPTS, text=None)
     assert new.path != old.path
-    same(new, cv.profile(lm, PROMPTS, cache=False))
+    same(new, cv.profile(lm, PROMPTS, cache=False, text=None))
 
 
 def test_a_template_changed_in_memory_makes_another_profile():
     lm = tiny.tiny_lm(chat=True)
-    old = cv.profile(lm, PROMPTS)
+    old = cv.profile(lm, PROMPTS, text=None)
     lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace("<|", "[")
-    new = cv.profile(lm, PROMPTS)
+    new = cv.profile(lm, PROMPTS, text=None)
     assert new.path != old.path
-    same(new, cv.profile(lm, PROMPTS, cache=False))
+    same(new, cv.profile(lm, PROMPTS, cache=False, text=None))
 
 
 def test_a_changed_tokenizer_file_makes_another_profile(tmp_path):
     lm = tiny.tiny_lm()
     lm.model.save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
-    old = cv.profile(cv.load_model(tmp_path, dtype="float32"), PROMPTS)
+    old = cv.profile(cv.load_model(tmp_path, dtype="float32"), PROMPTS, text=None)
     lm.tokenizer.bos_token = "<eos>"
     lm.tokenizer.save_pretrained(tmp_path)
     changed = cv.load_model(tmp_path, dtype="float32")
     assert changed.tokenizer.bos_token == "<eos>"
-    assert cv.profile(changed, PROMPTS).path != old.path
+    assert cv.profile(changed, PROMPTS, text=None).path != old.path
 
 
 # -- the same model, in other clothes ---------------------------------------------------------------------------------
@@ -117,13 +117,13 @@ def test_other_weights_are_refused_and_the_remedy_is_named():
 
 def test_one_can_say_that_it_is_the_same_model():
     lm = tiny.tiny_lm(id="org/model")
-    adapter, donor = tiny.random_adapter(lm), cv.profile(lm, PROMPTS)
+    adapter, donor = tiny.random_adapter(lm), cv.profile(lm, PROMPTS, text=None)
     other = tiny.tiny_model(seed=1)
     said = cv.wrap_model(other, tiny.tiny_tokenizer(), "/models/copy", same_as="org/model")
     cv.attach(said, adapter).detach()
-    recipient = cv.profile(said, PROMPTS)
+    recipient = cv.profile(said, PROMPTS, text=None)
     assert recipient.path != donor.path
-    same(recipient, cv.profile(said, PROMPTS, cache=False))
+    same(recipient, cv.profile(said, PROMPTS, cache=False, text=None))
     cv.paste(adapter, recipient, donor, layers="all_layers")
     wrong = cv.wrap_model(tiny.tiny_model(num_hidden_layers=3), tiny.tiny_tokenizer(), "copy", same_as="org/model")
     with pytest.raises(MismatchError, match="another depth"):
@@ -155,14 +155,14 @@ def _push(_module, _inputs, output):
 def test_hooks_of_others_keep_a_profile_out_of_the_cache(tmp_path, caplog):
     lm = tiny.tiny_lm()
     handle = lm.blocks[0].register_forward_hook(_push)
-    changed = cv.profile(lm, PROMPTS)
+    changed = cv.profile(lm, PROMPTS, text=None)
     assert changed.path is None
     assert "not cached: hooks that others" in caplog.text
     with pytest.raises(InputError, match="cannot be kept as the model's own: hooks"):
-        cv.profile(lm, PROMPTS, cache=tmp_path / "mine")
+        cv.profile(lm, PROMPTS, cache=tmp_path / "mine", text=None)
     handle.remove()
-    own = cv.profile(lm, PROMPTS)
-    same(own, cv.profile(tiny.tiny_lm(), PROMPTS, cache=False))
+    own = cv.profile(lm, PROMPTS, text=None)
+    same(own, cv.profile(tiny.tiny_lm(), PROMPTS, cache=False, text=None))
     assert not torch.equal(own.layer(1), changed.layer(1))
 
 
@@ -175,9 +175,9 @@ def test_a_replaced_forward_is_a_doubt():
 
 def test_dropout_is_off_whatever_mode_the_model_is_in():
     lm = tiny.tiny_lm("gpt2")
-    own, said = cv.profile(lm, PROMPTS, cache=False), cv.generate(lm, PROMPTS[:2], max_new_tokens=5)
+    own, said = cv.profile(lm, PROMPTS, cache=False, text=None), cv.generate(lm, PROMPTS[:2], max_new_tokens=5)
     lm.model.train()
-    same(cv.profile(lm, PROMPTS), own)
+    same(cv.profile(lm, PROMPTS, text=None), own)
     assert [cv.generate(lm, PROMPTS[:2], max_new_tokens=5) for _ in range(3)] == [said] * 3
     assert all(module.training for module in lm.model.modules())
 

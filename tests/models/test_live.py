@@ -45,7 +45,7 @@ def test_wrapping_changes_neither_model_nor_tokenizer():
     threads = torch.get_num_threads()
     lm = cv.wrap_model(model, tokenizer, "mine")
     cv.generate(lm, PROMPTS, max_new_tokens=3)
-    cv.profile(lm, PROMPTS, cache=False)
+    cv.profile(lm, PROMPTS, cache=False, text=None)
     assert all(module.training for module in model.modules())
     assert tokenizer.pad_token is None
     assert n_hooks(model) == 0
@@ -60,7 +60,7 @@ def test_passes_of_our_own_have_no_dropout():
     lm = cv.wrap_model(model, tiny.tiny_tokenizer(), "still")
     for _ in range(2):
         assert cv.generate(lm, PROMPTS, max_new_tokens=6) == expected
-    one, other = (cv.profile(lm, PROMPTS, cache=False).layer(3) for _ in range(2))
+    one, other = (cv.profile(lm, PROMPTS, cache=False, text=None).layer(3) for _ in range(2))
     assert torch.equal(one, other)
 
 
@@ -84,7 +84,9 @@ def test_padding_with_a_token_that_has_no_embedding():
     usual = tiny.tiny_lm()
     assert cv.generate(lm, PROMPTS, max_new_tokens=4) == cv.generate(usual, PROMPTS, max_new_tokens=4)
     for side in ("left", "right"):
-        one, other = (cv.profile(m, PROMPTS, cache=False, padding=side).layer(2).float() for m in (lm, usual))
+        one, other = (
+            cv.profile(m, PROMPTS, cache=False, padding=side, text=None).layer(2).float() for m in (lm, usual)
+        )
         assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
@@ -195,7 +197,7 @@ def test_a_compiled_model_is_refused(lm, how):
     with pytest.raises(ModelError, match="compiled"):
         cv.attach(lm, tiny.random_adapter(lm))
     with pytest.raises(ModelError, match="compiled"):
-        cv.profile(lm, PROMPTS, cache=False)
+        cv.profile(lm, PROMPTS, cache=False, text=None)
     assert n_hooks(lm.model) == 0
 
 
@@ -260,7 +262,7 @@ def test_an_interrupt_leaves_nothing(lm, where, error):
     run = {
         "pass": lambda: logits(lm.model),
         "generate": lambda: cv.generate(lm, PROMPTS, max_new_tokens=4),
-        "profile": lambda: cv.profile(lm, PROMPTS, cache=False),
+        "profile": lambda: cv.profile(lm, PROMPTS, cache=False, text=None),
     }[where]
     plain = logits(lm.model)
     with cv.attach(lm, tiny.random_adapter(lm, (0, 1, 2), "all")):

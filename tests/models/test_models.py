@@ -35,7 +35,7 @@ def test_every_architecture(arch):
     lm = tiny.tiny_lm(arch)
     assert (lm.n_layers, lm.d_model) == (tiny.LAYERS, tiny.D)
     ids = torch.tensor([encode(lm, PROMPT).ids])
-    one = cv.profile(lm, [PROMPT, "Hi"], cache=False)
+    one = cv.profile(lm, [PROMPT, "Hi"], cache=False, text=None)
     # Mamba, RWKV and Gemma 3n record their hidden states in ways of their own.
     states = [] if arch in tiny.NOT_PLAIN else lm.model(input_ids=ids, output_hidden_states=True).hidden_states
     for layer in range(len(states) - 2):  # the last hidden state has gone through the final norm
@@ -45,7 +45,7 @@ def test_every_architecture(arch):
     before = lm.model(input_ids=ids).logits
     with cv.attach(lm, cv.Adapter({2: cv.steering_vector(vector)}, lm.ref)):
         after = lm.model(input_ids=ids).logits
-        moved = cv.profile(lm, [PROMPT, "Hi"], cache=False)
+        moved = cv.profile(lm, [PROMPT, "Hi"], cache=False, text=None)
         answers = cv.generate(lm, [PROMPT], max_new_tokens=2)
     torch.testing.assert_close(before[:, :-1], after[:, :-1], rtol=1e-4, atol=1e-4)
     assert (before[:, -1] - after[:, -1]).abs().max() > 0.1
@@ -329,7 +329,7 @@ def test_profile_of_another_prompt_format_is_another_profile():
     prompts = PromptSet((Prompt(PROMPT), Prompt("Hi")))
     chat, plain = (tiny.tiny_lm(chat=True, template=t) for t in ("chat", "plain"))
     with pytest.raises(MismatchError, match="template"):
-        cv.profile(chat, prompts).model.require(plain.ref, "profile")
+        cv.profile(chat, prompts, text=None).model.require(plain.ref, "profile")
 
 
 def test_a_tokenizer_whose_settings_have_wrong_types_is_told_when_wrapped():

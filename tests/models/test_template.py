@@ -57,7 +57,7 @@ def test_they_are_kept_with_what_was_made():
     lm = plain.with_template(system="Be brief.", options={"enable_thinking": False})
     assert lm.ref.format == '{"options": {"enable_thinking": false}, "system": "Be brief."}'
     assert plain.ref.format == ""
-    one, other = cv.profile(plain, PROMPTS), cv.profile(lm, PROMPTS)
+    one, other = cv.profile(plain, PROMPTS, text=None), cv.profile(lm, PROMPTS, text=None)
     assert one.path != other.path
     assert cv.load_profile(other.path).model.format == lm.ref.format
     pasted = cv.paste(tiny.random_adapter(plain), other, one, layers="all_layers")
@@ -108,12 +108,12 @@ def test_a_loaded_model_has_one_date_and_another_day_is_another_profile(caplog):
     dated = "{% if strftime_now is defined %}Today is {{ strftime_now('%d %b %Y, %H:%M') }}.\n{% endif %}" + SWITCH
     lm = chat(dated)
     assert "the chat template of tiny writes the date" in caplog.text
-    one = cv.profile(lm, PROMPTS)
+    one = cv.profile(lm, PROMPTS, text=None)
     assert format_prompt(lm, "Hi").startswith(lm.format.date.strftime("Today is %d %b %Y, %H:%M.\n<|user|>"))
-    assert cv.profile(lm, PROMPTS).path == one.path
+    assert cv.profile(lm, PROMPTS, text=None).path == one.path
     later = cv.LM(**{**vars(lm), "format": ChatFormat(date=datetime.datetime(2030, 2, 3, 4, 5))})
     assert format_prompt(later, "Hi").startswith("Today is 03 Feb 2030, 04:05.\n<|user|>Hi")
-    assert cv.profile(later, PROMPTS).path != one.path
+    assert cv.profile(later, PROMPTS, text=None).path != one.path
 
 
 # -- tokens on which all parts agree ----------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_padding_needs_no_embedding_of_its_own():
     assert tokenizer.pad_token_id == small
     assert cv.generate(lm, PROMPTS, max_new_tokens=4) == expected
     for padding in ("left", "right"):
-        made = cv.profile(lm, PROMPTS, cache=False, padding=padding)
+        made = cv.profile(lm, PROMPTS, cache=False, padding=padding, text=None)
         assert torch.isfinite(made.layer(3)).all()
     with pytest.raises(InputError, match=rf"makes token {small} \('\[PAD\]'\).*embeddings for {small} tokens"):
         cv.generate(lm, ["Say [PAD]."], max_new_tokens=1)

@@ -52,7 +52,7 @@ def test_layers_of_parts_are_joined_one_at_a_time(lm, cache, monkeypatch):
         return made
 
     monkeypatch.setattr(profiling, "joined", joined)
-    cv.profile(lm, PROMPTS)
+    cv.profile(lm, PROMPTS, text=None)
     assert len(most) == lm.n_layers
     assert max(most) == 1
 
@@ -65,7 +65,7 @@ def test_a_file_of_one_tensor_is_what_the_library_writes():
 
 
 def test_a_profile_whose_files_are_gone_says_so(lm, tmp_path):
-    one = cv.profile(lm, PROMPTS, cache=tmp_path / "mine")
+    one = cv.profile(lm, PROMPTS, cache=tmp_path / "mine", text=None)
     held = one.layer(0)
     shutil.rmtree(tmp_path / "mine")
     assert torch.isfinite(held).all()

@@ -39,21 +39,21 @@ def test_the_second_time_comes_from_the_cache(lm, cache, monkeypatch):
 
 def test_what_changes_the_profile_changes_the_place():
     paths = [
-        cv.profile(tiny.tiny_lm(), PROMPTS).path,
-        cv.profile(tiny.tiny_lm(seed=1), PROMPTS).path,
-        cv.profile(tiny.tiny_lm(dtype=torch.bfloat16), PROMPTS).path,
-        cv.profile(tiny.tiny_lm(chat=True), PROMPTS).path,
-        cv.profile(tiny.tiny_lm(), PROMPTS[::-1]).path,
+        cv.profile(tiny.tiny_lm(), PROMPTS, text=None).path,
+        cv.profile(tiny.tiny_lm(seed=1), PROMPTS, text=None).path,
+        cv.profile(tiny.tiny_lm(dtype=torch.bfloat16), PROMPTS, text=None).path,
+        cv.profile(tiny.tiny_lm(chat=True), PROMPTS, text=None).path,
+        cv.profile(tiny.tiny_lm(), PROMPTS[::-1], text=None).path,
         cv.profile(tiny.tiny_lm(), PROMPTS, text=TEXT).path,
         cv.profile(tiny.tiny_lm(), PROMPTS, text=TEXT, rows_per_text=2).path,
-        cv.profile(tiny.tiny_lm(), PROMPTS, max_length=24).path,
+        cv.profile(tiny.tiny_lm(), PROMPTS, max_length=24, text=None).path,
     ]
     assert len(set(paths)) == len(paths)
 
 
 def test_a_path_of_ones_own(lm, tmp_path):
     target = tmp_path / "mine"
-    first = cv.profile(lm, PROMPTS, cache=target)
+    first = cv.profile(lm, PROMPTS, cache=target, text=None)
     assert first.path == target
     for other, options in (
         (tiny.tiny_lm(seed=1), {}),
@@ -63,7 +63,7 @@ def test_a_path_of_ones_own(lm, tmp_path):
         (tiny.tiny_lm(chat=True), {}),
     ):
         with pytest.raises(MismatchError, match="choose another path or delete it"):
-            cv.profile(other, **{"prompts": PROMPTS, "cache": target, **options})
+            cv.profile(other, **{"prompts": PROMPTS, "text": None, "cache": target, **options})
     same(cv.load_profile(target), first)
 
 
@@ -111,26 +111,28 @@ def test_a_part_cut_short_is_made_again(lm, many, cache):
     _killed(lm, many)
     (part,) = cache.rglob("part-*.safetensors")
     part.write_bytes(part.read_bytes()[:-100])
-    same(cv.profile(lm, many, batch_size=2), cv.profile(lm, many, cache=False))
+    same(cv.profile(lm, many, batch_size=2, text=None), cv.profile(lm, many, cache=False, text=None))
 
 
 def test_parts_of_another_model_are_not_reused(many, tmp_path):
     target = tmp_path / "mine"
     _killed(tiny.tiny_lm(), many, cache=target)
     other = tiny.tiny_lm(seed=1)
-    same(cv.profile(other, many, batch_size=2, cache=target), cv.profile(other, many, cache=False))
+    same(
+        cv.profile(other, many, batch_size=2, cache=target, text=None), cv.profile(other, many, cache=False, text=None)
+    )
 
 
 def test_resuming_with_another_batch_size(lm, many):
     _killed(lm, many)
-    same(cv.profile(lm, many, batch_size=3), cv.profile(lm, many, cache=False))
+    same(cv.profile(lm, many, batch_size=3, text=None), cv.profile(lm, many, cache=False, text=None))
 
 
 def _killed(lm, prompts, batches=13, **options):
     with pytest.MonkeyPatch.context() as patch:
         _watched(patch, batches)
         with pytest.raises(Killed):
-            cv.profile(lm, prompts, batch_size=2, **options)
+            cv.profile(lm, prompts, batch_size=2, **{"text": None, **options})
 
 
 @pytest.mark.parametrize("writes", [1, 3, 5])
@@ -146,15 +148,15 @@ def test_a_full_disk_keeps_the_finished_parts(lm, many, cache, monkeypatch, writ
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", write_bytes)
         with pytest.raises(StorageError, match=r"No space left.*COMMANDV_CACHE.*run the same command again"):
-            cv.profile(lm, many, batch_size=2)
+            cv.profile(lm, many, batch_size=2, text=None)
     n_parts = min(writes, 3)
     left = [file.name for file in cache.rglob("*") if file.is_file()]
     assert sorted(name[:10] for name in left) == [f"part-{n:05d}" for n in range(n_parts)]
     with monkeypatch.context() as patch:
         seen = _watched(patch)
-        resumed = cv.profile(lm, many, batch_size=2)
+        resumed = cv.profile(lm, many, batch_size=2, text=None)
     assert len(seen) == 18 - min(18, 8 * n_parts)
-    same(resumed, cv.profile(lm, many, cache=False))
+    same(resumed, cv.profile(lm, many, cache=False, text=None))
 
 
 def test_parts_left_by_a_run_killed_after_its_last_write_are_removed(lm, many, cache):
@@ -162,9 +164,9 @@ def test_parts_left_by_a_run_killed_after_its_last_write_are_removed(lm, many, c
     (folder,) = cache.rglob(".parts")
     kept = folder.parent.parent / "kept"
     shutil.copytree(folder, kept)
-    first = cv.profile(lm, many, batch_size=2)
+    first = cv.profile(lm, many, batch_size=2, text=None)
     kept.rename(folder)
-    same(cv.profile(lm, many), first)
+    same(cv.profile(lm, many, text=None), first)
     assert not folder.exists()
 
 
@@ -179,13 +181,13 @@ def test_a_damaged_profile_in_the_cache_is_made_again_and_ones_own_is_an_error(d
         else:
             file.write_bytes(data if damage == "changed byte" else data[:-7])
 
-    expected = cv.profile(lm, PROMPTS, cache=False)
-    spoil(cv.profile(lm, PROMPTS).path)
-    again = cv.profile(lm, PROMPTS)
+    expected = cv.profile(lm, PROMPTS, cache=False, text=None)
+    spoil(cv.profile(lm, PROMPTS, text=None).path)
+    again = cv.profile(lm, PROMPTS, text=None)
     same(again, expected)
     same(cv.load_profile(again.path), expected)
     assert "made again" in caplog.text
-    cv.profile(lm, PROMPTS, cache=tmp_path / "mine")
+    cv.profile(lm, PROMPTS, cache=tmp_path / "mine", text=None)
     spoil(tmp_path / "mine")
     with pytest.raises(FormatError, match=r"mine"):
-        cv.profile(lm, PROMPTS, cache=tmp_path / "mine")
+        cv.profile(lm, PROMPTS, cache=tmp_path / "mine", text=None)

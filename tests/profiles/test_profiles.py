@@ -43,7 +43,7 @@ def hooked(lm, ids, layer):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_end_rows_are_the_outputs_at_the_last_prompt_token(arch):
     lm = tiny.tiny_lm(arch)
-    one = cv.profile(lm, PROMPTS, cache=False)
+    one = cv.profile(lm, PROMPTS, cache=False, text=None)
     assert one.keys.tolist() == [[number, END] for number in range(len(PROMPTS))]
     assert sorted(one.activations) == list(range(tiny.LAYERS))
     for number, prompt in enumerate(PROMPTS):
@@ -94,7 +94,7 @@ def test_two_tokenizers_share_text_rows():
 
 def test_rows_that_only_one_tokenizer_has_are_left_out():
     lm = tiny.tiny_lm()
-    whole = cv.profile(lm, PROMPTS, cache=False)
+    whole = cv.profile(lm, PROMPTS, cache=False, text=None)
     keep = [0, 2, 5]
     part = Profile({0: whole.layer(0)[keep]}, whole.keys[keep], whole.model, whole.prompts)
     i, j, prompts = paired_rows(whole, part, "end")
@@ -112,34 +112,34 @@ def test_rows_per_text():
 
 def test_max_length_keeps_the_end_of_long_prompts():
     lm = tiny.tiny_lm()
-    cut = cv.profile(lm, PROMPTS, max_length=24, cache=False)
+    cut = cv.profile(lm, PROMPTS, max_length=24, cache=False, text=None)
     ids = encode(lm, PROMPTS[2], max_length=24).ids
     assert_close(cut.layer(1)[2], hooked(lm, ids, 1)[-1], **ONE_STEP)
-    assert_close(cut.layer(1)[1], cv.profile(lm, PROMPTS, cache=False).layer(1)[1], **ONE_STEP)
+    assert_close(cut.layer(1)[1], cv.profile(lm, PROMPTS, cache=False, text=None).layer(1)[1], **ONE_STEP)
 
 
 def test_the_profile_of_a_model_with_an_adapter_is_of_the_changed_stream(cache):
     lm = tiny.tiny_lm()
-    plain = cv.profile(lm, PROMPTS)
+    plain = cv.profile(lm, PROMPTS, text=None)
     vector = torch.linspace(-2, 2, tiny.D)
     with cv.attach(lm, cv.Adapter({1: cv.steering_vector(vector)}, lm.ref)):
         with pytest.raises(InputError, match="cache=False"):
-            cv.profile(lm, PROMPTS)
-        moved = cv.profile(lm, PROMPTS, cache=False)
+            cv.profile(lm, PROMPTS, text=None)
+        moved = cv.profile(lm, PROMPTS, cache=False, text=None)
     assert_close(moved.layer(1).float(), plain.layer(1).float() + vector, rtol=0.02, atol=0.05)
-    same(cv.profile(lm, PROMPTS, cache=False), plain)
+    same(cv.profile(lm, PROMPTS, cache=False, text=None), plain)
     assert not any(block._forward_hooks for block in lm.blocks)
 
 
 @pytest.mark.parametrize("prompts", [[], ["one", " "]])
 def test_empty_prompts(lm, prompts):
     with pytest.raises(InputError, match=r"empty|no prompts"):
-        cv.profile(lm, prompts)
+        cv.profile(lm, prompts, text=None)
 
 
 def test_a_prompt_longer_than_the_context():
     with pytest.raises(InputError, match="longer than the context"):
-        cv.profile(tiny.tiny_lm(max_position_embeddings=20), PROMPTS)
+        cv.profile(tiny.tiny_lm(max_position_embeddings=20), PROMPTS, text=None)
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -155,9 +155,9 @@ def test_non_finite_activations_name_layer_and_prompt(batch_size):
 
     handle = lm.blocks[2].mlp.register_forward_hook(overflow)
     with pytest.raises(FormatError, match=r"layer 2 for prompt 5\b.*float32"):
-        cv.profile(lm, PROMPTS, batch_size=batch_size, cache=False)
+        cv.profile(lm, PROMPTS, batch_size=batch_size, cache=False, text=None)
     handle.remove()
-    cv.profile(lm, PROMPTS, batch_size=batch_size, cache=False)
+    cv.profile(lm, PROMPTS, batch_size=batch_size, cache=False, text=None)
 
 
 def test_golden_profile_of_version_1_still_loads_and_can_be_replaced(tmp_path):
@@ -209,7 +209,7 @@ def _truncate(file):
 )  # fmt: skip
 def test_a_damaged_profile(lm, tmp_path, damage, message):
     path = tmp_path / "mine"
-    cv.profile(lm, PROMPTS, cache=path)
+    cv.profile(lm, PROMPTS, cache=path, text=None)
     damage(path)
     with pytest.raises(FormatError, match=message):
         cv.load_profile(path)
@@ -220,26 +220,26 @@ def _other_rows(path, n, width):
 
 
 def test_profiles_of_other_prompts_do_not_pair(lm):
-    first = cv.profile(lm, PROMPTS, cache=False)
+    first = cv.profile(lm, PROMPTS, cache=False, text=None)
     for other in (PROMPTS[:5], PROMPTS[::-1]):
         with pytest.raises(MismatchError, match="different prompts"):
-            paired_rows(first, cv.profile(lm, other, cache=False), "end")
+            paired_rows(first, cv.profile(lm, other, cache=False, text=None), "end")
     with pytest.raises(MismatchError, match="different prompts"):
         paired_rows(first, cv.profile(lm, PROMPTS, text=TEXT, cache=False), "end")
 
 
 def test_too_few_rows_do_not_pair(lm):
-    one = cv.profile(lm, PROMPTS[:1], cache=False)
+    one = cv.profile(lm, PROMPTS[:1], cache=False, text=None)
     with pytest.raises(InputError, match=r"1 shared end rows .* expected at least 2"):
         paired_rows(one, one, "end")
-    several = cv.profile(lm, PROMPTS, cache=False)
+    several = cv.profile(lm, PROMPTS, cache=False, text=None)
     with pytest.raises(InputError, match=r"0 shared text rows .*builtin:text"):
         paired_rows(several, several, "text")
 
 
 def test_a_layer_the_profile_does_not_hold(lm):
     with pytest.raises(InputError, match=r"holds layers \[0, 1, 2, 3\], not 4"):
-        cv.profile(lm, PROMPTS, cache=False).layer(4)
+        cv.profile(lm, PROMPTS, cache=False, text=None).layer(4)
 
 
 def test_built_in_texts_give_shared_rows_for_two_tokenizers():
@@ -256,7 +256,7 @@ def test_left_padding_is_what_pad_makes(lm):
     batch = pad(lm, rows, "left")
     at = (torch.arange(len(rows)), torch.full((len(rows),), batch.input_ids.shape[1] - 1))
     direct = work.read_rows(lm, batch, at)
-    one = cv.profile(lm, PROMPTS, cache=False)
+    one = cv.profile(lm, PROMPTS, cache=False, text=None)
     for layer, values in direct.items():
         assert_close(values, one.layer(layer), **ONE_STEP)
 
@@ -266,3 +266,14 @@ def test_line_rows_are_the_outputs_that_are_about_to_start_a_line():
     text = PromptSet((Prompt("Say three things", "one two\nthree\n\nfour five\n"),))
     one = cv.profile(lm, PROMPTS, text=text, cache=False)
     assert one.keys[one.keys[:, 1] != END][:, 1].tolist() == [8, 15]
+
+
+def test_text_rows_are_there_unless_they_are_left_out(monkeypatch):
+    """Converters fitted without them ruin some models in silence."""
+    asked = []
+    monkeypatch.setattr("commandv.profiles.work.load_prompts", lambda name: asked.append(name) or TEXT)
+    lm = tiny.tiny_lm()
+    one = cv.profile(lm, PROMPTS, cache=False)
+    assert asked == ["builtin:text"]
+    assert (one.keys[:, 1] != END).any()
+    assert (cv.profile(lm, PROMPTS, text=None, cache=False).keys[:, 1] == END).all()

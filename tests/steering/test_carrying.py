@@ -34,7 +34,7 @@ class Identity:
 def siblings():
     donor = tiny.tiny_lm(seed=3)
     recipient = rotated(donor, 48)
-    return donor, recipient, *(cv.profile(lm, TEXTS, cache=False) for lm in (donor, recipient))
+    return donor, recipient, *(cv.profile(lm, TEXTS, cache=False, text=None) for lm in (donor, recipient))
 
 
 def test_the_identity_carries_directions_and_probes_unchanged(siblings):
@@ -129,7 +129,7 @@ def test_a_probe_is_carried_by_the_rows_that_are_asked_for(siblings):
 
 def test_of_donor_layers_that_meet_one_is_taken(siblings):
     _, _, donor, _ = siblings
-    shallow = cv.profile(tiny.tiny_lm(seed=5, num_hidden_layers=2, id="shallow"), TEXTS, cache=False)
+    shallow = cv.profile(tiny.tiny_lm(seed=5, num_hidden_layers=2, id="shallow"), TEXTS, cache=False, text=None)
     vectors = torch.eye(donor.d_model)[:4]
     carried = cv.carry_directions(vectors, cv.link(donor, shallow))
     assert list(carried) == [0, 1]
@@ -148,4 +148,4 @@ def test_what_cannot_be_carried_is_refused(siblings):
     with pytest.raises(InputError, match="expected 'norm share'"):
         cv.carry_directions(v, link, rescale="twice")
     with pytest.raises(MismatchError):
-        cv.link(donor, cv.profile(lm, MANY, cache=False))
+        cv.link(donor, cv.profile(lm, MANY, cache=False, text=None))

@@ -91,8 +91,8 @@ def test_the_side_of_the_padding_does_not_matter(lm, padding):
     """A steered pass gives each prompt what it has alone, whichever side shorter prompts are filled up on."""
     texts = ["Tea?", "How do I paint the garden and the door?"]
     with cv.attach(lm, cv.steer(lm, CONTRAST, at="l1")):
-        together = cv.profile(lm, texts, padding=padding, cache=False)
-        single = [cv.profile(lm, [text], cache=False) for text in texts]
+        together = cv.profile(lm, texts, padding=padding, cache=False, text=None)
+        single = [cv.profile(lm, [text], cache=False, text=None) for text in texts]
     for layer in range(lm.n_layers):
         rows = torch.cat([one.layer(layer) for one in single])
         torch.testing.assert_close(together.layer(layer), rows, atol=3e-2, rtol=3e-2)

@@ -69,7 +69,7 @@ def made(target):
 def test_readers_in_another_process_never_fail_while_an_artefact_is_replaced(tmp_path):
     lm = tiny.tiny_lm()
     adapters = [tiny.random_adapter(lm, (0, 1), rank=2, seed=seed) for seed in (1, 2)]
-    profiles = [cv.profile(lm, [f"{word} {n}" for n in range(3)], cache=False) for word in ("tea", "milk")]
+    profiles = [cv.profile(lm, [f"{word} {n}" for n in range(3)], cache=False, text=None) for word in ("tea", "milk")]
     cv.save(adapters[0], tmp_path / "adapter")
     cv.save_profile(profiles[0], tmp_path / "profile")
     context = multiprocessing.get_context("spawn")

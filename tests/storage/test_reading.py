@@ -239,7 +239,7 @@ def whole(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     """Write one sound artefact of each kind: name -> (file to disturb, how what holds it is read)."""
     lm = tiny.tiny_lm()
     ours = cv.save(tiny.random_adapter(lm, (1, 2), "f1+l1"), folder / "ours")
-    held = cv.profile(lm, ["tea", "a cup"], cache=folder / "profile").path
+    held = cv.profile(lm, ["tea", "a cup"], cache=folder / "profile", text=None).path
     pyreft = foreign.write_pyreft(folder / "pyreft", {foreign.key(1): foreign.Reft("DiReFT")}, positions="l1")
     generator = torch.Generator().manual_seed(0)
     w, b = torch.randn(8, 16, generator=generator), torch.zeros(16)

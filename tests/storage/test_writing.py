@@ -53,8 +53,8 @@ def writers(lm, adapter):
     )  # fmt: skip
     return {
         "save": lambda path: cv.save(adapter, path),
-        "profile": lambda path: cv.profile(lm, PROMPTS, cache=path),
-        "save_profile": lambda path: cv.save_profile(cv.profile(lm, PROMPTS, cache=False), path),
+        "profile": lambda path: cv.profile(lm, PROMPTS, cache=path, text=None),
+        "save_profile": lambda path: cv.save_profile(cv.profile(lm, PROMPTS, cache=False, text=None), path),
         "sae": lambda path: save_sae(sae, path),
     }
 
@@ -107,11 +107,11 @@ def test_a_damaged_artefact_is_not_replaced(made, tmp_path):
 def test_the_command_line_refuses_before_it_loads_a_model(tmp_path, run):
     (tmp_path / "notes.txt").write_text("mine")
     for words in (
-        ["profile", "nowhere/model", "--out", str(tmp_path)],
-        ["train", "nowhere/model", "builtin:numbered-list", "-o", str(tmp_path)],
-        ["steer", "nowhere/model", "nothing.jsonl", "-o", str(tmp_path)],
-        ["paste", "nowhere", "nowhere", "nowhere", "-o", str(tmp_path)],
-        ["export", "nowhere", str(tmp_path)],
+        ["profile", "gemma-3-270m", "--out", str(tmp_path)],
+        ["train", "gemma-3-270m", "builtin:numbered-list", "-o", str(tmp_path)],
+        ["steer", "gemma-3-270m", "builtin:sentiment", "-o", str(tmp_path)],
+        ["paste", "builtin:pirate@gemma-3-270m", str(tmp_path), str(tmp_path), "-o", str(tmp_path)],
+        ["export", "builtin:pirate@gemma-3-270m", str(tmp_path)],
     ):
         fails(run(*words), "choose another place")
     assert contents(tmp_path) == {"notes.txt": b"mine"}
@@ -162,7 +162,7 @@ def test_the_current_directory_a_link_and_a_link_to_nothing(made, tmp_path, monk
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    assert len(cv.profile(lm, PROMPTS, cache=Path("."))) == 2
+    assert len(cv.profile(lm, PROMPTS, cache=Path("."), text=None)) == 2
     assert len(cv.load_profile(here)) == 2
 
 

@@ -122,11 +122,11 @@ def save(kill: Killing, folder: Path) -> None:
 
 def profile(kill: Killing, folder: Path) -> None:
     lm, prompts = tiny.tiny_lm(), [f"Why is {n} a number? " + "x " * (n % 9) for n in range(240)]
-    truth, taken = seconds(lambda: cv.profile(lm, prompts, batch_size=2, cache=False))
+    truth, taken = seconds(lambda: cv.profile(lm, prompts, batch_size=2, cache=False, text=None))
     for number in range(2):
         fresh_cache(folder / f"cache-{number}")
-        kill.during(lambda: cv.profile(lm, prompts, batch_size=2), 0.4 * taken, 3)
-        found = cv.profile(lm, prompts, batch_size=2)
+        kill.during(lambda: cv.profile(lm, prompts, batch_size=2, text=None), 0.4 * taken, 3)
+        found = cv.profile(lm, prompts, batch_size=2, text=None)
         equal = all(torch.equal(found.layer(layer), truth.layer(layer)) for layer in range(lm.n_layers))
         kill.expect(equal and (found.keys == truth.keys).all(), "profile: another one")
         kill.nothing_left(folder, "profile")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import commandv as cv
-from commandv.models.gguf import PACKAGED, packaged_files
+from commandv.models.names import PACKAGED, packaged_files
 
 GEMMA, SMOL = "gemma-3-270m", "smollm2-135m-instruct"
 

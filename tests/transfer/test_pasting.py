@@ -21,7 +21,7 @@ from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END
 from commandv.transfer.convert import FITTERS, Dense, Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.factor import Cholesky, Factor
-from commandv.transfer.match import LayerPair, explicit, nearest
+from commandv.transfer.match import LayerPair, explicit, nearest, proportional
 from commandv.transfer.paste import paste, random_like
 from made_up import (
     D_DONOR,
@@ -332,7 +332,7 @@ def test_profiles_without_text_rows_are_told_of_once(caplog):
     donor, recipient = both()
     link = cv.link(donor, recipient)
     (told,) = caplog.messages
-    assert "text=load_prompts('builtin:text')" in told
+    assert "profile both models with text" in told
     link.paste(adapter_of(4))
     replace(link, shuffle=1).paste(adapter_of(4))
     cv.link(donor, recipient, write_rows="end")
@@ -436,3 +436,20 @@ def test_a_fit_that_finds_nothing_is_refused_rather_than_pasted_as_nothing():
         paste(
             Adapter({4: (some, replace(some, write=torch.zeros_like(some.write)))}, DONOR, "some"), *both(), fit=nothing
         )
+
+
+# -- layers that nobody chose -----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_middle_layers_is_pasted_where_it_is_matched():
+    """As `steer` makes them; one that reaches the last third acts there alone."""
+    donor, recipient = both(N)
+    third = recipient.n_layers - recipient.n_layers // 3
+    matched = {pair.donor: pair.recipient for pair in proportional(donor, recipient, range(donor.n_layers))}
+    middle = [layer for layer, own in matched.items() if own < third][-2:]
+    last = [layer for layer, own in matched.items() if own >= third]
+    many = {layer: (intervention(),) for layer in (*middle, *last)}
+    whole = Adapter(many, DONOR, "whole")
+    assert paste(whole, donor, recipient).layers == sorted({matched[layer] for layer in last})
+    steering = Adapter({layer: many[layer] for layer in middle}, DONOR, "middle")
+    assert paste(steering, donor, recipient).layers == sorted({matched[layer] for layer in middle})

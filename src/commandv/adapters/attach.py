@@ -43,14 +43,19 @@ def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None
         ModelError: the model is compiled.
     """
     adapter.model.require(lm.ref, f"adapter {adapter.name}")
-    if adapter.d_model != lm.d_model or adapter.layers[-1] >= lm.n_layers:
-        raise MismatchError(
-            f"adapter {adapter.name}: width {adapter.d_model}, layers up to {adapter.layers[-1]}; {lm.id} has width "
-            f"{lm.d_model} and layers 0 .. {lm.n_layers - 1}. paste() carries an adapter between models"
-        )
+    require_shape(adapter, lm.d_model, lm.n_layers, lm.id)
     require_scale(scale)
     addends = {layer: _joined(many, scale) for layer, many in adapter.interventions.items()}
     return attach_change(lm, Additions(adapter.name, addends, scale, n_prompt))
+
+
+def require_shape(adapter: Adapter, d_model: int, n_layers: int, model: str) -> None:
+    """Raise `MismatchError` unless an adapter has the width of a model and acts on layers that the model has."""
+    if adapter.d_model != d_model or adapter.layers[-1] >= n_layers:
+        raise MismatchError(
+            f"adapter {adapter.name}: width {adapter.d_model}, layers up to {adapter.layers[-1]}; {model} has width "
+            f"{d_model} and layers 0 .. {n_layers - 1}. paste() carries an adapter between models"
+        )
 
 
 class _Moving:

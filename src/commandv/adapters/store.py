@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.resources
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -165,17 +164,3 @@ def _build(config: _Config, tensors: dict[str, torch.Tensor], path: Path) -> Ada
         return Adapter(interventions, ModelRef(**config.model.model_dump()), config.name, config.provenance)
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from error
-
-
-def builtin_path(name: str) -> Path:
-    """Return the directory of a shipped adapter, `BEHAVIOUR@MODEL`.
-
-    Raises:
-        FormatError: there is no such adapter; the message lists those there are.
-    """
-    folder = Path(str(importlib.resources.files("commandv.adapters") / "data"))
-    path = folder / name
-    if not path.is_dir():
-        known = ", ".join(sorted(f"builtin:{one.name}" for one in folder.glob("*@*")))
-        raise FormatError(f"builtin:{name}: no such adapter; there are {known}")
-    return path

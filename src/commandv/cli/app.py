@@ -5,18 +5,43 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
+import typer.main
 
 app = typer.Typer(
     help="Copy a behaviour from one language model, paste it into another.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        sys.stdout.write(f"commandv {importlib.metadata.version('commandv')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def options_of(verb: str) -> list[str]:
+    """Return the names of the options of a verb as its function has them; none where there is no such verb."""
+    commands = vars(typer.main.get_command(app))["commands"]
+    taken = commands[verb].params if verb in commands else []
+    return [one.name for one in taken if one.param_type_name == "option"]
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:

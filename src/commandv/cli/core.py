@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from commandv.cli.app import verb
+from commandv.cli.checks import of_prompts, of_source, require_fits, require_layers, require_positions
 from commandv.cli.options import (
     GENERAL,
+    TEXT,
     AdapterFile,
+    Anything,
     Attached,
     BatchSize,
     Json,
@@ -20,13 +24,16 @@ from commandv.cli.options import (
     Out,
     PromptsOption,
     Reading,
+    ReadRows,
     Running,
     Scale,
+    WriteRows,
     escaped,
-    fitter,
     output,
     show,
 )
+
+log = logging.getLogger(__name__)
 
 
 @verb
@@ -35,7 +42,15 @@ def profile(
     how: Loading,
     running: Running,
     prompts: PromptsOption = GENERAL,
-    text: Annotated[str, typer.Option(help="Passages for text rows; 'none' to leave them out.")] = "builtin:text",
+    text: Annotated[
+        str, typer.Option(callback=of_prompts, help="Passages for text rows, which writing converters learn from.")
+    ] = TEXT,
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="No text rows: what is pasted may then ruin the recipient's answers.")
+    ] = False,
+    places: Annotated[
+        Literal["lines", "words"], typer.Option(help="Text rows where lines start, or at words.")
+    ] = "lines",
     limit: Annotated[int | None, typer.Option(help="Use the first so many prompts of each set.")] = None,
     mixed_forms: Annotated[
         bool,
@@ -56,18 +71,23 @@ def profile(
 
     if out is not None:
         require_place(out, PROFILE)
-    passages = None if text == "none" else cv.load_prompts(text)
-    asked = load_prompt_sets(prompts, limit=limit)
+    asked, passages = load_prompt_sets(prompts, limit=limit), None if no_text else cv.load_prompts(text)
     asked = cv.mixed_forms(asked) if mixed_forms else asked
+    if no_text:
+        log.warning(
+            "no text rows: writing converters will be fitted on last prompt tokens, which carry a behaviour far worse "
+            "and ruin the answers of some models"
+        )
     executor = running.choose()
     if running.local:
         made = cv.profile(
-            how.load(model), asked, text=passages, batch_size=batch_size, max_length=max_length, cache=out or True
-        )
+            how.load(model), asked, text=passages, places=places, batch_size=batch_size, max_length=max_length,
+            cache=out or True,
+        )  # fmt: skip
     else:
         made = cv.profile_on(
-            executor, partial(how.load, model), asked, text=passages, batch_size=batch_size, max_length=max_length,
-            cache=out,
+            executor, partial(how.load, model), asked, text=passages, places=places, batch_size=batch_size,
+            max_length=max_length, cache=out,
         )  # fmt: skip
     facts = {"profile": str(made.path), "model": made.model.id, "rows": len(made), "layers": made.n_layers}
     show({**facts, "d_model": made.d_model}, as_json)
@@ -77,9 +97,15 @@ def profile(
 def train(
     model: Model,
     how: Loading,
-    examples: Annotated[str, typer.Argument(help="{prompt, response} examples: a .jsonl / .csv file or builtin:NAME.")],
+    examples: Annotated[
+        str,
+        typer.Argument(callback=of_prompts, help="{prompt, response} examples: a .jsonl / .csv file or builtin:NAME."),
+    ],
     out: Out,
-    kind: Annotated[str, typer.Option(help="Kind of the ReFT family, as direft, nodireft or loreft.")] = "direft",
+    kind: Annotated[
+        Literal["loreft", "noreft", "consreft", "lobireft", "direft", "nodireft"],
+        typer.Option(help="Kind of the ReFT family."),
+    ] = "direft",
     rank: Annotated[int, typer.Option(help="Directions read and written per layer.")] = 8,
     layers: Annotated[str, typer.Option(help="every_other, all_layers, last_third, ... or 4,8,12.")] = "every_other",
     positions: Annotated[str, typer.Option(help="l1 (last prompt token), f3+l5, all, ...")] = "l1",
@@ -93,16 +119,17 @@ def train(
 ) -> None:
     """Train an adapter of the ReFT family on examples."""
     import commandv as cv
+
+    require_positions(positions)
+    require_layers(layers, model)
+    rows = cv.load_prompts(examples)
+
     from commandv.adapters.store import ADAPTER
-    from commandv.errors import InputError
     from commandv.storage.directories import require_place
     from commandv.training.train import TRAINABLE
 
     require_place(out, ADAPTER)
-    if kind not in TRAINABLE:
-        raise InputError(f"kind {kind!r}: expected one of {', '.join(TRAINABLE)}")
     lm = how.load(model)
-    rows = cv.load_prompts(examples)
     settings = cv.TrainSettings(
         epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, max_response=max_response
     )
@@ -117,17 +144,24 @@ def train(
 @verb
 def paste(
     adapter: AdapterFile,
-    donor: Annotated[str, typer.Argument(help="Profile of the donor: a directory, or on the hub.")],
-    recipient: Annotated[str, typer.Argument(help="Profile of the recipient: a directory, or on the hub.")],
+    donor: Annotated[str, typer.Argument(callback=of_source, help="Profile of the donor: a directory, or on the hub.")],
+    recipient: Annotated[
+        str, typer.Argument(callback=of_source, help="Profile of the recipient: a directory, or on the hub.")
+    ],
     out: Out,
     reading: Reading,
     fit: Annotated[
-        str, typer.Option(help="ridge, pinv (as published), affine, reduced-rank, procrustes, fourier, autoencoder.")
+        Literal["ridge", "pinv", "affine", "reduced-rank", "procrustes", "fourier", "autoencoder"],
+        typer.Option(help="How converters are fitted; pinv as published."),
     ] = "ridge",
-    match: Annotated[str, typer.Option(help="proportional, nearest, or a map like 2:1,4:3.")] = "proportional",
+    match: Annotated[
+        str, typer.Option(help="proportional, nearest, covering, lowest-error, or a map like 2:1,4:3.")
+    ] = "proportional",
     layers: Annotated[
-        str, typer.Option(help="Recipient layers to act on: last_third, all_layers, 4,8.")
-    ] = "last_third",
+        str, typer.Option(help="Recipient layers to act on: last_third, all_layers, 4,8; auto: what is best known.")
+    ] = "auto",
+    read_rows: ReadRows = "end",
+    write_rows: WriteRows = None,
     scale: Scale = 1.0,
     same_as: Annotated[
         str,
@@ -137,14 +171,20 @@ def paste(
     as_json: Json = False,
 ) -> None:
     """Carry a donor's adapter into a recipient, and measure the converters on prompts they have not seen."""
+    require_layers(layers)
+
     import commandv as cv
+    from commandv.adapters.edit import require_scale
     from commandv.adapters.store import ADAPTER
     from commandv.storage.directories import require_place
+    from commandv.transfer.convert import FITTERS
 
     require_place(out, ADAPTER)
-    one, two = cv.load_profile(donor), cv.load_profile(recipient)
+    require_scale(scale)
+    where = {"match": _matcher(match), "layers": layers}
     original = reading.load(adapter, same_as=same_as)
-    link, where = cv.link(one, two, fit=fitter(fit)), {"match": _matcher(match), "layers": layers}
+    one, two = cv.load_profile(donor), cv.load_profile(recipient)
+    link = cv.link(one, two, fit=FITTERS[fit](), read_rows=read_rows, write_rows=write_rows)
     pasted = link.paste(original, **where, scale=scale)
     cv.save(pasted, out)
     rows = [row._asdict() for row in link.fidelity(original, **where)] if with_fidelity else []
@@ -164,26 +204,35 @@ def generate(
     how: Loading,
     reading: Reading,
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", help="A prompt set instead.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", callback=of_prompts, help="A prompt set instead.")] = None,
     adapter: Attached = None,
     scale: Scale = 1.0,
     max_new_tokens: MaxNewTokens = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are sampled.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens of so much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
-    """Answer prompts greedily, with or without an adapter."""
+    """Answer prompts, greedily or sampled, with or without an adapter."""
     import contextlib
 
     import commandv as cv
     from commandv.errors import InputError
+    from commandv.models.sampling import require_sampling
 
     if bool(prompt) == bool(prompts):
         raise InputError("give prompts as arguments, or --prompts with a set; one of the two")
     texts = cv.load_prompts(prompts).texts if prompts else list(prompt or [])
     attached = reading.load(adapter) if adapter else None
+    require_fits([attached] if attached else [], model, scale)
+    require_sampling(temperature, top_p)
     lm = how.load(model)
     with cv.attach(lm, attached, scale=scale) if attached else contextlib.nullcontext():
-        answers = cv.generate(lm, texts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        answers = cv.generate(
+            lm, texts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, top_p=top_p,
+            seed=seed,
+        )  # fmt: skip
     if as_json:
         show({"answers": [{"prompt": a, "answer": b} for a, b in zip(texts, answers, strict=True)]}, True)
         return
@@ -193,7 +242,7 @@ def generate(
 
 @verb
 def inspect(
-    path: Annotated[str, typer.Argument(help="A model, adapter, vector file, profile, demonstrations, builtin:...")],
+    path: Anything,
     reading: Reading,
     as_json: Json = False,
 ) -> None:

@@ -78,7 +78,8 @@ def describe(source: str, *, layer: int | None = None, convention: str | None = 
 def _is_model(source: str) -> bool:
     """True for a packaged model, a hub id, a model directory, and a GGUF file of a model."""
     from commandv.interop.control_vectors import is_control_vector
-    from commandv.models.gguf import PACKAGED
+    from commandv.models.names import PACKAGED
+    from commandv.storage.hub import is_repo
 
     path = Path(source)
     if path.is_file():
@@ -87,7 +88,7 @@ def _is_model(source: str) -> bool:
         return (path / "config.json").is_file() and '"model_type"' in (path / "config.json").read_text(
             "utf-8", "replace"
         )
-    return source in PACKAGED or (source.count("/") == 1 and not source.startswith((".", "/", "~")))
+    return source in PACKAGED or is_repo(source)
 
 
 def _model_facts(source: str) -> dict[str, Any]:
@@ -124,8 +125,8 @@ def check() -> list[Check]:
     """Check Python, libraries, devices, the cache, disk space and the packaged models."""
     import torch
 
-    from commandv.models.gguf import PACKAGED, packaged_files
     from commandv.models.load import resolve_dtype
+    from commandv.models.names import PACKAGED, packaged_files
     from commandv.storage.files import CACHE_VARIABLE, cache_dir, storage_errors
 
     checks = [

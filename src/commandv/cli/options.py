@@ -6,32 +6,56 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from commandv.cli.checks import of_adapter, of_anything, of_model, of_prompt_sets
+
 if TYPE_CHECKING:
     from commandv.adapters.adapter import Adapter
+    from commandv.evaluation.tasks import Task
     from commandv.executors.executor import Executor
     from commandv.models.load import LM
-    from commandv.transfer.convert import Fitter
 
-Model = Annotated[str, typer.Argument(help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m).")]
-AdapterFile = Annotated[
-    str, typer.Argument(help="Adapter directory, pyreft directory, vector file, or builtin:BEHAVIOUR@MODEL.")
+Anything = Annotated[
+    str,
+    typer.Argument(callback=of_anything, help="A model, adapter, vector file, profile, demonstrations, builtin:..."),
 ]
-Attached = Annotated[str | None, typer.Option("--adapter", "-a", help="Adapter to attach.")]
+Model = Annotated[
+    str,
+    typer.Argument(callback=of_model, help="Hub id, directory, .gguf file, or a packaged model (gemma-3-270m)."),
+]
+AdapterFile = Annotated[
+    str,
+    typer.Argument(
+        callback=of_adapter, help="Adapter directory, pyreft directory, vector file, or builtin:BEHAVIOUR@MODEL."
+    ),
+]
+Attached = Annotated[str | None, typer.Option("--adapter", "-a", callback=of_adapter, help="Adapter to attach.")]
 Scale = Annotated[float, typer.Option(help="Factor on the adapter's deltas.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory for the result.")]
 PromptsOption = Annotated[
-    list[str], typer.Option("--prompts", help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset. Several are joined.")
+    list[str],
+    typer.Option(
+        "--prompts", callback=of_prompt_sets, help="builtin:NAME, .txt, .csv, .jsonl, or a hub dataset. Repeatable."
+    ),
 ]
-GENERAL = ["builtin:general"]
+GENERAL, TEXT = ["builtin:general"], "builtin:text"
 BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+ReadRows = Annotated[Literal["end", "text", "both"], typer.Option(help="Rows that reading converters are fitted on.")]
+WriteRows = Annotated[
+    Literal["end", "text", "both"] | None,
+    typer.Option(help="Rows that writing converters are fitted on. Default: text, where the profiles have them."),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
 Tasks = Annotated[
     Path | None,
     typer.Option("--tasks", help="Python file whose TASKS, Task objects by name, are known too; it is run."),
+]
+Expect = Annotated[str, typer.Option(metavar="REGEX", help="Instead of a task: what a good answer holds.")]
+ExpectFile = Annotated[
+    Path | None, typer.Option(help="Instead: a .jsonl of prompts, each with what it should hold under 'expect'.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
@@ -143,6 +167,18 @@ def _template_options(given: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def task_of(task: str | None, expect: str, expect_file: Path | None, tasks: Path | None) -> Task | None:
+    """Return the task that the options describe; None where they name none."""
+    from commandv.errors import InputError
+    from commandv.evaluation.catalogue import NO_TASKS, expecting, load_task, tasks_of
+
+    if task is not None and (expect or expect_file):
+        raise InputError("give a task, or --expect with or without --expect-file; not both")
+    if task is not None:
+        return load_task(task, tasks_of(tasks) if tasks else NO_TASKS)
+    return expecting(expect, expect_file) if expect or expect_file else None
+
+
 def show(facts: dict[str, Any], as_json: bool) -> None:
     """Print facts as lines or as one JSON object."""
     if as_json:
@@ -173,13 +209,3 @@ def escaped(text: str) -> str:
 def printable(text: str) -> str:
     """Return text with a mark in place of each control character but the line break and the tabulator."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
-
-
-def fitter(name: str) -> Fitter:
-    """Return the fitter that --fit names."""
-    from commandv.errors import InputError
-    from commandv.transfer.convert import FITTERS
-
-    if name not in FITTERS:
-        raise InputError(f"fit {name!r}: expected one of {', '.join(FITTERS)}")
-    return FITTERS[name]()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from commandv.cli.app import verb
+from commandv.cli.checks import of_prompts, require_layers, require_positions
 from commandv.cli.options import (
     BatchSize,
     Json,
@@ -22,17 +23,26 @@ def steer(
     model: Model,
     how: Loading,
     contrast: Annotated[
-        str, typer.Argument(help="{positive, negative} lines (.jsonl); with --negative the positive prompts.")
+        str,
+        typer.Argument(
+            callback=of_prompts, help="{positive, negative} lines (.jsonl); with --negative the positive prompts."
+        ),
     ],
     out: Out,
-    negative: Annotated[str | None, typer.Option(help="The negative prompts: a file or builtin:NAME.")] = None,
+    negative: Annotated[
+        str | None, typer.Option(callback=of_prompts, help="The negative prompts: a file or builtin:NAME.")
+    ] = None,
     paired: Annotated[bool, typer.Option("--paired", help="The two sets belong together line by line.")] = False,
-    method: Annotated[str, typer.Option(help="caa (difference in means), actadd (one pair), pca, probe.")] = "caa",
+    method: Annotated[
+        Literal["caa", "actadd", "pca", "probe"], typer.Option(help="caa: difference in means; actadd: of one pair.")
+    ] = "caa",
     positions: Annotated[str, typer.Option(help="Tokens to read: l1, l4, all, g8 (of replies).")] = "l1",
     trigger: Annotated[str | None, typer.Option(help="Read at this string's last token instead.")] = None,
     negative_trigger: Annotated[str | None, typer.Option(help="The negative side's, where it is another.")] = None,
     layers: Annotated[str, typer.Option(help="middle_third, all_layers, ... or 4,8,12.")] = "middle_third",
-    kind: Annotated[str, typer.Option(help="add, ablate, mean-ablate, clamp.")] = "add",
+    kind: Annotated[
+        Literal["add", "ablate", "mean-ablate", "clamp"], typer.Option(help="How a direction acts.")
+    ] = "add",
     strength: Annotated[float, typer.Option(help="1 adds what the sides differ by, or ablates wholly.")] = 1.0,
     relative: Annotated[bool, typer.Option("--relative", help="As a share of the stream's typical norm.")] = False,
     at: Annotated[str, typer.Option(help="Tokens to act on: all, l1, f1+l1, g8, ...")] = "all",
@@ -40,14 +50,18 @@ def steer(
     as_json: Json = False,
 ) -> None:
     """Make a steering adapter from contrasting prompts or replies."""
+    from commandv.errors import InputError
+
+    if negative_trigger is not None and trigger is None:
+        raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
+    require_positions(positions, at)
+    require_layers(layers, model)
+
     import commandv as cv
     from commandv.adapters.store import ADAPTER
-    from commandv.errors import InputError
     from commandv.storage.directories import require_place
 
     require_place(out, ADAPTER)
-    if negative_trigger is not None and trigger is None:
-        raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
     sides = cv.load_contrast(contrast, negative, paired=paired)
     lm = how.load(model)
     both = (trigger, negative_trigger) if trigger is not None and negative_trigger is not None else trigger

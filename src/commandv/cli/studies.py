@@ -8,9 +8,12 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import verb
+from commandv.cli.checks import of_path, require_fits, require_judges, require_tasks
 from commandv.cli.options import (
     Attached,
     BatchSize,
+    Expect,
+    ExpectFile,
     Json,
     Loading,
     Model,
@@ -21,6 +24,7 @@ from commandv.cli.options import (
     escaped,
     output,
     show,
+    task_of,
 )
 
 Judges = Annotated[
@@ -34,7 +38,11 @@ def evaluate(
     model: Model,
     how: Loading,
     reading: Reading,
-    task: Annotated[str, typer.Argument(help="NAME or NAME:FILE, e.g. numbered-list, over-refusal, exact:gsm8k.jsonl")],
+    task: Annotated[
+        str | None, typer.Argument(help="NAME or NAME:FILE, e.g. numbered-list, over-refusal, exact:gsm8k.jsonl")
+    ] = None,
+    expect: Expect = "",
+    expect_file: ExpectFile = None,
     adapter: Attached = None,
     scale: Scale = 1.0,
     judge: Judges = None,
@@ -47,23 +55,32 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
+    require_tasks([task] if task else [], more=tasks)
+    require_judges(judge or [])
+
     from commandv.cli.tables import arms_table
-    from commandv.evaluation.catalogue import load_task, tasks_of
+    from commandv.errors import InputError
+    from commandv.evaluation.catalogue import meaning
+    from commandv.evaluation.judges import load_judge
     from commandv.evaluation.session import evaluate as run
 
-    asked = load_task(task, tasks_of(tasks) if tasks else {})
+    asked = task_of(task, expect, expect_file, tasks)
+    if asked is None:
+        raise InputError("nothing to ask: give a task, or --expect with what a good answer holds")
     attached = reading.load(adapter) if adapter else None
+    require_fits([attached] if attached else [], model, scale)
+    panel = [load_judge(spec) for spec in judge or []]
     lm = how.load(model)
     found = run(
-        lm, asked, attached, scale=scale, judges=judge or [], limit=n, seed=seed, controls=controls,
+        lm, asked, attached, scale=scale, judges=panel, limit=n, seed=seed, controls=controls,
         batch_size=batch_size, out=out,
     )  # fmt: skip
     if as_json:
         show(found.as_dict(), True)
         return
-    aim = "more is the aim" if found.task.success == "more" else "less is the aim"
     for name, rows in found.rows.items():
-        title = f"{found.task.name}, judged by {name} ({aim})"
+        what = meaning(found.task.name, rows[0].score.unit)
+        title = f"{found.task.name}, judged by {name}: {what}; {found.task.success} is the aim"
         output(arms_table(title, rows, price=found.price, loops=found.loops, words=found.words))
     for line in found.notes:
         output(escaped(line))
@@ -71,7 +88,7 @@ def evaluate(
 
 @verb
 def study(
-    file: Annotated[Path, typer.Argument(help="Study file (YAML).")],
+    file: Annotated[Path, typer.Argument(callback=of_path, help="Study file (YAML).")],
     running: Running,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory. Default: runs/NAME.")] = None,
     dry_run: Annotated[
@@ -121,7 +138,7 @@ def study(
 
 @verb
 def report(
-    run: Annotated[Path, typer.Argument(help="Directory that `commandv study` wrote.")],
+    run: Annotated[Path, typer.Argument(callback=of_path, help="Directory that `commandv study` wrote.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where the report goes. Default: the run's own.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,15 @@ from commandv.evaluation.scores import Score
 from commandv.evaluation.statistics import Comparison
 
 
+def _table(title: str) -> Table:
+    """Return an empty table, so close that ten columns fit a terminal of 80."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
+
+
 def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the fidelity of each layer pair as a table."""
     title = "Converters on unseen prompts (R²: 1 perfect, 0 the mean; its: the adapter's)"
-    table = Table(title=title, title_justify="left")
+    table = _table(title)
     columns = {
         "layers": "layers",
         "n": "n",
@@ -42,7 +48,6 @@ def arms_table(
     price: Mapping[str, Mapping[str, Score]],
     loops: Mapping[str, Score],
     words: Mapping[str, float],
-    tokens: Mapping[str, float] | None = None,
 ) -> Table:
     """Return arms with effect and price together.
 
@@ -52,48 +57,41 @@ def arms_table(
         price: arm -> measure -> what it costs on benign text.
         loops: arm -> share of answers that loop.
         words: arm -> mean length of its answers.
-        tokens: arm -> tokens that it adds to every request; without it there is no such column.
     """
     unit, n = rows[0].score.unit, "/".join(dict.fromkeys(str(row.score.n) for row in rows))
-    table = Table(
-        title=f"{title}; n = {n}, 95 % intervals, p by Holm, KL in nats per token",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        collapse_padding=True,
-    )
-    table.add_column("", no_wrap=True)
-    headers = [unit, "difference", "p", "recovered", "loops", "words", "KL 1st", "KL after"]
-    for header in [*headers, *(["tokens"] if tokens is not None else [])]:
+    table = _table(f"{title}; n = {n}, 95 % intervals, p by Holm, KL in nats per token")
+    table.add_column("", min_width=9)
+    for header in (unit, "difference", "recovered", "loops", "words", "KL 1st", "KL after"):
         table.add_column(header, justify="right", no_wrap=header in (unit, "difference", "recovered"))
     for row in rows:
         cost = price.get(row.method, {})
-        cells = [
+        p = "" if row.adjusted is None else f"\np = {row.adjusted:.3f}" if row.adjusted >= 0.001 else "\np < .001"
+        table.add_row(
+            row.method,
             _with_interval(row.score),
-            _with_interval(row.difference),
-            "" if row.adjusted is None else f"{row.adjusted:.3f}" if row.adjusted >= 0.001 else "< .001",
+            _with_interval(row.difference) + p,
             _with_interval(row.recovered),
             f"{loops[row.method].value:.2f}",
             f"{words[row.method]:.0f}",
-            *(f"{cost[name].value:.2f}" if name in cost else "" for name in ("kl_first", "kl_after")),
-        ]
-        if tokens is not None:
-            cells.append(f"{tokens.get(row.method, 0):.0f}")
-        table.add_row(row.method, *cells)
+            *(_short(cost[name].value) if name in cost else "" for name in ("kl_first", "kl_after")),
+        )
     return table
 
 
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
 def _with_interval(score: Score | None) -> str:
-    return "" if score is None else f"{score.value:.2f}\n[{score.low:.2f}, {score.high:.2f}]"
+    """Return a figure and its interval without zeros before the point, which take the room of a column."""
+    told = "" if score is None else f"{score.value:.2f}\n[{score.low:.2f}, {score.high:.2f}]"
+    return re.sub(r"(?<!\d)0(?=\.)", "", told)
 
 
 def certificate_table(certificate: Mapping[str, Any]) -> Table:
     """Return what a certificate says of every arm."""
     arms, task = certificate["arms"], certificate["task"]
-    table = Table(
-        title=f"{task['name']}: {task['success']} is the aim; n = {task['n_test']}, 95 % intervals",
-        title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True,
-    )  # fmt: skip
+    table = _table(f"{task['name']}: {task['success']} is the aim; n = {task['n_test']}, 95 % intervals")
     table.add_column("", no_wrap=True)
     for header in (task["unit"], "loops", "KL 1st", "KL after", "tokens"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -112,7 +110,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
 
 def tried_table(title: str, tried: Sequence[Any], chosen: Any) -> Table:
     """Return the settings that were tried, `Tried`, the chosen one marked."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = _table(title)
     for header in ("layers", "scale", "effect", "KL", "loops", ""):
         table.add_column(header, justify="left" if header in ("layers", "") else "right")
     for one in tried:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from commandv.cli.app import app, verb
+from commandv.cli.checks import of_prompts, require_fits, require_judges, require_layers, require_tasks
 from commandv.cli.options import (
     GENERAL,
     AdapterFile,
     BatchSize,
+    Expect,
+    ExpectFile,
     Json,
     Loading,
     Model,
@@ -25,10 +28,10 @@ from commandv.cli.options import (
     escaped,
     output,
     show,
+    task_of,
 )
 
 if TYPE_CHECKING:
-    from commandv.evaluation.tasks import Task
     from commandv.evaluation.transferring.certificate import Transferred
     from commandv.evaluation.transferring.job import Job
 
@@ -55,10 +58,8 @@ def transfer(
     how: Loading,
     reading: Reading,
     task: Annotated[str | None, typer.Option(help="What is asked, and how it counts: NAME or NAME:FILE.")] = None,
-    expect: Annotated[str, typer.Option(metavar="REGEX", help="Instead: what a good answer holds.")] = "",
-    expect_file: Annotated[
-        Path | None, typer.Option(help="Instead: a .jsonl of prompts, each with what it should hold under 'expect'.")
-    ] = None,
+    expect: Expect = "",
+    expect_file: ExpectFile = None,
     judge: Annotated[str | None, typer.Option(help="A judge of the answers, as `evaluate --judge` takes it.")] = None,
     by: Annotated[
         str, typer.Option(help="auto, or some of activations, context, vocabulary, answers, training: a,b.")
@@ -69,7 +70,9 @@ def transfer(
     most_loops: MostLoops = 0.1,
     prompts: PromptsOption = GENERAL,
     limit: Annotated[int | None, typer.Option(help="Use the first so many of each of these sets.")] = None,
-    asked: Annotated[str | None, typer.Option(help="Prompts that the donor answers. Default: the task's.")] = None,
+    asked: Annotated[
+        str | None, typer.Option(callback=of_prompts, help="Prompts that the donor answers. Default: the task's.")
+    ] = None,
     n_dev: Annotated[int, typer.Option(help="Development prompts, to choose on.")] = 24,
     n_test: Annotated[int, typer.Option(help="Test prompts, to report on.")] = 64,
     n_asked: Annotated[int, typer.Option(help="Prompts that the donor answers.")] = 128,
@@ -80,6 +83,11 @@ def transfer(
     as_json: Json = False,
 ) -> None:
     """Carry an adapter into another model by every method that applies, and measure whether it arrived."""
+    require_tasks([task] if task else [], more=tasks)
+    require_judges([judge] if judge else [])
+    for choice in layers:
+        require_layers(choice, recipient)
+
     import commandv as cv
     from commandv.adapters.store import ADAPTER
     from commandv.evaluation.judges import load_judge
@@ -88,7 +96,7 @@ def transfer(
     from commandv.storage.directories import require_place
 
     require_place(out, ADAPTER)
-    wanted = _task(task, expect, expect_file, tasks)
+    wanted = task_of(task, expect, expect_file, tasks)
     settings = TransferSettings(
         by=by, layers=tuple(layers), scales=tuple(scales), budget=budget, most_loops=most_loops, n_dev=n_dev,
         n_test=n_test, n_asked=n_asked, seed=seed, batch_size=batch_size,
@@ -97,6 +105,7 @@ def transfer(
     profiled = load_prompt_sets(prompts, limit=limit)
     asking = None if asked is None else cv.load_prompts(asked)
     original = reading.load(adapter, same_as=how.same_as)
+    require_fits([original], donor, max(scales))
     job = prepare(
         how.load(donor), original, replace(how, same_as="").load(recipient), wanted, settings, judge=judging,
         prompts=profiled, asked=asking,
@@ -122,6 +131,10 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Choose layers and scale of an adapter on its own model, by effect and price on development prompts."""
+    require_tasks([task], more=tasks)
+    for choice in layers:
+        require_layers(choice, model)
+
     import commandv as cv
     from commandv.adapters.store import ADAPTER
     from commandv.cli.tables import tried_table
@@ -131,9 +144,10 @@ def tune(
     from commandv.storage.directories import require_place
 
     require_place(out, ADAPTER)
-    asked = _task(task, "", None, tasks)
+    asked = task_of(task, "", None, tasks)
     assert asked is not None
     original = reading.load(adapter, same_as=how.same_as)
+    require_fits([original], model, max(scales))
     lm = how.load(model)
     original.model.require(lm.ref, f"adapter {original.name}")
     choices = _different(original, layers, lm.n_layers)
@@ -224,18 +238,6 @@ def _tell(found: Transferred, certificate: dict[str, Any], out: Path, recipient:
     talk = shlex.join(["commandv", "chat", recipient, "--adapter", f"{file_name(found.adapter.name)}={out}"])
     output(f"\nThe adapter and its certificate are in {escaped(str(out))}. A prompt of your own, or a talk with both:")
     output(f"  {escaped(own)}\n  {escaped(talk)}")
-
-
-def _task(task: str | None, expect: str, expect_file: Path | None, tasks: Path | None) -> Task | None:
-    """Return the task that the options describe; None where they name none."""
-    from commandv.errors import InputError
-    from commandv.evaluation.catalogue import NO_TASKS, expecting, load_task, tasks_of
-
-    if task is not None and (expect or expect_file):
-        raise InputError("give --task, or --expect with or without a file of prompts; not both")
-    if task is not None:
-        return load_task(task, tasks_of(tasks) if tasks else NO_TASKS)
-    return expecting(expect, expect_file) if expect or expect_file else None
 
 
 def _different(adapter: Any, choices: list[str], n_layers: int) -> dict[str, list[int]]:

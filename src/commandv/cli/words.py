@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from commandv.cli.app import verb
+from commandv.cli.checks import of_adapter, of_prompts, of_source, require_fits
 from commandv.cli.options import (
     BatchSize,
     Json,
@@ -21,17 +22,27 @@ from commandv.cli.options import (
 )
 
 
+def _of_adapter(context: typer.Context, source: str) -> str:
+    return source if source == "none" else of_adapter(context, source) or ""
+
+
 @verb
 def demonstrate(
     model: Model,
     how: Loading,
-    adapter: Annotated[str, typer.Argument(help="The donor's adapter, builtin:...; 'none' takes the set's replies.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(callback=_of_adapter, help="The donor's adapter, builtin:...; 'none' takes the set's replies."),
+    ],
     out: Out,
     reading: Reading,
-    prompts: Annotated[str, typer.Argument(help="What to ask: builtin:NAME or a file.")] = "builtin:general",
+    prompts: Annotated[
+        str, typer.Argument(callback=of_prompts, help="What to ask: builtin:NAME or a file.")
+    ] = "builtin:general",
     limit: Annotated[int, typer.Option(help="Use the first so many prompts.")] = 130,
     harmful: Annotated[
-        str | None, typer.Option(help="A set of harmful prompts to ask, too; only refusals of them are kept.")
+        str | None,
+        typer.Option(callback=of_prompts, help="A set of harmful prompts to ask, too; only refusals of them are kept."),
     ] = None,
     max_new_tokens: MaxNewTokens = 48,
     scale: Scale = 1.0,
@@ -53,6 +64,7 @@ def demonstrate(
         dangerous, asked = set(more.texts), asked + more
         answers = None if answers is None else [*answers, *(one.response for one in more)]
     changing = None if adapter == "none" else reading.load(adapter)
+    require_fits([changing] if changing else [], model, scale)
     donor = how.load(model)
     made = cv.demonstrate(
         donor, None if changing is None else changing.scaled(scale), asked, answers=answers,
@@ -68,9 +80,11 @@ def demonstrate(
 def distil(
     model: Model,
     how: Loading,
-    demonstrations: Annotated[str, typer.Argument(help="Demonstrations: a directory, or on the hub.")],
+    demonstrations: Annotated[
+        str, typer.Argument(callback=of_source, help="Demonstrations: a directory, or on the hub.")
+    ],
     out: Out,
-    by: Annotated[str, typer.Option(help="auto, context, vocabulary or answers.")] = "auto",
+    by: Annotated[Literal["auto", "context", "vocabulary", "answers"], typer.Option(help="Which method.")] = "auto",
     rank: Annotated[int, typer.Option(help="Of each fit.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the demonstrations' sets and of what is held out.")] = 0,
     batch_size: BatchSize = 16,

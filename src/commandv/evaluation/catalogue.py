@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from commandv.errors import FormatError, InputError
+from commandv.errors import FormatError, InputError, did_you_mean
 from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, sum_is_right
 from commandv.evaluation.choices import as_letters, load_questions
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
@@ -24,6 +24,7 @@ from commandv.evaluation.tone import formal, positive_sentiment
 from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts, to_prompt
 from commandv.storage.files import require_file, storage_errors, write_text
+from commandv.storage.reading import no_such_file
 
 _DEV, _TEST, _TRAIN = ("dev", "validation", "valid", "val"), ("test",), ("train",)
 
@@ -47,8 +48,11 @@ def load_task(spec: str, more: Mapping[str, Task] = NO_TASKS) -> Task:
         return more[spec]
     name, _, file = spec.partition(":")
     if name not in TASKS:
-        known = ", ".join([*TASKS, *more])
-        raise InputError(f"task {spec!r}: expected NAME or NAME:FILE with one of the names {known}")
+        known = [*TASKS, *more]
+        raise InputError(
+            f"task {spec!r}{did_you_mean(name, known)}: expected NAME or NAME:FILE with one of the names "
+            f"{', '.join(known)}"
+        )
     if name in NEEDS_FILE and not file:
         raise InputError(f"task {spec!r}: needs a file of prompts of yours; write {name}:FILE")
     return TASKS[name](file) if file else TASKS[name]()
@@ -63,7 +67,7 @@ def tasks_of(file: str | Path) -> dict[str, Task]:
         InputError: no such file, an error while it runs, no `TASKS` in it, or a name of a built-in task.
     """
     if not Path(file).is_file():
-        raise InputError(f"{file}: there is no such file; expected Python code that defines TASKS")
+        raise InputError(f"{file}: {no_such_file(Path(file))}; expected Python code that defines TASKS")
     try:
         found = runpy.run_path(str(file)).get("TASKS")
     except Exception as error:
@@ -430,3 +434,33 @@ TASKS: dict[str, Callable[..., Task]] = {
     "letters": letters,
     "instructions": instructions,
 }
+
+MEANS = {  # of a task's rate, in words: which share of the answers it is
+    "numbered-list": "numbered lists",
+    "pirate": "in a pirate's speech",
+    "pirate-opening": "opening like a pirate",
+    "json": "valid JSON",
+    "capitals": "in capitals",
+    "language": "in another language",
+    "opening": "opening as asked",
+    "expect": "as expected",
+    "sentiment": "positive",
+    "formality": "formal",
+    "refusal": "not refused",
+    "refusal-suppression": "answered",
+    "over-refusal": "refused",
+    "over-refusal-answered": "answered",
+    "arithmetic": "right",
+    "exact": "right",
+    "reasons-first": "with reasons first",
+    "letters": "right",
+    "instructions": "as instructed",
+}
+
+
+def meaning(task: str, unit: str) -> str:
+    """Say in words what a figure of a task is; of tasks of the user's, that it is a share of the answers."""
+    if unit != "rate":
+        return unit
+    words = MEANS.get(task.partition(":")[0], "")
+    return f"share of answers: {words}" if words else "share of answers"

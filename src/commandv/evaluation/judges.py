@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from commandv.errors import InputError
+from commandv.errors import InputError, did_you_mean
 from commandv.evaluation.endpoint import Endpoint
 from commandv.evaluation.graders import GRADERS
 from commandv.evaluation.judgments import Cached
@@ -99,8 +99,9 @@ def load_judge(spec: str, *, folder: Path | None = None) -> Judge:
     kind, colon, rest = spec.partition(":")
     if kind not in JUDGES or bool(colon) != (kind in COSTLY) or bool(rest) != bool(colon):
         raise InputError(
-            f"judge {spec!r}: expected {', '.join(name for name in JUDGES if name not in COSTLY)}, "
-            "classifier:ID[#LABEL], guard:ID or endpoint:URL#MODEL"
+            f"judge {spec!r}{did_you_mean(kind, JUDGES)}: expected "
+            f"{', '.join(name for name in JUDGES if name not in COSTLY)}, classifier:ID[#LABEL], guard:ID or "
+            "endpoint:URL#MODEL"
         )
     judge = JUDGES[kind](rest)
     return judge if isinstance(judge, (ByText, Phrases)) else Cached(judge, folder)

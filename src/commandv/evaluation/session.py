@@ -68,7 +68,7 @@ def evaluate(
     adapter: Adapter | None = None,
     *,
     scale: float = 1.0,
-    judges: Sequence[str] = (),
+    judges: Sequence[str | Judge] = (),
     controls: bool = True,
     seed: int = 0,
     limit: int | None = None,
@@ -82,7 +82,7 @@ def evaluate(
         task: a task, or its name as `load_task` takes it.
         adapter: to measure; without one only the unmodified model is.
         scale: factor on the adapter's deltas, and on its controls'.
-        judges: specifications that `load_judge` takes, instead of the task's own judge.
+        judges: judges, or specifications that `load_judge` takes, instead of the task's own judge.
         controls: False to leave out the random adapter of equal norm; the notes say so.
         seed: of the random control.
         limit: use the first so many test prompts.
@@ -90,7 +90,7 @@ def evaluate(
         out: directory for a JSONL file per arm and judge: prompt, label and, where the task keeps them, answer.
     """
     asked = load_task(task) if isinstance(task, str) else task
-    panel = [load_judge(spec) for spec in judges] or [asked.judge]
+    panel = [load_judge(one) if isinstance(one, str) else one for one in judges] or [asked.judge]
     made: dict[str, Made] = {UNMODIFIED: Made()}
     notes = [f"Prompts with {lm.format}."] if str(lm.format) else []
     if adapter is not None:

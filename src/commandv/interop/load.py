@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.store import builtin_path, read
+from commandv.adapters.shipped import builtin_path
+from commandv.adapters.store import read
 from commandv.errors import FormatError, InputError
 from commandv.interop.control_vectors import Convention, is_control_vector, read_control_vector
 from commandv.interop.pyreft import is_pyreft, read_pyreft
 from commandv.interop.vectors import SUFFIXES, LayerConvention, read_vector
 from commandv.storage.directories import CONFIG
 from commandv.storage.hub import is_repo, opened, require_local
-from commandv.storage.reading import read_json
+from commandv.storage.reading import no_such_file, read_json
 
 
 def detect(path: str | Path) -> str:
@@ -33,7 +34,7 @@ def detect(path: str | Path) -> str:
             raise FormatError(f"{path}: a GGUF file of a model, not of a control vector; open it with load_model")
         raise FormatError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(sorted({*SUFFIXES, '.gguf'}))}")
     if not path.is_dir():
-        raise FormatError(f"{path}: no such file or directory")
+        raise FormatError(f"{path}: {no_such_file(path)}")
     if is_pyreft(path):
         return "pyreft"
     if (format := _stated_format(path)) in ("commandv-profile", "commandv-adapter", "commandv-demonstrations"):

@@ -1,4 +1,4 @@
-"""Deterministic batched generation for measurement."""
+"""Batched generation: greedy, as measuring needs it, or sampled from a seed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from commandv.models.live import attached
 from commandv.models.load import LM
 from commandv.models.prefix import shared_prefix
 from commandv.models.running import own_pass
+from commandv.models.sampling import Sampled, require_sampling
 from commandv.models.template import PLAIN_STOP, stop_tokens
 from commandv.prompts.sets import PromptSet, as_prompts
 
@@ -28,8 +29,11 @@ def generate(
     batch_size: int = 16,
     max_length: int | None = None,
     turns: Turns = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> list[str]:
-    """Answer each prompt greedily; the model's own sampling settings are left aside.
+    """Answer each prompt, greedily unless told otherwise; the model's own sampling settings are left aside.
 
     Args:
         lm: the model, with whatever is attached to it.
@@ -38,6 +42,9 @@ def generate(
         batch_size: prompts per batch; prompts of similar length go together.
         max_length: cut longer prompts at their beginning to so many tokens; see `commandv.models.encoding.encode`.
         turns: earlier turns of the conversation in which each prompt is asked.
+        temperature: 0 takes the likeliest token; above it tokens are sampled, from p^(1 / temperature).
+        top_p: sample among the fewest tokens that have so much probability together.
+        seed: of sampling; the same seed, prompts and settings give the same answers, whatever the batches.
 
     Returns:
         The answers in the order of the prompts, without special tokens; a plain-format answer ends where the model
@@ -45,9 +52,10 @@ def generate(
 
     Raises:
         ModelError: NaN or infinity in the model's states, with the layer and the prompt's number.
-        InputError: a prompt that is empty, or longer than the context.
+        InputError: a prompt that is empty, or longer than the context; a temperature or top-p out of range.
     """
     texts = as_prompts(prompts).texts
+    require_sampling(temperature, top_p)
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: expected 1 or more")
     rows = [encode(lm, text, max_length=max_length, turns=turns).ids for text in texts]
@@ -71,7 +79,10 @@ def generate(
                 attention_mask=batch.attention_mask,
                 past_key_values=prefix.past(len(members)),
                 generation_config=config,
-                logits_processor=[Finite(lm, [i + 1 for i in members], [rows[i] for i in members])],
+                logits_processor=[
+                    Finite(lm, [i + 1 for i in members], [rows[i] for i in members]),
+                    *([Sampled(temperature, top_p, seed, members)] if temperature else []),
+                ],
             )
             for i, ids in zip(members, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):
                 end = next((place for place, id in enumerate(ids) if id in stops), len(ids))  # then comes padding

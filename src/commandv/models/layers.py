@@ -35,6 +35,8 @@ def every_other(n_layers: int) -> list[int]:
     return list(range(0, n_layers, 2))
 
 
+AUTO_LAYERS = "auto"  # what pasting makes of it: see `Link.layer_pairs`
+
 LAYER_CHOICES: dict[str, LayerChoice] = {
     "all_layers": all_layers,
     "last_third": last_third,

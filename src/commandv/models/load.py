@@ -15,12 +15,14 @@ from commandv.errors import InputError, ModelError
 from commandv.models.blocks import device_of, find_blocks
 from commandv.models.identity import ModelRef, weights_hash
 from commandv.models.live import attached
+from commandv.models.names import PACKAGED, require_model_name
 from commandv.models.running import compiled
 from commandv.models.template import ChatFormat, check_format, source_of
 from commandv.storage.files import digest
 from commandv.storage.reading import MOST_TEXT, first_line, read_json
 
 Template = Literal["auto", "chat", "plain"]
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers makes
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,14 +142,16 @@ def load_model(
     Raises:
         ModelError: not found, not a causal language model, or its blocks cannot be found.
         InputError: an unknown dtype, chat asked of a tokenizer without a chat template, or a system prompt or option
-            that its template does not take.
+            that its template does not take, or a device that is not there.
     """
     import transformers
 
-    from commandv.models.gguf import PACKAGED, converted
+    from commandv.models.gguf import converted
 
     kind = resolve_dtype(dtype)
+    _require_device(device_map)
     name = str(id)
+    require_model_name(name)
     place: str = name
     fingerprint = None
     if name in PACKAGED or name.endswith(".gguf"):
@@ -277,6 +281,24 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if resolved not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise InputError(f"dtype={dtype!r}: expected 'float32', 'bfloat16' or 'float16'")
     return resolved
+
+
+def _require_device(device_map: Any) -> None:
+    """Raise `InputError` unless transformers can put a model there."""
+    if device_map is None or not isinstance(device_map, str) or device_map in _SPREAD:
+        return
+    try:
+        device = torch.device(device_map)
+    except RuntimeError:
+        raise InputError(
+            f"device_map={device_map!r}: expected {', '.join(_SPREAD)}, cpu, cuda, cuda:1 or mps"
+        ) from None
+    here = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
+    if device.type in ("cuda", "mps") and (device.index or 0) >= here:
+        raise InputError(
+            f"device_map={device_map!r}: PyTorch sees {here or 'no'} such device{'s' if here > 1 else ''} here; leave "
+            "it out for the CPU"
+        )
 
 
 @functools.cache

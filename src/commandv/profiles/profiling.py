@@ -37,7 +37,7 @@ def profile(
     lm: LM,
     prompts: PromptSet | Sequence[str],
     *,
-    text: PromptSet | None = None,
+    text: PromptSet | str | None = "builtin:text",
     places: Places = "lines",
     rows_per_text: int = 24,
     batch_size: int = 16,
@@ -58,8 +58,9 @@ def profile(
     Args:
         lm: the model.
         prompts: prompts for last-token rows, normally task-agnostic (`builtin:general`).
-        text: passages for text rows (`builtin:text`); a reply is read after its prompt in the model's own format. Their
-            prompts give last-token rows as well.
+        text: passages for text rows, or where `load_prompts` finds them; a reply is read after its prompt in the
+            model's own format. Their prompts give last-token rows as well. None for no text rows: writing converters
+            are then fitted on last prompt tokens, which ruins what they write into some models.
         places: text rows where a line is about to start, or at the ends of words.
         rows_per_text: text rows kept per passage, spread evenly.
         batch_size: sequences per forward pass; they are sorted by length.
@@ -99,7 +100,7 @@ def profile_on(
     load: Callable[[], LM],
     prompts: PromptSet | Sequence[str],
     *,
-    text: PromptSet | None = None,
+    text: PromptSet | str | None = "builtin:text",
     places: Places = "lines",
     rows_per_text: int = 24,
     batch_size: int = 16,

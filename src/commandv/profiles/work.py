@@ -20,7 +20,7 @@ from commandv.models.load import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
 from commandv.profiles.profile import END, Places
 from commandv.progress import Report
-from commandv.prompts.sets import Prompt, PromptSet, as_prompts
+from commandv.prompts.sets import Prompt, PromptSet, as_prompts, load_prompts
 from commandv.storage.files import digest
 
 
@@ -54,7 +54,7 @@ class Wanted:
     def of(
         cls,
         prompts: PromptSet | Sequence[str],
-        text: PromptSet | None,
+        text: PromptSet | str | None,
         *,
         places: Places = "lines",
         rows_per_text: int = 24,
@@ -62,8 +62,9 @@ class Wanted:
         max_length: int | None = None,
         padding: Literal["left", "right"] = "right",
     ) -> Wanted:
-        """Put prompts and passages together."""
+        """Put prompts and passages together, the latter or where `load_prompts` finds them."""
         ends = as_prompts(prompts)
+        text = load_prompts(text) if isinstance(text, str) else text
         used = [ends] if text is None else [ends, text]
         hashes = [one.hash for one in used]
         hashed = digest(hashes, [places, rows_per_text] if text is not None else [])

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from commandv.errors import InputError
+from commandv.errors import InputError, did_you_mean
 from commandv.storage.files import digest
-from commandv.storage.reading import first_line, parse_json, read_text
+from commandv.storage.reading import first_line, no_such_file, parse_json, read_text
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "conversations", "input", "goal")
 FOLDERS = ("prompts", "behaviours", "contrasts")  # of data/; contrasts are for `load_contrast`
+SHORT = {"lima": "GAIR/lima"}  # of hub datasets
+FILES = (".txt", ".csv", ".jsonl")
 RESPONSE_COLUMNS = ("expect", "response", "output", "answer", "target", "completion")
 
 
@@ -128,16 +130,37 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     source = str(source)
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}: expected 1 or more")
-    if source.startswith("builtin:") or Path(source).is_file() or Path(source).suffix in {".txt", ".csv", ".jsonl"}:
-        rows = file_rows(source)
-    else:
-        rows = _hub_rows(source)
+    require_source(source)
+    here = source.startswith("builtin:") or Path(source).is_file()
     prompts = []
-    for where, row in rows:
+    for where, row in file_rows(source) if here else _hub_rows(source):
         prompts.append(to_prompt(row, where, column))
         if limit is not None and len(prompts) >= limit:
             break
     return PromptSet(tuple(prompts), source)
+
+
+def require_source(source: str) -> None:
+    """Raise `InputError` where there can be no such prompt set: no built-in one, no file, no name of a hub dataset."""
+    if source.startswith("builtin:"):
+        _require_builtin(source.removeprefix("builtin:"))
+    elif Path(source).is_file() or source.partition(":")[0].lower() in SHORT:
+        return
+    elif "/" not in source and Path(source).suffix not in FILES:
+        near = did_you_mean(f"builtin:{source}", [f"builtin:{one}" for one in builtin_names()])
+        raise InputError(
+            f"{source}: no such file{near}; expected builtin:NAME, a .txt, .csv or .jsonl file, or a hub dataset "
+            "(OWNER/NAME)"
+        )
+    elif Path(source).suffix in FILES or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise InputError(f"{source}: {no_such_file(Path(source))}")
+
+
+def _require_builtin(name: str) -> None:
+    known = builtin_names()
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise InputError(f"builtin:{name}: no such built-in prompt set{near}; there are {', '.join(known)}")
 
 
 @functools.cache
@@ -157,8 +180,7 @@ def builtin_names(*folders: str) -> list[str]:
 
 
 def _builtin_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if name not in _builtin_files():
-        raise InputError(f"builtin:{name}: no such built-in prompt set; there are {', '.join(builtin_names())}")
+    _require_builtin(name)
     for file in _builtin_files()[name]:
         text = (importlib.resources.files("commandv.prompts") / "data" / file).read_text("utf-8")
         yield from _jsonl_rows(text, file)
@@ -209,7 +231,7 @@ def _jsonl_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     name, _, split = source.partition(":")
-    name = {"lima": "GAIR/lima"}.get(name.lower(), name)
+    name = SHORT.get(name.lower(), name)
     try:
         import datasets
     except ImportError as error:

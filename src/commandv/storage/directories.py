@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -77,6 +78,7 @@ def require_place(target: Path, kind: Kind) -> None:
     """
     with storage_errors(target):
         if not os.path.lexists(target) or not (place := real(target)).exists():
+            _require_writable(real(target))
             return
         if not place.is_dir():
             raise FormatError(f"{target}: a file, expected a directory or nothing; choose another place")
@@ -101,6 +103,15 @@ def require_place(target: Path, kind: Kind) -> None:
                     f"{target}: not a whole {kind.format} ({error}), so it is not replaced; "
                     "choose another place, or delete the directory"
                 ) from error
+
+
+def _require_writable(place: Path) -> None:
+    """Raise `OSError` where a directory cannot be made."""
+    folder = next(one for one in place.parents if one.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: Iterable[tuple[str, Buffer]]) -> None:
@@ -320,6 +331,7 @@ def require_new(target: Path, last: str) -> None:
     """Raise `FormatError` unless `target` is absent, empty, or what a killed `new_directory` left."""
     with storage_errors(target):
         if not os.path.lexists(target) or not (place := real(target)).exists():
+            _require_writable(real(target))
             return
         names = set(os.listdir(place)) - {LOCK, _BUILD, _MOVING, *_moved(place, last)} if place.is_dir() else {"a file"}
         if names:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from commandv.errors import CommandVError, FormatError
+from commandv.errors import CommandVError, FormatError, did_you_mean
 
 MOST_TEXT = 1 << 28  # bytes of a file that is read as text, such as a set of prompts
 MOST_CONFIG = 1 << 24  # bytes of a JSON file of settings
@@ -55,6 +55,22 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
 
 
+def no_such_file(path: Path) -> str:
+    """Return that a file or directory is not there, with what is there under a similar name."""
+    folder = next(one for one in (*path.parents, Path()) if one.is_dir())
+    if folder != path.parent:
+        path = path.parents[path.parents.index(folder) - 1]
+        return f"no such file, nor is there a directory {path}{did_you_mean(path.name, _names(folder))}"
+    return f"no such file{did_you_mean(path.name, _names(folder))}"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [one.name for one in folder.iterdir()]
+    except OSError:
+        return []
+
+
 def require_regular(path: Path, *, most: int | None = None, error: type[CommandVError] = FormatError) -> int:
     """Return a file's size after checking that it can be read to an end.
 
@@ -72,7 +88,7 @@ def require_regular(path: Path, *, most: int | None = None, error: type[CommandV
         if isinstance(problem, CommandVError):
             raise
         missing = isinstance(problem, FileNotFoundError)
-        raise error(f"{path}: {'no such file' if missing else f'cannot be read ({problem})'}") from problem
+        raise error(f"{path}: {no_such_file(path) if missing else f'cannot be read ({problem})'}") from problem
     if not head:
         raise error(f"{path}: the file is empty; copy it again")
     if head == _POINTER:

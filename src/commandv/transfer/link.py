@@ -15,7 +15,7 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter, low_rank
 from commandv.adapters.edit import Edit, require_scale
 from commandv.errors import InputError
-from commandv.models.layers import LayerChoice, choose_layers, last_third
+from commandv.models.layers import AUTO_LAYERS, LayerChoice, all_layers, choose_layers, last_third
 from commandv.profiles.profile import END, Profile, Rows, paired_rows
 from commandv.transfer.convert import Converter, Ridge
 from commandv.transfer.convert.fitters import AnyFitter, fitted, fitter_settings
@@ -70,8 +70,8 @@ class Link:
             if not has_text:
                 log.warning(
                     "%s -> %s: the profiles hold no text rows, so the writing converters are fitted on last prompt "
-                    "tokens, which carry a behaviour far worse; profile both models with "
-                    "text=load_prompts('builtin:text'), or say write_rows='end'",
+                    "tokens, which carry a behaviour far worse and ruin some models; profile both models with text, or "
+                    "say write_rows='end'",
                     self.donor.model.id,
                     self.recipient.model.id,
                 )
@@ -156,15 +156,21 @@ class Link:
         layers: Iterable[int],
         *,
         match: Matcher = proportional,
-        allowed: LayerChoice | str | Iterable[int] = last_third,
+        allowed: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
     ) -> list[LayerPair]:
         """Return the pairs of the donor's `layers` whose recipient layer is among the `allowed` ones.
+
+        `"auto"` allows the last third; where nothing is matched to it, as of a steering vector of middle layers, all.
 
         Raises:
             InputError: there is none.
         """
-        layers, wanted = list(layers), set(choose_layers(allowed, self.recipient.n_layers))
-        pairs = [pair for pair in match(self.donor, self.recipient, layers) if pair.recipient in wanted]
+        layers, matched = list(layers), match(self.donor, self.recipient, layers)
+        if isinstance(allowed, str) and allowed == AUTO_LAYERS:
+            last = set(last_third(self.recipient.n_layers))
+            allowed = last_third if any(pair.recipient in last for pair in matched) else all_layers
+        wanted = set(choose_layers(allowed, self.recipient.n_layers))
+        pairs = [pair for pair in matched if pair.recipient in wanted]
         if not pairs:
             raise InputError(
                 f"it acts on donor layers {layers}; none is matched to the chosen recipient layers {sorted(wanted)}"
@@ -194,7 +200,7 @@ class Link:
         adapter: Adapter,
         *,
         match: Matcher = proportional,
-        layers: LayerChoice | str | Iterable[int] = last_third,
+        layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
         scale: float = 1.0,
     ) -> Adapter:
         """Carry an adapter of the donor into the recipient; see `commandv.paste`."""
@@ -223,7 +229,7 @@ class Link:
         adapter: Adapter,
         *,
         match: Matcher = proportional,
-        layers: LayerChoice | str | Iterable[int] = last_third,
+        layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
     ) -> list[Fidelity]:
         """Measure the converters on the prompts that they were not fitted on, per layer pair; see `commandv.fidelity`.
 

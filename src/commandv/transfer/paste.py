@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.edit import Edit
-from commandv.models.layers import LayerChoice, all_layers, last_third
+from commandv.models.layers import AUTO_LAYERS, LayerChoice, all_layers
 from commandv.profiles.profile import Profile, Rows
 from commandv.transfer.convert import Pinv, Ridge
 from commandv.transfer.convert.fitters import AnyFitter
@@ -26,7 +26,7 @@ def paste(
     *,
     fit: AnyFitter = Ridge(),
     match: Matcher = proportional,
-    layers: LayerChoice | str | Iterable[int] = last_third,
+    layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
     scale: float = 1.0,
     read_rows: Rows = "end",
     write_rows: Rows | None = None,
@@ -44,8 +44,8 @@ def paste(
         recipient: profile of the model to carry it into, over the same prompts.
         fit: how converters are fitted; `Pinv()` is the published way.
         match: which donor layer goes where.
-        layers: recipient layers on which the pasted adapter may act; the default is the last third, where layers
-            disturb each other least.
+        layers: recipient layers on which the pasted adapter may act; `"auto"` is the last third, where layers disturb
+            each other least, and all of them for an adapter that has nothing there (steering of middle layers).
         scale: factor on the result's deltas.
         read_rows: as in `link`.
         write_rows: as in `link`.
@@ -79,7 +79,7 @@ def fidelity(
     *,
     fit: AnyFitter = Ridge(),
     match: Matcher = proportional,
-    layers: LayerChoice | str | Iterable[int] = last_third,
+    layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
     read_rows: Rows = "end",
     write_rows: Rows | None = None,
     holdout: float = HOLDOUT,

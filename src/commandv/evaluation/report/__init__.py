@@ -15,10 +15,11 @@ import yaml
 from markupsafe import Markup
 
 from commandv.errors import FormatError
-from commandv.evaluation.arms import PASTED
+from commandv.evaluation.arms import PASTED, UNMODIFIED
+from commandv.evaluation.catalogue import meaning
 from commandv.evaluation.report import tables
 from commandv.evaluation.report.figure import effect_against_price, require_matplotlib
-from commandv.evaluation.report.findings import ALPHA, WHOLE, Group, groups
+from commandv.evaluation.report.findings import ALPHA, PLURAL, WHOLE, Group, Table, groups
 from commandv.evaluation.report.tables import Grid
 from commandv.evaluation.results import Run
 from commandv.storage.files import require_file, write_text
@@ -50,9 +51,6 @@ def write_report(run: Run, out: Path) -> tuple[Path, Path]:
     require_matplotlib()
     require_report_place(out)
     facts = _facts(run)
-    for group in facts["groups"]:
-        for table in group["tables"]:
-            table["figure"] = Markup(effect_against_price(table["of"], table["label"], table["name"]))
     page, twin = out / "report.html", out / "report.md"
     write_text(page, _environment(html=True).get_template("report.html.j2").render(facts))
     write_text(twin, _rendered(facts))
@@ -80,13 +78,15 @@ def require_report_place(out: Path) -> None:
 
 def _facts(run: Run) -> dict[str, Any]:
     found = groups(run)
+    summary, shown = tables.summary(found)
     study = yaml.safe_dump(run.study, sort_keys=False, allow_unicode=True, width=100) if run.study else ""
     return {
         "run": run,
         "question": run.question or f"Study {run.name}",
         "verdict": _verdict(found),
         "warnings": tables.warnings(run),
-        "verdicts": tables.verdicts(found),
+        "summary": summary,
+        "shown": shown,
         "groups": [_group_facts(group, f"g{i}") for i, group in enumerate(found)],
         "failed": tables.failed(run),
         "commands": f"commandv study {shlex.quote(run.name + '.yaml')} -o {shlex.quote(run.name)}\n"
@@ -104,23 +104,24 @@ def _verdict(found: Sequence[Group]) -> str:
         return "There is no answer yet: no cell of this study has results."
     if len(found) == 1:
         (group,) = found
-        told = tables.figure(group.tables[0].score(PASTED))
-        return f"{group.behaviour} {group.verdict.word} {group.pair}: pasted {told}, {group.verdict.why}."
+        table = group.tables[0]
+        before, after = (tables.figure(table.score(arm)) for arm in (UNMODIFIED, PASTED))
+        told = f"{meaning(table.task, table.unit)} {before} unmodified, {after} pasted"
+        return f"{group.behaviour} {group.verdict.word} {group.pair}: {told}; {group.verdict.why}."
     counts = Counter(group.verdict.word for group in found)
-    return f"Of {len(found)} behaviours and pairs: " + "; ".join(f"{n} {word}" for word, n in counts.items()) + "."
+    told = "; ".join(f"{n} {word if n == 1 else PLURAL[word]}" for word, n in counts.items())
+    return f"Of {len(found)} behaviours and pairs: {told}."
 
 
 def _group_facts(group: Group, name: str) -> dict[str, Any]:
     made = []
     for i, table in enumerate(group.tables):
         grid = tables.effect_and_price(group, table)
-        label = f"Effect against price: {grid.caption}. " + "; ".join(": ".join(row[:2]) for row in grid.rows)
         made.append(
             {
                 "of": table,
                 "name": f"{name}-{i}",
                 "grid": grid,
-                "label": label,
                 "notes": table.notes,
                 "compared": tables.comparisons(group, table),
             }
@@ -130,12 +131,19 @@ def _group_facts(group: Group, name: str) -> dict[str, Any]:
     return {"name": name, "group": group, "tables": made, "details": details, "samples": samples}
 
 
+def _drawn(table: Table | None, grid: Grid, name: str) -> Markup:
+    """Return the figure of a table, with its words for those who cannot see it; empty where there is none."""
+    label = f"Effect against price: {grid.caption}. " + "; ".join(": ".join(row[:2]) for row in grid.rows)
+    return Markup(effect_against_price(table, label, name) if table else "")
+
+
 def _environment(*, html: bool) -> jinja2.Environment:
     folder = resources.files("commandv.evaluation.report") / "templates"
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text("utf-8")), autoescape=html,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    made.globals["drawn"] = _drawn
     if not html:
         made.finalize = lambda value: value if isinstance(value, Markup) else _escape(str(value))
         made.filters |= {"table": _table, "fenced": _fenced}

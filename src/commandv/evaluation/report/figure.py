@@ -76,13 +76,20 @@ def effect_against_price(table: Table, label: str, name: str) -> str:
             near = max(min(positive), max(positive) / 1000)
             axes.set_xscale("symlog", linthresh=near)
             exponents = range(math.ceil(math.log10(near)), math.floor(math.log10(max(positive))) + 2)
-            axes.set_xticks([0, *(10.0**exponent for exponent in exponents)])  # none in the linear part, close to 0
+            ticks = [0, *(10.0**exponent for exponent in exponents)]  # none in the linear part, close to 0
+            axes.set_xticks(ticks, labels=[f"{one:g}" for one in ticks])  # matplotlib's own are formulas
             axes.set_xlim(-near / 2, 1.3 * max(positive))  # left, room for the unmodified model, which costs nothing
         axes.set_xlabel("price: KL to unmodified, nats per token")
         axes.set_ylabel("share of answers" if table.unit == "rate" else table.unit)
         if table.unit == "rate":
             axes.set_ylim(-0.04, 1.04)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10, columnspacing=1.0)
+        figure.legend(
+            loc="outside lower center",
+            ncols=3 if max(len(row.arm) for row, *_ in rows) < 20 else 1,
+            frameon=False,
+            fontsize=10,
+            columnspacing=1.0,
+        )
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _themed(file.getvalue(), label, name)

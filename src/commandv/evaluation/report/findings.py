@@ -24,6 +24,11 @@ WHOLE = 0.8  # a recovered fraction whose whole interval lies below this is a pa
 CROSSES, PARTLY, DOES_NOT = "crosses", "crosses partly", "does not cross"
 NOT_EXAMINABLE, NOT_ESTABLISHED, NOT_MEASURED = "is not examinable", "is not established", "is not measured"
 
+PLURAL = {
+    CROSSES: "cross", PARTLY: "cross partly", DOES_NOT: "do not cross", NOT_EXAMINABLE: "are not examinable",
+    NOT_ESTABLISHED: "are not established", NOT_MEASURED: "are not measured",
+}  # fmt: skip
+
 Success = Literal["more", "less"]
 Labels = list[list[float | None]]
 

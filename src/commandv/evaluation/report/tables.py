@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,14 @@ import numpy as np
 from commandv.adapters.edit import MOST_LAYERS
 from commandv.errors import FormatError
 from commandv.evaluation.arms import DIRECT, PASTED, RANDOM, UNMODIFIED
+from commandv.evaluation.catalogue import meaning
 from commandv.evaluation.report.findings import DONOR, Group, Row, Table
 from commandv.evaluation.results import Cell, Run
 from commandv.evaluation.scores import Score
 from commandv.evaluation.versions import VERSIONS
 
 NONE = "–"
+SHORT = (UNMODIFIED, PASTED, RANDOM, "few-shot", DIRECT, DONOR)  # arms of the first table
 MEASURES = {
     "kl": "KL, nats/token",
     "kl_first": "KL at the first token",
@@ -80,27 +83,48 @@ def layer_ranges(layers: Sequence[int]) -> str:
     return ", ".join(f"{one[0]} to {one[-1]}" if len(one) > 2 else ", ".join(map(str, one)) for one in runs) or NONE
 
 
-def verdicts(groups: Sequence[Group]) -> Grid:
-    """Return the verdicts with the figures that they rest on."""
-    arms = (PASTED, UNMODIFIED, RANDOM, DIRECT, DONOR)
-    rows = []
-    for group in groups:
-        table = group.tables[0] if group.tables else None
-        rows.append([group.behaviour, group.pair, group.verdict.word]
-                    + [figure(table.score(arm)) if table else NONE for arm in arms])  # fmt: skip
-    return Grid("Verdicts on test prompts; 95 % intervals", ["behaviour", "pair", "verdict", *arms], rows)
+def summary(groups: Sequence[Group]) -> tuple[Grid, Table | None]:
+    """Return what a reader should see first, as a table and as what its figure shows.
+
+    Of one behaviour and pair its arms; of several what the paste did in each, beside the figures it is judged by.
+    """
+    told = [(group, group.tables[0]) for group in groups if group.tables]
+    if len(groups) == 1 and told:
+        ((group, table),) = told
+        rows = [row for row in table.rows if row.arm in SHORT]
+        lines = [[row.arm, figure(row.found.score if row.found else None), _price(row, "kl")] for row in rows]
+        caption = f"{group.behaviour}, {group.pair}; {_aim(table)}; 95 % intervals"
+        return Grid(caption, ["arm", meaning(table.task, table.unit), f"price: {MEASURES['kl']}"], lines), table
+    lines, rows = [], []
+    for group, table in told:
+        by_arm = {row.arm: row for row in table.rows}
+        pasted, name = by_arm.get(PASTED), f"{group.behaviour}, {group.pair}"
+        lines.append([
+            name, group.verdict.word, figure(table.score(PASTED)),
+            number(pasted.price["kl"].value) if pasted and "kl" in pasted.price else NONE,
+            *(figure(table.score(arm)) for arm in (UNMODIFIED, RANDOM, DIRECT)),
+            _aim(table),
+        ])  # fmt: skip
+        if pasted and table.unit == "rate":
+            rows.append(pasted._replace(arm=name))
+    header = ["", "verdict", PASTED, "price (KL)", UNMODIFIED, RANDOM, DIRECT, "what is counted"]
+    shown = replace(told[0][1], rows=rows, unit="rate") if rows else None
+    return Grid("Verdicts on test prompts; 95 % intervals", header, lines), shown
 
 
 def effect_and_price(group: Group, table: Table) -> Grid:
     """Return what every arm does and what it costs, a row each."""
     measures = [name for name in MEASURES if name != "kl" and any(name in row.price for row in table.rows)]
-    what = "share of answers" if table.unit == "rate" else table.unit
-    header = ["arm", what, *(MEASURES.get(name, name) for name in measures)]
+    header = [
+        "arm",
+        "share of answers" if table.unit == "rate" else table.unit,
+        *(MEASURES.get(name, name) for name in measures),
+    ]
     rows = [
         [row.arm, figure(row.found.score if row.found else None), *(_price(row, name) for name in measures)]
         for row in table.rows
     ]
-    return Grid(f"{group.behaviour}, {group.pair}: {table.task}; {table.success} is the aim", header, rows)
+    return Grid(f"{group.behaviour}, {group.pair}: {table.task}; {_aim(table)}", header, rows)
 
 
 def comparisons(group: Group, table: Table) -> Grid:
@@ -216,6 +240,10 @@ def older_code(run: Run) -> str:
     known = [cell.settings.get("versions") or {} for cell in run.cells if cell.state == "done"]
     behind = {part: min(int(one.get(part, 0)) for one in known) for part in VERSIONS} if known else {}
     return ", ".join(f"{part} {n or 'unknown'} < {VERSIONS[part]}" for part, n in behind.items() if n < VERSIONS[part])
+
+
+def _aim(table: Table) -> str:
+    return f"{table.success} is the aim ({meaning(table.task, table.unit)})"
 
 
 def _price(row: Row, measure: str) -> str:

@@ -1,0 +1,156 @@
+"""What can be found wrong before a model is loaded, most of it before torch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from commandv.errors import FormatError, InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from commandv.adapters.adapter import Adapter
+
+# As the tables of `commandv.evaluation` have them, which takes seconds to import.
+TASKS = (
+    *("numbered-list", "pirate", "pirate-opening", "json", "capitals", "language", "opening", "expect", "length"),
+    *(
+        "sentiment",
+        "formality",
+        "refusal",
+        "refusal-suppression",
+        "over-refusal",
+        "over-refusal-answered",
+        "arithmetic",
+        "exact",
+    ),
+    *("reasons-first", "letters", "instructions"),
+)
+JUDGES = (
+    *("numbered-list", "pirate", "pirate-opening", "refusal", "answered", "gcg", "arditi", "xstest"),
+    *("classifier", "guard", "endpoint"),
+)
+DEEP = 1_000_000  # layers of a model whose depth is not known yet
+
+
+# -- of one argument --------------------------------------------------------------------------------------------------
+
+
+def of_model(context: typer.Context, model: str) -> str:
+    """Return the name of a model that there can be."""
+    from commandv.models.names import require_model_name
+
+    if not context.resilient_parsing:  # as it is while a shell asks for completions
+        require_model_name(model)
+    return model
+
+
+def of_adapter(context: typer.Context, source: str | None) -> str | None:
+    """Return the name of an adapter that there can be."""
+    from commandv.adapters.shipped import require_adapter_source
+
+    if source is not None and not context.resilient_parsing:
+        require_adapter_source(source)
+    return source
+
+
+def of_anything(context: typer.Context, source: str) -> str:
+    """Return the name of an adapter, model, profile or file that there can be."""
+    from commandv.models.names import PACKAGED
+    from commandv.storage.hub import is_repo
+
+    if source in PACKAGED or is_repo(source):
+        return source
+    return of_adapter(context, source) or ""
+
+
+def of_path(context: typer.Context, path: Path) -> Path:
+    """Return the path of a file or directory that is there."""
+    from commandv.storage.reading import no_such_file
+
+    if not path.exists() and not context.resilient_parsing:
+        raise FormatError(f"{path}: {no_such_file(path)}")
+    return path
+
+
+def of_source(context: typer.Context, source: str) -> str:
+    """Return a path that is there, or the name of a repository on the hub."""
+    from commandv.storage.hub import is_repo
+
+    if not is_repo(source):
+        of_path(context, Path(source))
+    return source
+
+
+def of_prompts(context: typer.Context, source: str | None) -> str | None:
+    """Return the name of a prompt set that there can be."""
+    from commandv.prompts.sets import require_source
+
+    if source is not None and not context.resilient_parsing:
+        require_source(source)
+    return source
+
+
+def of_prompt_sets(context: typer.Context, sources: list[str]) -> list[str]:
+    """Return the names of prompt sets that there can be."""
+    for source in sources:
+        of_prompts(context, source)
+    return sources
+
+
+# -- of a verb --------------------------------------------------------------------------------------------------------
+
+
+def require_tasks(specs: Iterable[str], *, more: Path | None) -> None:
+    """Raise `InputError` unless there are tasks of these names, or `more` of them elsewhere; and their files."""
+    from commandv.storage.reading import no_such_file
+
+    for spec in specs:
+        name, _, file = spec.partition(":")
+        if more is None and name not in TASKS:
+            raise InputError(f"task {spec!r}{did_you_mean(name, TASKS)}: expected one of {', '.join(TASKS)}")
+        if name in TASKS and file and not file.startswith("builtin:") and not Path(file).is_file():
+            raise InputError(f"task {name}: {file}: {no_such_file(Path(file))}")
+    if more is not None and not more.is_file():
+        raise InputError(f"--tasks {more}: {no_such_file(more)}")
+
+
+def require_judges(specs: Iterable[str]) -> None:
+    """Raise `InputError` unless there are judges of these kinds."""
+    for spec in specs:
+        kind = spec.partition(":")[0]
+        if kind not in JUDGES:
+            raise InputError(f"judge {spec!r}{did_you_mean(kind, JUDGES)}: expected one of {', '.join(JUDGES)}")
+
+
+def require_layers(choice: str, model: str = "") -> None:
+    """Raise `InputError` for layers that a model does not have, or for what names none."""
+    from commandv.models.layers import AUTO_LAYERS, choose_layers
+    from commandv.models.names import shape_of
+
+    shape = shape_of(model) if model else None
+    if choice != AUTO_LAYERS or model:
+        choose_layers(choice, shape[1] if shape else DEEP)
+
+
+def require_positions(*positions: str) -> None:
+    """Raise `InputError` for what is no notation of positions."""
+    from commandv.positions import as_positions
+
+    for one in positions:
+        as_positions(one)
+
+
+def require_fits(adapters: Sequence[Adapter], model: str, scale: float) -> None:
+    """Raise what attaching would raise once the model is loaded, as far as its configuration can tell."""
+    from commandv.adapters.attach import require_shape
+    from commandv.adapters.edit import require_scale
+    from commandv.models.names import shape_of
+
+    require_scale(scale)
+    shape = shape_of(model)
+    for adapter in adapters:
+        if shape:
+            require_shape(adapter, *shape, model)

@@ -1,0 +1,120 @@
+"""Typical mistakes: one line that says what is wrong and what to do, a status by its kind, and no model loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import command_line
+import commandv as cv
+import tiny
+from command_line import fails
+from commandv.cli import EXIT_CODES
+from commandv.errors import FormatError, InputError, MismatchError, ModelError, StorageError
+
+run = command_line.run
+USAGE, INPUT, MODEL, STORAGE = 2, EXIT_CODES[InputError], EXIT_CODES[ModelError], EXIT_CODES[StorageError]
+MISMATCH, FORMAT = EXIT_CODES[MismatchError], EXIT_CODES[FormatError]
+
+
+class Mistake(NamedTuple):
+    """What is typed, with `@` for the folder of files; what it exits with; and words of the message."""
+
+    typed: str
+    code: int
+    words: tuple[str, ...]
+
+
+MISTAKES = {
+    "a verb misspelt": Mistake("inspct @wide", USAGE, ("inspct", "Did you mean 'inspect'", "commandv -h")),
+    "an option misspelt": Mistake("generate @model hi --adaptr @wide", USAGE, ("--adapter", "commandv generate -h")),
+    "an option without its value": Mistake("generate @model hi --scale", USAGE, ("--scale", "requires an argument")),
+    "a number that is none": Mistake(
+        "generate @model hi --max-new-tokens many", USAGE, ("--max-new-tokens", "integer")
+    ),
+    "an argument forgotten": Mistake("train @model @rows.jsonl", USAGE, ("--out",)),
+    "a choice misspelt": Mistake(
+        "paste @wide @empty @empty -o @out --fit rigde", USAGE, ("rigde", "did you mean ridge?")
+    ),
+    "a packaged model misspelt": Mistake("generate gemma-270m hi", MODEL, ("no model", "did you mean gemma-3-270m?")),
+    "a model's directory misspelt": Mistake("generate @modle hi", MODEL, ("no such file", "did you mean model?")),
+    "a directory without a model": Mistake("generate @empty hi", MODEL, ("config.json", "holds nothing")),
+    "a model that nobody has": Mistake("generate nobody/no-model hi", MODEL, ("nobody/no-model", "hub")),
+    "a shipped adapter misspelt": Mistake(
+        "inspect builtin:numberd-list@gemma-3-270m", FORMAT, ("did you mean numbered-list@gemma-3-270m",)
+    ),
+    "an adapter's directory misspelt": Mistake("generate @model hi -a @wid", FORMAT, ("did you mean wide?",)),
+    "an adapter of another width": Mistake("generate @model hi -a @wide", MISMATCH, ("width 48", "paste() carries")),
+    "a vector without a layer": Mistake("generate @model hi -a @bare.pt", INPUT, ("one vector", "--layer")),
+    "a convention that is none": Mistake(
+        "inspect @stack.pt --convention tokens", INPUT, ("--convention tokens", "blocks")
+    ),
+    "a scale that is none": Mistake("generate @model hi -a @narrow --scale nan", INPUT, ("--scale nan",)),
+    "a task misspelt": Mistake("evaluate @model numbered-lst", INPUT, ("did you mean numbered-list?",)),
+    "a task's file misspelt": Mistake("evaluate @model exact:@row.jsonl", INPUT, ("did you mean rows.jsonl?",)),
+    "a judge misspelt": Mistake("evaluate @model pirate --judge refusl", INPUT, ("did you mean refusal",)),
+    "a prompt file misspelt": Mistake("profile @model --prompts @rows.jsn", INPUT, ("rows.jsn", "rows.jsonl")),
+    "a built-in set misspelt": Mistake("profile @model --prompts builtin:generl", INPUT, ("did you mean general",)),
+    "layers that are not there": Mistake("train @model @rows.jsonl -o @out --layers 9", INPUT, ("[9]", "0 .. 3")),
+    "positions that are none": Mistake("steer @model builtin:sentiment -o @out --at z1", INPUT, ("z1", "'l1'")),
+    "a graphics card that is not there": Mistake("generate @model hi --device-map cuda", INPUT, ("--device-map cuda",)),
+    "a place that is taken": Mistake("train @model @rows.jsonl -o @model", FORMAT, ("choose another place",)),
+    "a place below a file": Mistake("train @model @rows.jsonl -o @rows.jsonl/out", STORAGE, ("rows.jsonl",)),
+    "a profile that is none": Mistake("paste @wide @empty @empty -o @out", FORMAT, ("empty", "not a commandv-profile")),
+    "a profile misspelt": Mistake("paste @wide @emtpy @empty -o @out", FORMAT, ("no such file", "empty")),
+    "a temperature that is none": Mistake("generate @model hi --temperature -1", INPUT, ("--temperature", "0")),
+    "a report of nothing": Mistake("report @nowhere", FORMAT, ("nowhere", "no such file")),
+    "a study misspelt": Mistake("study @nowhere.yaml", FORMAT, ("nowhere.yaml", "no such file")),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of width 32, adapters of widths 32 and 48, vectors, prompts with replies and an empty directory."""
+    made = tmp_path_factory.mktemp("files")
+    tiny.tiny_model().save_pretrained(made / "model")
+    tiny.tiny_tokenizer().save_pretrained(made / "model")
+    for name, width in (("narrow", 32), ("wide", 48)):
+        cv.save(tiny.random_adapter(tiny.tiny_lm(hidden_size=width, id="org/some")), made / name)
+    torch.save(torch.ones(32), made / "bare.pt")
+    torch.save(torch.ones(4, 32), made / "stack.pt")
+    (made / "rows.jsonl").write_text(json.dumps({"prompt": "What is tea?", "response": "a drink"}) + "\n")
+    (made / "empty").mkdir()
+    return made
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_before_a_model_is_loaded(run, folder, mistake, monkeypatch):
+    monkeypatch.setattr("commandv.models.load._load_weights", lambda *_: pytest.fail("the model was loaded"))
+    ran = run(*mistake.typed.replace("@", f"{folder}/").replace(f"list{folder}/", "list@").split())
+    fails(ran, *mistake.words, code=mistake.code)
+    assert not (folder / "out").exists()
+
+
+def test_with_json_an_error_is_json(run, folder):
+    for typed, kind, code in (
+        ("inspect builtin:nothing@nobody --json", "FormatError", FORMAT),
+        ("generate gemma-270m hi --json", "ModelError", MODEL),
+        ("generate --colour --json", "UsageError", USAGE),
+    ):
+        ran = run(*typed.split())
+        fails(ran, code=code)
+        error = ran.json["error"]
+        assert (error["kind"], error["exit_code"]) == (kind, code)
+        assert error["message"] in ran.err
+
+
+def test_every_kind_of_error_has_a_status_of_its_own_that_the_docs_list():
+    from places import ROOT
+
+    raised = {one for one in vars(cv.errors).values() if isinstance(one, type) and one.__base__ is cv.CommandVError}
+    assert raised <= set(EXIT_CODES)
+    own = [EXIT_CODES[one] for one in raised]
+    assert len(set(own)) == len(own)
+    assert not {0, 1} & set(own)
+    page = (ROOT / "docs" / "exit-codes.md").read_text("utf-8")
+    assert all(f"| {code} |" in page for code in (0, 1, 130, *own))
