@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import threading
 from pathlib import Path
@@ -13,11 +14,12 @@ import command_line
 import commandv as cv
 import tiny
 from command_line import fails
+from commandv.adapters.store import ADAPTER
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.interop.control_vectors import write_control_vector
 from commandv.interop.sae import SAE, save_sae
 from commandv.positions import EVERYWHERE
-from commandv.storage.directories import new_directory
+from commandv.storage.directories import new_directory, read_artefact
 from commandv.storage.files import write_text, writing
 from stored import data_file
 
@@ -274,3 +276,22 @@ def test_another_process_waits_for_the_first(tmp_path):
 def _append(file, letter):
     for n in range(1, 51):
         write_text(file, letter * n)
+
+
+def test_a_reader_that_missed_two_replacements_reads_again(tmp_path):
+    """The second puts back what the reader had begun with, so that the configuration alone does not tell."""
+    one, other = (tiny.random_adapter(tiny.tiny_lm(), (0, 1), rank=2, seed=seed) for seed in (1, 2))
+    place = tmp_path / "adapter"
+    cv.save(one, place)
+    calls = []
+
+    def build(_config, files):
+        calls.append(files)
+        if len(calls) == 1:
+            cv.save(other, place)
+            cv.save(one, place)
+            raise FileNotFoundError(errno.ENOENT, "gone", str(next(iter(files.values()))))
+        return "read"
+
+    assert read_artefact(place, ADAPTER, build) == "read"
+    assert len(calls) == 2

@@ -159,13 +159,14 @@ def read_artefact(target: Path, kind: Kind, build: Callable[[dict[str, Any], dic
         FormatError: not of this kind, of an unknown version, damaged or not whole.
     """
     for _ in range(TRIES):
+        written = _written(target)
         config = read_config(target, kind)
         try:
             files = _files(target, kind, config)
             _verify(files, config)
             return build(config, files)
         except (FileNotFoundError, FormatError) as error:
-            if read_config(target, kind) != config:
+            if _written(target) != written or read_config(target, kind) != config:
                 continue
             if isinstance(error, FormatError):
                 raise
@@ -174,6 +175,15 @@ def read_artefact(target: Path, kind: Kind, build: Callable[[dict[str, Any], dic
                 "missing; copy the whole directory"
             ) from error
     raise FormatError(f"{target}: is being replaced again and again; read it when its writer has ended")
+
+
+def _written(target: Path) -> tuple[int, int] | None:
+    """Return what changes whenever a configuration is replaced, even twice and by what was there before."""
+    try:
+        found = os.stat(target / CONFIG)
+    except OSError:
+        return None  # reading it says why
+    return found.st_ino, found.st_mtime_ns
 
 
 def read_config(target: Path, kind: Kind) -> dict[str, Any]:
