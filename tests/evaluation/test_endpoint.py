@@ -158,6 +158,10 @@ class Raw(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
+    def server_close(self):
+        self.shutdown()  # a thread that polls a closed socket never rests, and slows every later test
+        super().server_close()
+
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
