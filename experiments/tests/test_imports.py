@@ -11,8 +11,16 @@ from places import ROOT
 
 PUBLIC = {"commandv", "commandv.errors", "commandv.evaluation", "commandv.interop.sae", "commandv.mapping",
           "commandv.steering"}  # fmt: skip
-# The claims are told by the reports' own verdicts, from the files of their runs.
-MORE = {"claims.py": {"commandv.evaluation.report.findings", "commandv.evaluation.results"}}
+# What is told again from the files of runs reads them, and shares the reports' own tables and verdicts.
+MORE = {
+    name: {f"commandv.evaluation.{one}" for one in more}
+    for name, more in {
+        "claims.py": ("report.findings", "report.tables", "results"),
+        "pages.py": ("report", "results"),
+        "sentences.py": ("meter", "results"),
+        "evidence.py": ("study", "study.models"),
+    }.items()
+}
 FILES = [file for file in (ROOT / "experiments").rglob("*.py") if "tests" not in file.parts]
 
 

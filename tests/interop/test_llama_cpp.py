@@ -59,7 +59,7 @@ class Llama:
         out = [int(self.logits(ids).argmax())]
         while len(out) < count:
             self.model.eval(out[-1:])
-            out.append(int(self.model.scores[len(ids) + len(out) - 2].argmax()))
+            out.append(int(self.model.scores[self.model.n_tokens - 1].argmax()))
         return out
 
 

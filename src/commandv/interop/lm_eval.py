@@ -190,6 +190,15 @@ class CommandVLM(HFLM):
                 bar.update(len(members))
         return scored
 
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Give the mask that the harness leaves out: its padding is on the right, behind all that is scored."""
+        if self.adapter is None:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            return self.model(inps, attention_mask=torch.ones_like(inps)).logits
+
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness stores beside its results; unlike its own model, without asking the hub."""
         return {
