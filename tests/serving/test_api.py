@@ -278,7 +278,8 @@ def test_the_key_is_asked_for(own):
 def test_a_full_queue_says_when_to_come_again(own):
     with serving(own, {}, max_rows=1, max_waiting=0) as served:
         stream = chat(served.client(), stream=True, max_tokens=400)
-        next(iter(stream))
+        pieces = iter(stream)  # kept: the stream is closed with it
+        next(pieces)
         status, headers, answer = post(served, {"model": "base", "messages": ASKED, "max_tokens": 1})
         assert (status, answer["error"]["type"]) == (429, "rate_limit_error")
         assert int(headers["Retry-After"]) >= 1
