@@ -9,7 +9,7 @@ import torch
 
 import commandv as cv
 import tiny
-from commandv.errors import InputError
+from commandv.errors import InputError, ModelError
 from commandv.models.encoding import encode, encode_conversation, format_prompt, opening
 from commandv.models.generation import greedy
 from commandv.models.template import ChatFormat, default_system, end_of_turn, stop_tokens
@@ -199,3 +199,11 @@ def test_a_beginning_of_several_tokens_is_kept_and_not_doubled():
     assert encode(lm, "Hi").ids[:3] != [1, 0, 1]
     assert encode(lm, "Hi").ids[:2] == [1, 0]
     assert encode(lm, "Hi").ids[-1] != 2
+
+
+@pytest.mark.parametrize("ends", ["</s>", [2, "</s>"], 2.0, [[2]]])
+def test_ends_that_are_no_tokens_are_told(ends):
+    lm = tiny.tiny_lm()
+    lm.model.generation_config.eos_token_id = ends
+    with pytest.raises(ModelError, match="expected numbers of tokens"):
+        cv.generate(lm, ["tea?"], max_new_tokens=2)

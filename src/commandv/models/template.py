@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -14,7 +15,7 @@ import jinja2
 import jinja2.meta
 import jinja2.nodes
 
-from commandv.errors import InputError
+from commandv.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from commandv.models.load import LM
@@ -188,11 +189,21 @@ def end_of_turn(lm: LM) -> int | None:
 
 
 def stop_tokens(lm: LM) -> list[int]:
-    """Return the tokens at which generation stops: the reply's end, the tokenizer's, the generation configuration's."""
+    """Return the tokens at which generation stops: the reply's end, the tokenizer's, the generation configuration's.
+
+    Raises:
+        ModelError: the configuration's are no numbers.
+    """
     own = lm.model.generation_config.eos_token_id
     listed = own if isinstance(own, list | tuple) else [own]
     found = [end_of_turn(lm), lm.tokenizer.eos_token_id, *listed]
-    return list(dict.fromkeys(int(one) for one in found if one is not None))
+    try:
+        return list(dict.fromkeys(operator.index(one) for one in found if one is not None))
+    except TypeError as error:
+        raise ModelError(
+            f"{lm.id}: the tokens at which it ends are {str(own)[:60]}: expected numbers of tokens; set "
+            "eos_token_id in its generation_config.json right"
+        ) from error
 
 
 def _with_dates(source: str, date: datetime) -> tuple[str, dict[str, Any]]:
