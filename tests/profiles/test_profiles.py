@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -277,3 +278,10 @@ def test_text_rows_are_there_unless_they_are_left_out(monkeypatch):
     assert asked == ["builtin:text"]
     assert (one.keys[:, 1] != END).any()
     assert (cv.profile(lm, PROMPTS, text=None, cache=False).keys[:, 1] == END).all()
+
+
+@pytest.mark.parametrize("n_layers", [0, 2])
+def test_layers_that_the_model_does_not_have_are_refused(n_layers):
+    made = cv.profile(tiny.tiny_lm(), ["one", "two"], cache=False, text=None)
+    with pytest.raises(FormatError, match=f"of a model of {n_layers} layers"):
+        dataclasses.replace(made, model=dataclasses.replace(made.model, n_layers=n_layers))

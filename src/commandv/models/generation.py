@@ -106,13 +106,12 @@ class _Settings(transformers.GenerationConfig):
 
 def greedy(lm: LM, max_new_tokens: int) -> transformers.GenerationConfig:
     """Return a greedy generation configuration that leaves the model's own one aside, which is not changed."""
-    own = lm.model.generation_config
     return _Settings(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_tokens(lm) or None,
         pad_token_id=pad_token(lm),
-        bos_token_id=own.bos_token_id,
+        bos_token_id=lm.tokenizer.bos_token_id,
     )
 
 

@@ -78,7 +78,12 @@ class Profile:
             self.require_shapes()
 
     def require_shapes(self) -> None:
-        """Raise `FormatError` unless every layer has a row per key, of the model's width."""
+        """Raise `FormatError` unless every layer is one of the model's and has a row per key, of the model's width."""
+        if not 0 <= min(self.activations, default=0) <= max(self.activations, default=0) < self.model.n_layers:
+            raise FormatError(
+                f"profile of {self.model.id}: layers {sorted(self.activations)} of a model of {self.model.n_layers} "
+                "layers"
+            )
         for layer, rows in self.activations.items():
             if rows.shape != (len(self.keys), self.model.d_model):
                 raise FormatError(
