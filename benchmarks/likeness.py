@@ -11,7 +11,7 @@ import commandv as cv
 from benchmarks.graders import labelled, truth
 from commandv.evaluation import Judge, rate
 from commandv.evaluation.likeness import like_the_donor
-from commandv.models.gguf import PACKAGED
+from commandv.models.names import PACKAGED
 from commandv.prompts.sets import PromptSet
 
 ROOT = Path(__file__).resolve().parent.parent

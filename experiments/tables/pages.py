@@ -7,7 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import graders, judges, likeness, memory, mutation, overhead, speed, speed_reading, words
+from benchmarks import (
+    batching,
+    graders,
+    judges,
+    likeness,
+    memory,
+    mutation,
+    overhead,
+    speed,
+    speed_reading,
+    words,
+)
 from commandv.evaluation.report import markdown
 from commandv.evaluation.results import load_run
 from experiments.mapping import table as validation
@@ -32,6 +43,7 @@ def _report(run: Path) -> Callable[[], str]:
 
 
 PAGES: dict[str, Callable[[], str]] = {
+    "docs/benchmarks/batching.md": batching.page,
     "docs/benchmarks/claims.md": claims.page,
     "docs/benchmarks/graders.md": _graders,
     "docs/benchmarks/judges.md": _kept(judges.RESULTS, judges.page),

@@ -9,118 +9,18 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from commandv.evaluation import difference, pooled
 from commandv.evaluation.meter import price_scores
 from commandv.evaluation.results import Arm, load_run
+from experiments.tables.cells import Pages, Sentence, at, shown, whole_column
 from experiments.tables.pages import RUNS
 from experiments.tables.vectors import CONCEPTS
 
-
-class Sentence(NamedTuple):
-    """A piece of a page and its figures, in order."""
-
-    page: str
-    text: str
-    figures: list[str]
-
-
-WORDS = "docs/methods/carrying-through-words.md"
-# Figures that were taken once and whose runs are not kept: (page, words around them).
-BY_HAND = [
-    ("docs/evaluation.md", "finds evidence in .51 and is right on .74 of these (.85 of the positive, .62 of the "
-     "negative ones)"),
-    ("docs/evaluation.md", "evidence in 39 and is right on .90 of them"),
-    ("docs/method.md", "and .73 to .78 with line starts"),
-    ("docs/methods/difference-in-means.md", "From 100 pairs the latter is .6 to .7"),
-    ("docs/methods/ridge.md", "GCV gave .00 where leaving out whole prompts gave .73, and with another donor adapter "
-     ".72 against .78"),
-    (WORDS, "(dialect .03). One that acts along the whole answer (`--positions l1+g48`) speaks dialect in "
-     ".55 of its"),
-    (WORDS, "| the shipped adapter as the donor | has no dialect itself (.03): the loops of an earlier look "
-     "came with it and Gemma's own (.50) |"),
-    (WORDS, "| gradient times variance, 3 rounds | KL 3.23 -> 1.23; opening 2.0 nats |"),
-    (WORDS, "| Newton steps, 3 rounds, nothing cut | KL .81; a few places with huge steps decide all, "
-     "lengths fall to .02 |"),
-    (WORDS, "| Newton steps, cut at the median, 4 rounds | KL 2.40 -> .71; **opening .97, dialect .13, loops "
-     "0**, 18 s of fitting |"),
-    (WORDS, "| cut at .75 or not at all, cost 1 or 10 | KL higher after as many rounds |"),
-    (WORDS, "| and words of the style in place of .7 of the ratio | opening 1.00, dialect .09, loops 0: "
-     "nothing more; left out |"),
-    (WORDS, "| the last, scale 1.4 | opening .91, dialect .28, loops .09 |"),
-    (WORDS, "| the last, numbered list | list .22, loops .09 |"),
-    (WORDS, "| cut at the mean, or the gradient where it is better | Llama, Gemma, GPT-2 of random weights: "
-     ".39, .31, .36 of KL is left, in place of .40, .64, .80 |"),
-    (WORDS, "| places in the donor's plain answers, too | opening .78, dialect .06: worse; left out |"),
-    (WORDS, "| the last prompt token fitted apart | KL 1.02 as together; left out |"),
-    ("docs/studies/README.md", "at 1.2 nats where .8 buy the same natively"),
-]  # fmt: skip
-# Pages with times that a script printed and a hand copied; no results are kept.
-PAGES_BY_HAND = {
-    "docs/benchmarks/serving.md": "benchmarks/serving.py",
-    "docs/share.md": "benchmarks/sharing.py",
-    "docs/run-elsewhere.md": "benchmarks/sharing.py",
-}
-# Numbers that are settings of the method or bounds that tests hold, and no results.
-SETTINGS = [
-    ("docs/evaluation.md", "below .05 where the interval leaves out 0"),
-    ("docs/formats.md", "a cosine of .996 or more"),
-    ("docs/method.md", "(0.05 s for 135M parameters in bfloat16)"),
-    ("docs/methods/choosing.md", "depth is .8"),
-    ("docs/run-elsewhere.md", "(.002 nats in float32)"),
-    ("docs/methods/norm-relative-strength.md", "shares from -.3 to .3"),
-    ("docs/methods/probe.md", "10, 1, .1, .01, .001"),
-    ("docs/methods/ridge.md", "10^2.75"),
-]
-Pages = Mapping[str, str]
 MAPPERS, VECTORS, SAE = (f"docs/benchmarks/{name}.md" for name in ("mappers", "vectors", "sae"))
 WAYS = ("gemma-3-270m -> smollm2-135m-instruct", "smollm2-135m-instruct -> gemma-3-270m")
-
-
-def shown(value: float, digits: int = 2) -> str:
-    """Write a figure as prose has it: no 0 before the point."""
-    return re.sub(r"^(-?)0(?=\.)", r"\1", f"{value:.{digits}f}")
-
-
-def at(made: Pages, page: str, section: str, row: str, column: str, *, nth: int = 0, digits: int = 2) -> list[str]:
-    """Return the numbers of a table's cell: value, and low and high where it has an interval.
-
-    Args:
-        made: pages by path.
-        page: path of the page.
-        section: words in the heading under which the table is; "" for the whole page.
-        row: what the row begins with.
-        column: head of the column.
-        nth: which of the tables with such a row and column.
-        digits: after the point.
-    """
-    found = [rows[row] for rows in _columns(made, page, section, column) if row in rows]
-    return numbers(found[nth], digits)
-
-
-def whole_column(made: Pages, page: str, section: str, column: str, nth: int = 0) -> list[list[str]]:
-    """Return the numbers of a table's column, row by row; arguments as in `at`."""
-    return [numbers(cell) for cell in _columns(made, page, section, column)[nth].values()]
-
-
-def numbers(cell: str, digits: int = 2) -> list[str]:
-    """Return the numbers of a table's cell."""
-    return [shown(float(number), digits) for number in re.findall(r"-?\d*\.?\d+(?:e[-+]\d+)?", cell)]
-
-
-def _columns(made: Pages, page: str, section: str, column: str) -> list[dict[str, str]]:
-    """Return the column of every table that has it: row -> cell, the first where rows have one name."""
-    parts = re.split(r"^#+ ", made[page], flags=re.M)
-    text = next(part for part in parts if section in part.partition("\n")[0]) if section else made[page]
-    out = []
-    for table in re.findall(r"(?:^\|.*\n?)+", text, re.M):
-        lines = [line.strip().strip("|").split("|") for line in table.splitlines()]
-        head, _, *rows = [[cell.strip(" *") for cell in line] for line in lines]
-        if column in head:
-            out.append({row[0]: row[head.index(column)] for row in reversed(rows)})
-    return out
 
 
 def sentences(made: Pages) -> Iterator[Sentence]:

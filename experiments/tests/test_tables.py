@@ -11,7 +11,8 @@ import pytest
 from commandv.evaluation.report import markdown
 from commandv.evaluation.results import load_run
 from experiments.tables import figures, sentences
-from experiments.tables.sentences import RUNS, Sentence, at
+from experiments.tables.cells import Sentence, at
+from experiments.tables.pages import RUNS
 
 
 @functools.cache

@@ -44,13 +44,14 @@ class WorkerError(CommandVError, RuntimeError):
     """Workers elsewhere cannot be reached, do not start or are lost; what they finished before is kept."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return " (did you mean X?)" for a name that is nearly one of those known, else "".
 
     Args:
         name: what was given, in any case.
         known: names that would do.
+        prefix: what is written before each of them.
     """
     names = {one.lower(): one for one in known}
     near = [names[one] for one in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.6)]
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f" (did you mean {' or '.join(prefix + one for one in near)}?)" if near else ""

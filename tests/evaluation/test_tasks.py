@@ -12,8 +12,9 @@ import pytest
 from commandv.errors import InputError
 from commandv.evaluation import NEEDS_FILE, TASKS, Outcome, arithmetic_prompts, load_splits, load_task, measure
 from commandv.evaluation.arithmetic import LEVELS, is_dev
-from commandv.evaluation.catalogue import arithmetic, expecting, opening, write_outcome
+from commandv.evaluation.catalogue import arithmetic, expecting, opening
 from commandv.evaluation.likeness import likeness
+from commandv.evaluation.task_files import write_outcome
 from commandv.evaluation.tasks import judged
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
 from places import SHARED_DATA

@@ -10,7 +10,7 @@ from commandv.errors import InputError, ModelError
 from commandv.evaluation.price import drift
 from commandv.models.encoding import encode, pad
 from commandv.models.generation import batches
-from commandv.models.sampling import Sampled
+from commandv.models.sampling import Sampled, Sampling
 
 PROMPTS = [
     "Why does Venus spin?",
@@ -220,7 +220,7 @@ def test_samples_have_the_frequencies_of_the_softmax_and_stay_within_top_p():
     ids = torch.zeros(n, 1, dtype=torch.long)
 
     def frequencies(top_p: float) -> torch.Tensor:
-        drawn = Sampled(temperature, top_p, 0, range(n))(ids, logits.expand(n, -1)).argmax(1)
+        drawn = Sampled(Sampling(temperature, top_p, 0), range(n))(ids, logits.expand(n, -1)).argmax(1)
         return torch.bincount(drawn, minlength=4) / n
 
     expected = torch.softmax(logits / temperature, 0)

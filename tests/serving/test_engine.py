@@ -14,10 +14,10 @@ import commandv as cv
 import tiny
 from commandv.errors import InputError, MismatchError, ModelError
 from commandv.models.encoding import encode
+from commandv.models.sampling import Sampling
 from commandv.serving.behaviours import behaviour_name, parse_behaviour
 from commandv.serving.engine import Engine
 from commandv.serving.requests import QueueFull, Request
-from commandv.serving.sampling import Sampling
 from served import until
 
 PROMPTS = (

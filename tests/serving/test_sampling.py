@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from commandv.serving.sampling import Sampling, choose, tell
+from commandv.models.sampling import Sampling, choose
+from commandv.serving.logprobs import tell
 
 P = torch.tensor([0.5, 0.25, 0.15, 0.1])
 

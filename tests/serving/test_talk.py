@@ -5,8 +5,8 @@ import pytest
 import commandv as cv
 import tiny
 from commandv.errors import InputError
+from commandv.models.sampling import Sampling
 from commandv.serving.engine import Engine
-from commandv.serving.sampling import Sampling
 from commandv.serving.talk import COMMANDS, Talk
 
 

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from commandv.serving.sampling import Told
+from commandv.serving.logprobs import Told
 from commandv.serving.text import Transcript
 
 TOKENIZER = tiny.tiny_tokenizer()

@@ -14,7 +14,7 @@ import torch
 import commandv as cv
 import killing
 import tiny
-from commandv.storage.directories import new_directory
+from commandv.storage.foreign import new_directory
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are sent to forked children")

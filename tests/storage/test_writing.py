@@ -19,8 +19,9 @@ from commandv.errors import FormatError, InputError, StorageError
 from commandv.interop.control_vectors import write_control_vector
 from commandv.interop.sae import SAE, save_sae
 from commandv.positions import EVERYWHERE
-from commandv.storage.directories import new_directory, read_artefact
+from commandv.storage.directories import read_artefact
 from commandv.storage.files import write_text, writing
+from commandv.storage.foreign import new_directory
 from stored import data_file
 
 PROMPTS = ["one tea", "two teas"]

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from commandv.cli.app import verb
-from commandv.cli.options import Loading, MaxNewTokens, Model, Reading
+from commandv.cli.options import Loading, MaxNewTokens, Model, Reading, SamplingSeed, Temperature, TopP
 from commandv.cli.serve import Named, named_adapters
 
 
@@ -17,9 +13,9 @@ def chat(
     how: Loading,
     reading: Reading,
     adapter: Named = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens of this probability together.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = 0,
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
     """Talk to a model without and with its behaviours, side by side; /help lists what can be changed meanwhile."""
@@ -31,8 +27,8 @@ def chat(
         raise InputError(
             f"chat needs a package that is missing ({error.name}): pip install 'commandv[chat]'"
         ) from error
+    from commandv.models.sampling import Sampling
     from commandv.serving.engine import Engine
-    from commandv.serving.sampling import Sampling
     from commandv.serving.talk import Talk
 
     sampling = Sampling(temperature, top_p, seed)

@@ -26,7 +26,10 @@ from commandv.cli.options import (
     Reading,
     ReadRows,
     Running,
+    SamplingSeed,
     Scale,
+    Temperature,
+    TopP,
     WriteRows,
     escaped,
     output,
@@ -208,9 +211,9 @@ def generate(
     adapter: Attached = None,
     scale: Scale = 1.0,
     max_new_tokens: MaxNewTokens = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are sampled.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the fewest tokens of so much probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = 0,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
@@ -219,14 +222,14 @@ def generate(
 
     import commandv as cv
     from commandv.errors import InputError
-    from commandv.models.sampling import require_sampling
+    from commandv.models.sampling import Sampling
 
     if bool(prompt) == bool(prompts):
         raise InputError("give prompts as arguments, or --prompts with a set; one of the two")
     texts = cv.load_prompts(prompts).texts if prompts else list(prompt or [])
     attached = reading.load(adapter) if adapter else None
     require_fits([attached] if attached else [], model, scale)
-    require_sampling(temperature, top_p)
+    Sampling(temperature, top_p)  # says what is none, before the model is loaded
     lm = how.load(model)
     with cv.attach(lm, attached, scale=scale) if attached else contextlib.nullcontext():
         answers = cv.generate(

@@ -33,7 +33,8 @@ def export(
     from commandv.errors import InputError
     from commandv.interop.control_vectors import require_control_vector, write_control_vector
     from commandv.interop.pyreft import write_pyreft
-    from commandv.storage.directories import CONFIG, require_new
+    from commandv.storage.directories import CONFIG
+    from commandv.storage.foreign import require_new
 
     if to == "vllm":
         raise InputError(

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from commandv.executors.executor import Executor
     from commandv.models.load import LM
 
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are sampled.")]
+TopP = Annotated[float, typer.Option(help="Sample among the fewest tokens of so much probability.")]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="Of sampling.")]
 Anything = Annotated[
     str,
     typer.Argument(callback=of_anything, help="A model, adapter, vector file, profile, demonstrations, builtin:..."),

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Small in every number, so that it ends in about two minutes; by activations, the quickest method.
 DEMO = (
     "transfer gemma-3-270m builtin:numbered-list@gemma-3-270m smollm2-135m-instruct --task numbered-list --by "
-    "activations --layers last_third --scales 0.4 --scales 0.6 --budget 2 --most-loops 0.2 --limit 400 --n-asked 32"
+    "activations --limit 400 --n-asked 32"
 )
 
 Layers = Annotated[

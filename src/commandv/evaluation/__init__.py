@@ -4,15 +4,7 @@ from commandv.evaluation.arithmetic import (
     arithmetic_prompts,
 )
 from commandv.evaluation.arms import ARMS, METHODS, Arm, Cost, Made, make_arm
-from commandv.evaluation.catalogue import (
-    NEEDS_FILE,
-    TASKS,
-    expecting,
-    load_splits,
-    load_task,
-    tasks_of,
-    write_outcome,
-)
+from commandv.evaluation.catalogue import NEEDS_FILE, TASKS, expecting, load_task, tasks_of
 from commandv.evaluation.choices import (
     Choices,
     Question,
@@ -68,6 +60,7 @@ from commandv.evaluation.statistics import (
     paired_p,
     recovered_fraction,
 )
+from commandv.evaluation.task_files import load_splits, write_outcome
 from commandv.evaluation.tasks import ByPrompt, ByText, Judge, Outcome, Split, Task, measure
 from commandv.evaluation.tune import Choice, Setting, Tried, Tuned, choose_layer, grid, tune
 from commandv.prompts.loops import loops

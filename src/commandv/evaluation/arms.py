@@ -187,7 +187,6 @@ def practised(lm: LM, answers: PromptSet, *, seed: int, name: str) -> Adapter:
             log.info("%s", error)
             return math.inf
         losses = tried.provenance["held_out_loss"]
-        losses = tried.provenance["held_out_loss"]
         return float(losses[-1]) if losses else math.inf  # of a few answers none is held out: the first rate, then
 
     return train(lm, answers, PRACTICE, replace(settings, learning_rate=min(PRACTICE_RATES, key=loss)), name=name)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
 import re
 import runpy
 from collections.abc import Callable, Mapping, Sequence
@@ -12,22 +10,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from commandv.errors import FormatError, InputError, did_you_mean
+from commandv.errors import InputError, did_you_mean
 from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, sum_is_right
-from commandv.evaluation.choices import as_letters, load_questions
+from commandv.evaluation.choices import Question, as_letters, load_questions
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
 from commandv.evaluation.graders import GRADERS, Grader, answered, refusal
 from commandv.evaluation.instructions import follows, instructed
 from commandv.evaluation.reasoning import is_right, reasons_first
-from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Outcome, Split, Task
+from commandv.evaluation.task_files import load_splits
+from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Task
 from commandv.evaluation.tone import formal, positive_sentiment
 from commandv.prompts.loops import loops
-from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts, to_prompt
-from commandv.storage.files import require_file, storage_errors, write_text
+from commandv.prompts.sets import Prompt, PromptSet, load_prompts
 from commandv.storage.reading import no_such_file
-
-_DEV, _TEST, _TRAIN = ("dev", "validation", "valid", "val"), ("test",), ("train",)
-
 
 NO_TASKS: Mapping[str, Task] = MappingProxyType({})
 
@@ -78,97 +73,6 @@ def tasks_of(file: str | Path) -> dict[str, Task]:
     if taken:
         raise InputError(f"{file}: {', '.join(taken)} are names of built-in tasks; choose others")
     return found
-
-
-def load_splits(file: str | Path, *, reference: bool = False, label: str = "") -> tuple[PromptSet, PromptSet]:
-    """Load the (dev, test) prompts of a task file: a row per prompt, `{"prompt": ..., "answer": ..., "split": ...}`.
-
-    The columns have the names that `load_prompts` knows. `split` is `dev` (or `validation`) or `test`; `train` rows
-    serve as dev where there are no others, and are left out where there are. A file without splits is split by the
-    prompts' SHA-256, whatever their order: in that order, the first third of the different prompts is dev.
-
-    Args:
-        file: .jsonl, .csv or .txt.
-        reference: whether every row must have an answer.
-        label: of files with a column `label` (XSTest: safe, unsafe) use the rows with this one.
-
-    Raises:
-        InputError: missing, empty or malformed file (with the line's number), or fewer than two different prompts.
-    """
-    rows: list[tuple[Prompt, str]] = []
-    for where, row in file_rows(Path(file)):
-        if label and row.get("label") not in (None, "", label):
-            continue
-        prompt, split = to_prompt(row, where), str(row.get("split") or "")
-        if split not in ("", *_DEV, *_TEST, *_TRAIN):
-            raise InputError(f"{where}: split {split!r}; expected 'dev' or 'test'")
-        if rows and bool(split) != bool(rows[0][1]):
-            raise InputError(f"{where}: some rows have a split and some have none; give all one, or none")
-        if reference and not prompt.response.strip():
-            raise InputError(f"{where}: no answer to compare with; expected a text or number under answer or target")
-        rows.append((prompt, split))
-    if not rows:
-        raise InputError(f'{file}: no prompts. Expected rows like {{"prompt": "...", "answer": "...", "split": "dev"}}')
-    if not rows[0][1]:
-        order = by_hash(prompt.text for prompt, _ in rows)
-        early = set(order[: max(1, len(order) // 3)])
-        rows = [(prompt, "dev" if prompt.text in early else "test") for prompt, _ in rows]
-    given = {split for _, split in rows}
-    chosen = _DEV if given & set(_DEV) else _TRAIN
-    dev, test = (tuple(prompt for prompt, split in rows if split in names) for names in (chosen, _TEST))
-    if not dev or not test:
-        raise InputError(
-            f"{file}: {len(dev)} dev and {len(test)} test prompts; expected at least one different of each"
-        )
-    return PromptSet(dev, f"{file} (dev)"), PromptSet(test, f"{file} (test)")
-
-
-def require_outcome_place(path: Path) -> None:
-    """Raise `FormatError` when writing an outcome to `path` would destroy anything but an outcome."""
-    require_file(path)
-    with storage_errors(path):
-        if not path.exists() or not path.stat().st_size:
-            return
-        with path.open("rb") as file:
-            first = file.readline(1 << 20)
-    try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not {"task", "arm", "split", "label"} <= row.keys():
-        raise FormatError(f"{path}: is there and no outcome of a task, so it is not replaced; choose another place")
-
-
-def write_outcome(outcome: Outcome, task: Task, path: str | Path, *, split: Split = "test") -> None:
-    """Write an outcome as plain JSONL, one row per prompt: label, whether the answer loops, the answer where kept.
-
-    Args:
-        outcome: from `measure`.
-        task: what it was measured on.
-        path: of the file; an outcome there is replaced; a label that is not a number becomes null.
-        split: which one was measured.
-
-    Raises:
-        InputError: the outcome is of another task, or has more labels than the split has prompts.
-        FormatError: something else is there.
-        StorageError: the file cannot be written.
-    """
-    require_outcome_place(Path(path))
-    prompts = task.prompts(split).prompts
-    if outcome.task != task.name or len(outcome.labels) > len(prompts):
-        raise InputError(
-            f"an outcome of {outcome.task} with {len(outcome.labels)} labels; expected {task.name} with at most "
-            f"{len(prompts)} ({split})"
-        )
-    lines = []
-    for i, label in enumerate(outcome.labels):
-        row = {"task": task.name, "arm": outcome.arm, "split": split, **prompts[i]._asdict(), "unit": outcome.unit}
-        row = {("prompt" if key == "text" else key): value for key, value in row.items()}
-        row |= {"label": None if math.isnan(label) else label, "loops": outcome.loops[i]}
-        if task.keep_answers and outcome.answers:
-            row["answer"] = outcome.answers[i]
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(Path(path), "".join(lines))
 
 
 # -- the tasks --------------------------------------------------------------------------------------------------------
@@ -369,8 +273,10 @@ def letters(file: str | Path, *, max_new_tokens: int = 8) -> Task:
         max_new_tokens: of an answer.
     """
     asked = load_questions(file)
-    plain = [one for one in asked if not all(_LETTER.fullmatch(choice) for choice in one.choices)]
-    asked = [*(one for one in asked if one not in plain), *as_letters(plain)]
+    by_letter, plain = list[Question](), list[Question]()
+    for one in asked:
+        (by_letter if all(_LETTER.fullmatch(choice) for choice in one.choices) else plain).append(one)
+    asked = [*by_letter, *as_letters(plain)]
     prompts = {
         (text := f"{one.text}\n\nAnswer with the letter of your choice alone."): Prompt(text, one.choices[one.answer])
         for one in asked

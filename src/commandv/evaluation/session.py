@@ -10,12 +10,13 @@ from typing import Any
 from commandv.adapters.adapter import Adapter
 from commandv.errors import FormatError
 from commandv.evaluation.arms import ARMS, PASTED, UNMODIFIED, Made, make_arm
-from commandv.evaluation.catalogue import load_task, require_outcome_place, write_outcome
+from commandv.evaluation.catalogue import load_task
 from commandv.evaluation.judges import load_judge
 from commandv.evaluation.material import Material
 from commandv.evaluation.meter import Meter, price_scores
 from commandv.evaluation.scores import Score
 from commandv.evaluation.statistics import Comparison, compare, kappa
+from commandv.evaluation.task_files import require_outcome_place, write_outcome
 from commandv.evaluation.tasks import Judge, Outcome, Task
 from commandv.models.load import LM
 from commandv.storage.files import file_name

@@ -30,6 +30,7 @@ CODE: dict[str, tuple[str, ...]] = {
                 "reasoning",
                 "arithmetic",
                 "catalogue",
+                "task_files",
                 "instructions",
                 "judges",
                 "tasks",

@@ -27,7 +27,8 @@ from commandv.models.identity import require_own
 from commandv.models.load import LM, load_model
 from commandv.models.running import evaluating
 from commandv.prompts.sets import load_prompts
-from commandv.storage.directories import CONFIG, new_directory, require_new
+from commandv.storage.directories import CONFIG
+from commandv.storage.foreign import new_directory, require_new
 
 # Where blocks write the stream, by the names of transformers' models.
 ATTENTION = (

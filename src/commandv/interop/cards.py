@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from commandv.adapters.adapter import Adapter
 from commandv.models.identity import ModelRef
+from commandv.models.names import PACKAGED
 from commandv.profiles.profile import END, Profile
 from commandv.storage.hub import is_repo_id
 from commandv.transfer.distil.demonstrations import Demonstrations
@@ -23,8 +24,6 @@ from commandv.transfer.distil.demonstrations import Demonstrations
 LIBRARY = "commandv"
 _LONGEST = 400  # characters of one value
 _MOST = 60  # rows of a table of facts
-# Where the packaged models come from.
-_HUB_IDS = {"gemma-3-270m": "google/gemma-3-270m", "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 class _Set(NamedTuple):
@@ -40,7 +39,8 @@ _SET = set(_Set._fields)
 
 def hub_id(model: ModelRef) -> str | None:
     """Return a model's name on the hub; None where its own name is a directory's or unknown."""
-    return _HUB_IDS.get(model.id, model.id if is_repo_id(model.id) else None)
+    known = _known_as(model.id)
+    return known if is_repo_id(known) else None
 
 
 def card_of(
@@ -168,7 +168,12 @@ def donor_of(one: Adapter) -> str | None:
     stated = one.provenance.get("donor") or (shown.get("donor") if isinstance(shown, Mapping) else None)
     if isinstance(stated, Mapping):
         stated = stated.get("id")
-    return _HUB_IDS.get(stated, stated) if isinstance(stated, str) and stated else None
+    return _known_as(stated) if isinstance(stated, str) and stated else None
+
+
+def _known_as(name: str) -> str:
+    """Return what the hub calls a packaged model, other names as they are."""
+    return PACKAGED[name].hub_id if name in PACKAGED else name
 
 
 def _profile(one: Profile, record: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -97,29 +97,10 @@ class CommandVLM(HFLM):
         """
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         options = {**(template_options or {}), **thinking}
-        if isinstance(pretrained, LM):
-            asked = (dtype, device, revision, template != "auto", system is not None, options, same_as)
-            if any(asked) or trust_remote_code:
-                raise InputError(
-                    f"{pretrained.id} is loaded already; give dtype, device, revision, template, system, "
-                    "template_options, enable_thinking, same_as and trust_remote_code to load_model"
-                )
-            lm = pretrained
-        else:
-            if device and device.startswith("cuda") and not torch.cuda.is_available():
-                device = None  # the command line says cuda:0 where the user says nothing; its own model does the same
-            lm = load_model(
-                pretrained,
-                dtype=dtype,
-                device_map=device,
-                revision=revision,
-                template=template,
-                system=system,
-                template_options=options,
-                same_as=same_as,
-                trust_remote_code=trust_remote_code,
-            )
-        self.lm = lm
+        lm = self.lm = _loaded(
+            pretrained, dtype=dtype, device=device, revision=revision, template=template, system=system,
+            template_options=options, same_as=same_as, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         self.adapter = load_adapter(adapter, layer=layer) if isinstance(adapter, str | Path) else adapter
         self.scale = float(scale)
         with self._attached():  # an adapter that does not fit is an error now, not after the data has been loaded
@@ -211,6 +192,25 @@ class CommandVLM(HFLM):
             "commandv_adapter": self.adapter.name if self.adapter else None,
             "commandv_scale": self.scale if self.adapter else None,
         }
+
+
+def _loaded(pretrained: LM | str, *, device: str | None, template: Template, **options: Any) -> LM:
+    """Load a model; one that is loaded already is taken as it is, without options.
+
+    Raises:
+        InputError: options given with a loaded model.
+    """
+    if not isinstance(pretrained, LM):
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the command line says cuda:0 where the user says nothing; its own model does the same
+        return load_model(pretrained, device_map=device, template=template, **options)
+    system = options.pop("system")
+    if device or template != "auto" or system is not None or any(options.values()):
+        raise InputError(
+            f"{pretrained.id} is loaded already; give dtype, device, revision, template, system, "
+            "template_options, enable_thinking, same_as and trust_remote_code to load_model"
+        )
+    return pretrained
 
 
 if __name__ == "__main__":

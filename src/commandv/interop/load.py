@@ -14,7 +14,7 @@ from commandv.interop.control_vectors import Convention, is_control_vector, read
 from commandv.interop.pyreft import is_pyreft, read_pyreft
 from commandv.interop.vectors import SUFFIXES, LayerConvention, read_vector
 from commandv.storage.directories import CONFIG
-from commandv.storage.hub import is_repo, opened, require_local
+from commandv.storage.hub import fetched, is_repo, require_local
 from commandv.storage.reading import no_such_file, read_json
 
 
@@ -77,7 +77,9 @@ def load_adapter(
     """
     if is_repo(source):
         name = str(source).rpartition("/")[2]
-        found = opened(str(source), "model", lambda folder: _shared(folder, name, layer, convention), revision=revision)
+        found = fetched(
+            str(source), "model", lambda folder: _shared(folder, name, layer, convention), revision=revision
+        )
     else:
         require_local(revision, source)
         found = _loaded(source, layer, convention)

@@ -20,7 +20,8 @@ from commandv.adapters.kinds import KINDS, Kind, Part, steering_vector
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions, as_positions
-from commandv.storage.directories import CONFIG, new_directory
+from commandv.storage.directories import CONFIG
+from commandv.storage.foreign import new_directory
 from commandv.storage.reading import number_of, read_json
 from commandv.storage.tensors import read_torch
 

@@ -25,7 +25,7 @@ from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
-from commandv.storage.directories import new_directory, require_new
+from commandv.storage.foreign import new_directory, require_new
 from commandv.storage.reading import number_of, read_json
 from commandv.storage.tensors import read_safetensors
 

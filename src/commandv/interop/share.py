@@ -18,7 +18,7 @@ from commandv.interop.load import detect, load_adapter
 from commandv.models.identity import ModelRef
 from commandv.profiles.profile import PROFILE, Profile, load_profile, save_profile
 from commandv.storage.directories import CONFIG, Kind, read_config, require_place, write_artefact
-from commandv.storage.hub import CARD, Listed, RepoType, hub_errors, list_repo, opened, require_repo_id
+from commandv.storage.hub import CARD, Listed, RepoType, fetched, hub_errors, list_repo, require_repo_id
 from commandv.transfer.distil.demonstrations import (
     DEMONSTRATIONS,
     Demonstrations,
@@ -153,7 +153,7 @@ def _data_set(repo_id: str, revision: str | None, reason: HubError) -> Artefact:
         return load_profile(folder) if detect(folder) == PROFILE.format else load_demonstrations(folder)
 
     try:
-        return opened(repo_id, "dataset", read, revision=revision)
+        return fetched(repo_id, "dataset", read, revision=revision)
     except HubError:
         raise reason from None
 

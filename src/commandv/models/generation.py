@@ -16,7 +16,7 @@ from commandv.models.live import attached
 from commandv.models.load import LM
 from commandv.models.prefix import shared_prefix
 from commandv.models.running import own_pass
-from commandv.models.sampling import Sampled, require_sampling
+from commandv.models.sampling import Sampled, Sampling
 from commandv.models.template import PLAIN_STOP, stop_tokens
 from commandv.prompts.sets import PromptSet, as_prompts
 
@@ -42,7 +42,7 @@ def generate(
         batch_size: prompts per batch; prompts of similar length go together.
         max_length: cut longer prompts at their beginning to so many tokens; see `commandv.models.encoding.encode`.
         turns: earlier turns of the conversation in which each prompt is asked.
-        temperature: 0 takes the likeliest token; above it tokens are sampled, from p^(1 / temperature).
+        temperature: 0 takes the likeliest token; above it, up to 2, tokens are sampled, from p^(1 / temperature).
         top_p: sample among the fewest tokens that have so much probability together.
         seed: of sampling; the same seed, prompts and settings give the same answers, whatever the batches.
 
@@ -55,7 +55,7 @@ def generate(
         InputError: a prompt that is empty, or longer than the context; a temperature or top-p out of range.
     """
     texts = as_prompts(prompts).texts
-    require_sampling(temperature, top_p)
+    sampling = Sampling(temperature, top_p, seed)
     if max_new_tokens < 1 or batch_size < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: expected 1 or more")
     rows = [encode(lm, text, max_length=max_length, turns=turns).ids for text in texts]
@@ -81,7 +81,7 @@ def generate(
                 generation_config=config,
                 logits_processor=[
                     Finite(lm, [i + 1 for i in members], [rows[i] for i in members]),
-                    *([Sampled(temperature, top_p, seed, members)] if temperature else []),
+                    *([Sampled(sampling, members)] if temperature else []),
                 ],
             )
             for i, ids in zip(members, out[:, batch.input_ids.shape[1] :].tolist(), strict=True):

@@ -15,8 +15,9 @@ import torch
 
 from commandv.errors import FormatError, ModelError
 from commandv.models.names import FOLDER, PACKAGED, packaged_files
-from commandv.storage.directories import CONFIG, kept, new_directory
+from commandv.storage.directories import CONFIG, kept
 from commandv.storage.files import cache_dir, digest, file_digest, file_name
+from commandv.storage.foreign import new_directory
 from commandv.storage.reading import no_such_file
 
 log = logging.getLogger(__name__)

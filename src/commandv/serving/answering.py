@@ -15,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from commandv.errors import CommandVError, ModelError
 from commandv.serving.engine import Engine
+from commandv.serving.logprobs import Told
 from commandv.serving.metrics import Metrics
 from commandv.serving.requests import Piece, Request
-from commandv.serving.sampling import Told
 from commandv.serving.wire import chat_logprobs, error_body, text_logprobs, usage
 
 

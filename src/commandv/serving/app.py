@@ -21,14 +21,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from commandv.errors import CommandVError, InputError
 from commandv.models.encoding import opening
 from commandv.models.load import LM
+from commandv.models.sampling import Sampling
 from commandv.serving.answering import Answering, Kind, Stream
 from commandv.serving.behaviours import BASE, UnknownBehaviour, behaviour_name, parse_behaviour
 from commandv.serving.conversation import conversation_ids, plain_stops
 from commandv.serving.engine import Engine
 from commandv.serving.metrics import Metrics
-from commandv.serving.requests import QueueFull
+from commandv.serving.requests import QueueFull, TooLong
 from commandv.serving.requests import Request as Wanted
-from commandv.serving.sampling import Sampling
 from commandv.serving.wire import Asked, ChatAsked, TextAsked, error_body
 
 MOST_TOKENS = 1024  # of an answer, unless the server says otherwise
@@ -204,7 +204,7 @@ async def _failed(engine: Engine, _request: Request, error: Exception) -> JSONRe
     if isinstance(error, UnknownBehaviour):
         return _error(404, str(error), param="model", code="model_not_found")
     if isinstance(error, InputError):
-        code = "context_length_exceeded" if "the context of" in str(error) else None
+        code = "context_length_exceeded" if isinstance(error, TooLong) else None
         return _error(400, str(error), code=code)
     return _error(500 if engine.alive else 503, str(error))
 

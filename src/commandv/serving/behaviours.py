@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple, TypeAlias
 
 from commandv.adapters.edit import require_scale
-from commandv.errors import InputError
+from commandv.errors import InputError, did_you_mean
 
 BASE = "base"  # the model with nothing attached
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -81,6 +80,5 @@ def _scale(text: str, whole: str) -> float:
 
 
 def _listed(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     names = ", ".join([BASE, *(f"{BASE}+{name}" for name in sorted(known)[:20])])
-    return (f"did you mean {' or '.join(f'{BASE}+{name}' for name in near)}? " if near else "") + f"known: {names}"
+    return f"known: {names}{did_you_mean(word, known, f'{BASE}+')}"

@@ -31,12 +31,13 @@ from commandv.models.encoding import Batch, model_inputs, pad
 from commandv.models.live import attach_change, attached
 from commandv.models.load import LM
 from commandv.models.running import own_pass
+from commandv.models.sampling import choose
 from commandv.models.template import stop_tokens
 from commandv.serving.behaviours import behaviour_name, require_names
+from commandv.serving.logprobs import tell
 from commandv.serving.mixture import Mixture, Row
-from commandv.serving.requests import Answer, Finish, Piece, QueueFull, Request
+from commandv.serving.requests import Answer, Finish, Piece, QueueFull, Request, TooLong
 from commandv.serving.rows import join, keep, require_rows
-from commandv.serving.sampling import choose, tell
 from commandv.serving.text import Transcript
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class Engine:
         if request.max_tokens < 1:
             raise InputError(f"max_tokens={request.max_tokens}: expected 1 or more")
         if limit is not None and len(request.ids) + request.max_tokens > limit:
-            raise InputError(
+            raise TooLong(
                 f"a prompt of {len(request.ids)} tokens and {request.max_tokens} new ones make "
                 f"{len(request.ids) + request.max_tokens}, the context of {self.lm.id} is {limit}; shorten it or ask "
                 "for fewer"

@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from commandv.errors import CommandVError
+from commandv.errors import CommandVError, InputError
+from commandv.models.sampling import Sampling
 from commandv.serving.behaviours import Behaviour
-from commandv.serving.sampling import Sampling, Told
+from commandv.serving.logprobs import Told
 
 Finish = Literal["stop", "length"]
+
+
+class TooLong(InputError):
+    """A prompt that does not fit into the context together with its answer."""
 
 
 class QueueFull(CommandVError, RuntimeError):

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from commandv.errors import InputError
+from commandv.models.sampling import Sampling
 from commandv.serving.behaviours import BASE, Behaviour, Part, behaviour_name
 from commandv.serving.conversation import conversation_ids, plain_stops
 from commandv.serving.engine import Engine
 from commandv.serving.requests import Answer, Request
-from commandv.serving.sampling import Sampling
 
 SIDES = ("before", "after")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
-from commandv.serving.sampling import Told
+from commandv.serving.logprobs import Told
 
 
 class Transcript:

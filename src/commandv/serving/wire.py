@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from commandv.errors import InputError
-from commandv.serving.sampling import MOST_TOP, Told
+from commandv.serving.logprobs import MOST_TOP, Told
 
 MOST_CHOICES = 16  # answers to one request
 MOST_STOPS = 4

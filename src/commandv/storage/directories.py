@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -19,18 +18,19 @@ import re
 import shutil
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from commandv.errors import FormatError, InputError, StorageError
-from commandv.storage.files import LOCK, TRIES, exclusive, is_temporary, put, real, sha256_of, storage_errors, sync
+from commandv.storage.files import LOCK, TRIES, is_temporary, put, real, sha256_of, storage_errors, sync
+from commandv.storage.foreign import BUILD, MOVING, undo
+from commandv.storage.lock import locked, require_writable
 from commandv.storage.reading import read_json
 
 CONFIG = "config.json"
 VERSION = 2  # of directories of ours; 1 had data files of fixed names without hashes
 PARTS = ".parts"  # of long work, in the directory that will hold its result
-_BUILD, _MOVING = ".build", ".moving"
 _PART = re.compile(r"part-\d{5}-[0-9a-f]{16}-[0-9a-f]{12}\.safetensors")
 T = TypeVar("T")
 Buffer: TypeAlias = bytes | memoryview
@@ -78,7 +78,7 @@ def require_place(target: Path, kind: Kind) -> None:
     """
     with storage_errors(target):
         if not os.path.lexists(target) or not (place := real(target)).exists():
-            _require_writable(real(target))
+            require_writable(real(target))
             return
         if not place.is_dir():
             raise FormatError(f"{target}: a file, expected a directory or nothing; choose another place")
@@ -103,15 +103,6 @@ def require_place(target: Path, kind: Kind) -> None:
                     f"{target}: not a whole {kind.format} ({error}), so it is not replaced; "
                     "choose another place, or delete the directory"
                 ) from error
-
-
-def _require_writable(place: Path) -> None:
-    """Raise `OSError` where a directory cannot be made."""
-    folder = next(one for one in place.parents if one.exists())
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: Iterable[tuple[str, Buffer]]) -> None:
@@ -326,106 +317,9 @@ def kept(
 
 def _tidy(target: Path, last: str, kind: Kind | None) -> None:
     """Remove what a writer has left that was killed after its result was in place, unless nothing can be written."""
-    if any((target / name).exists() for name in (LOCK, PARTS, _BUILD, _MOVING)):
+    if any((target / name).exists() for name in (LOCK, PARTS, BUILD, MOVING)):
         with contextlib.suppress(InputError, StorageError), locked(target, wait=False) as place:
-            _undo(place, last)
+            undo(place, last)
             shutil.rmtree(place / PARTS, ignore_errors=True)
             if kind is not None:
                 _sweep(place, kind)
-
-
-# -- directories of other projects' formats ---------------------------------------------------------------------------
-
-
-def require_new(target: Path, last: str) -> None:
-    """Raise `FormatError` unless `target` is absent, empty, or what a killed `new_directory` left."""
-    with storage_errors(target):
-        if not os.path.lexists(target) or not (place := real(target)).exists():
-            _require_writable(real(target))
-            return
-        names = set(os.listdir(place)) - {LOCK, _BUILD, _MOVING, *_moved(place, last)} if place.is_dir() else {"a file"}
-        if names:
-            raise FormatError(
-                f"{target}: holds {', '.join(sorted(names)[:4])}; expected an empty directory or nothing; "
-                "choose another place"
-            )
-
-
-@contextlib.contextmanager
-def new_directory(target: Path, last: str) -> Iterator[Path]:
-    """Yield a directory to fill, whose files go to `target` when the block ends without an error.
-
-    For files that another library writes under names of its own: they cannot be replaced all at once, so an earlier
-    directory never is.
-
-    Args:
-        target: absent or empty.
-        last: the file without which nobody takes the directory for whole; it is put in place after the others.
-
-    Raises:
-        FormatError: `target` holds something.
-        StorageError: the disk is full or not writable.
-    """
-    require_new(target, last)
-    with storage_errors(target), locked(target) as place:
-        require_new(target, last)
-        _undo(place, last)
-        build = place / _BUILD
-        build.mkdir()
-        try:
-            yield build
-            for file in build.rglob("*"):
-                sync(file)
-            names = sorted(os.listdir(build), key=lambda name: (name == last, name))
-            put(build / _MOVING, json.dumps(names).encode())  # a kill while it is written leaves nothing beside it
-            os.replace(build / _MOVING, place / _MOVING)
-            for name in names:
-                os.replace(build / name, place / name)
-            sync(place)
-        finally:
-            _undo(place, last)
-
-
-def _moved(place: Path, last: str) -> list[str]:
-    """Return the names that a killed `new_directory` was putting in place."""
-    if (place / last).exists() or not (place / _MOVING).is_file():
-        return []
-    try:
-        names = json.loads((place / _MOVING).read_bytes())
-    except ValueError:
-        return []
-    return [name for name in names if isinstance(name, str) and os.path.basename(name) == name and name.strip(".")]
-
-
-def _undo(place: Path, last: str) -> None:
-    for name in (*_moved(place, last), _BUILD):
-        one = place / name
-        if one.is_dir() and not one.is_symlink():
-            shutil.rmtree(one)
-        else:
-            one.unlink(missing_ok=True)
-    (place / _MOVING).unlink(missing_ok=True)
-
-
-# -- the lock ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked(target: Path, *, wait: bool = True) -> Iterator[Path]:
-    """Make a directory, keep other writers out of it, and yield its real path; it is removed if it stays empty.
-
-    The same thread may lock it again.
-
-    Raises:
-        InputError: not to `wait`, and another process is writing there.
-        StorageError: the directory cannot be made or written.
-    """
-    place = real(target)
-    was_there = place.is_dir()
-    try:
-        with exclusive(place / LOCK, wait=wait):
-            yield place
-    finally:
-        if not was_there:
-            with contextlib.suppress(OSError):  # only an empty directory can be removed
-                place.rmdir()

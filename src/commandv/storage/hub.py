@@ -62,7 +62,19 @@ def require_repo_id(repo_id: str) -> None:
         raise InputError(f"{repo_id!r}: expected the hub's user/name, such as anna/numbered-list-llama-3.2-3b")
 
 
-def opened(source: str, repo_type: RepoType, read: Callable[[Path], T], *, revision: str | None = None) -> T:
+def opened(source: str | Path, repo_type: RepoType, read: Callable[[Path], T], *, revision: str | None = None) -> T:
+    """Read what is on this disk, or a repository of the hub; arguments and errors as in `fetched`.
+
+    Raises:
+        InputError: a revision of what is on this disk.
+    """
+    if is_repo(source):
+        return fetched(str(source), repo_type, read, revision=revision)
+    require_local(revision, source)
+    return read(Path(source))
+
+
+def fetched(source: str, repo_type: RepoType, read: Callable[[Path], T], *, revision: str | None = None) -> T:
     """Fetch a repository, or take it from the hub's cache, and read it.
 
     Files that the hub's hashes say are damaged in the cache are fetched again, once.

@@ -12,7 +12,7 @@ import numpy as np
 
 from commandv.adapters.edit import MOST_LAYERS
 from commandv.errors import FormatError
-from commandv.evaluation.arms import DIRECT, PASTED, RANDOM, UNMODIFIED
+from commandv.evaluation.arms import DIRECT, FEW_SHOT, PASTED, RANDOM, UNMODIFIED
 from commandv.evaluation.catalogue import meaning
 from commandv.evaluation.report.findings import DONOR, Group, Row, Table
 from commandv.evaluation.results import Cell, Run
@@ -20,7 +20,7 @@ from commandv.evaluation.scores import Score
 from commandv.evaluation.versions import VERSIONS
 
 NONE = "–"
-SHORT = (UNMODIFIED, PASTED, RANDOM, "few-shot", DIRECT, DONOR)  # arms of the first table
+SHORT = (UNMODIFIED, PASTED, RANDOM, FEW_SHOT, DIRECT, DONOR)  # arms of the first table
 MEASURES = {
     "kl": "KL, nats/token",
     "kl_first": "KL at the first token",

@@ -23,7 +23,7 @@ from commandv.storage.reading import read_bytes
 log = logging.getLogger(__name__)
 
 
-class Kept(pydantic.BaseModel):
+class KeptArm(pydantic.BaseModel):
     """One arm as it was measured.
 
     Attributes:
@@ -74,7 +74,9 @@ def measured_once(key: str, tasks: Sequence[Task], measure: Callable[[Sequence[T
         answers |= {task.name: list(found.outcomes[task.name].answers) for task in asked if task.keep_answers}
         arm = fresh if arm is None else _joined(arm, graded(found.outcomes))
     assert arm is not None
-    write_text(file, Kept(arm=arm, graded={one.name: _grader(one) for one in tasks}, answers=answers).model_dump_json())
+    write_text(
+        file, KeptArm(arm=arm, graded={one.name: _grader(one) for one in tasks}, answers=answers).model_dump_json()
+    )
     return arm
 
 
@@ -87,12 +89,12 @@ def _joined(arm: Arm, more: dict[str, dict[str, Any]]) -> Arm:
     return Arm.model_validate({**dict(arm), **{part: {**getattr(arm, part), **of} for part, of in more.items()}})
 
 
-def _read(file: Path) -> Kept | None:
+def _read(file: Path) -> KeptArm | None:
     """Return what is kept; nothing where there is none or it is damaged, for then it is measured again."""
     if not file.exists():
         return None
     try:
-        return Kept.model_validate_json(read_bytes(file, most=MOST_RESULT))
+        return KeptArm.model_validate_json(read_bytes(file, most=MOST_RESULT))
     except pydantic.ValidationError as error:
         log.warning("%s: damaged (%d problems); measuring again", file, error.error_count())
         return None

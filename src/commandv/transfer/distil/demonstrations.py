@@ -20,7 +20,7 @@ from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
 from commandv.storage.directories import Kind, read_artefact, write_artefact
 from commandv.storage.files import digest
-from commandv.storage.hub import is_repo, opened, require_local
+from commandv.storage.hub import opened
 from commandv.storage.tensors import read_safetensors
 
 DEMONSTRATIONS = Kind("commandv-demonstrations", "tensors", lambda _config: ["tensors"])
@@ -179,10 +179,7 @@ def load_demonstrations(source: str | Path, *, revision: str | None = None) -> D
         FormatError: not demonstrations, of an unknown version, damaged, or with another hash than when written.
         HubError: not on the hub, not allowed, or not reachable.
     """
-    if is_repo(source):
-        return opened(str(source), "dataset", _read, revision=revision)
-    require_local(revision, source)
-    return _read(Path(source))
+    return opened(source, "dataset", _read, revision=revision)
 
 
 def _read(path: Path) -> Demonstrations:
