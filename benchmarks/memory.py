@@ -27,7 +27,7 @@ import torch
 import transformers
 
 import commandv as cv
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.profiles.profile import load_profile
 from commandv.prompts.sets import Prompt, PromptSet
 

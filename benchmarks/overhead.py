@@ -25,7 +25,7 @@ import commandv as cv
 from commandv.evaluation.catalogue import load_task
 from commandv.models.encoding import encode, pad
 from commandv.models.generation import batches, greedy
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.running import own_pass
 
 ROOT = Path(__file__).resolve().parent

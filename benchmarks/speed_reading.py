@@ -22,7 +22,7 @@ import torch
 import commandv as cv
 from commandv.models.encoding import encode, pad_replies, run_blocks
 from commandv.models.generation import batches
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.steering import Contrast, directions
 
 ROOT = Path(__file__).resolve().parent

@@ -8,7 +8,7 @@ import torch
 import commandv as cv
 from commandv.adapters.shipped import builtin_path
 from commandv.errors import CommandVError
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.names import PACKAGED
 from commandv.profiles.profile import Profile
 from real import GEMMA, SMOL, load

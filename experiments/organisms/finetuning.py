@@ -59,7 +59,7 @@ def finetune(
             optimizer.step()
             schedule.step()
     merged = model.merge_and_unload().to(lm.model.dtype)
-    return lm.like(merged, f"{lm.id}, fine-tuned")
+    return cv.wrap_like(lm, merged, f"{lm.id}, fine-tuned")
 
 
 def _row(lm: cv.LM, prompt: str, response: str, max_response: int) -> tuple[list[int], int]:

@@ -92,4 +92,4 @@ def _require_llama(lm: cv.LM) -> None:
 
 
 def _wrapped(model: torch.nn.Module, like: cv.LM, id: str) -> cv.LM:
-    return like.like(model.to(like.model.dtype), id)
+    return cv.wrap_like(like, model.to(like.model.dtype), id)

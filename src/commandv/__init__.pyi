@@ -68,8 +68,9 @@ from .models.layers import (
 )
 from .models.live import attached as attached
 from .models.live import detach_all as detach_all
-from .models.load import LM as LM
+from .models.lm import LM as LM
 from .models.load import load_model as load_model
+from .models.load import wrap_like as wrap_like
 from .models.load import wrap_model as wrap_model
 from .positions import Positions as Positions
 from .profiles.profile import (

@@ -132,7 +132,7 @@ def test_system_messages_and_earlier_turns_go_through_the_template():
 
 def test_the_models_system_prompt_goes_before_conversations_without_one():
     lm = tiny.tiny_lm(chat=True)
-    brief, model = TURNS[:2], inspect_model(lm.with_template(system=TURNS[0].content))
+    brief, model = TURNS[:2], inspect_model(tiny.tiny_lm(chat=True, system=TURNS[0].content))
     assert [turn.role for turn in brief] == ["system", "user"]
     with_own = ask(inspect_model(lm), brief, max_tokens=6)
     assert ask(model, brief[1:], max_tokens=6).completion == with_own.completion

@@ -13,7 +13,7 @@ import torch
 import commandv as cv
 from commandv.interop.control_vectors import write_control_vector
 from commandv.models.encoding import encode
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.names import packaged_files
 from commandv.positions import EVERYWHERE
 from real import SMOL, load

@@ -11,7 +11,8 @@ import torch
 import commandv as cv
 import tiny
 from commandv.errors import InputError, MismatchError
-from commandv.models.identity import ModelRef, identity, weights_hash
+from commandv.models.identity import ModelRef, weights_hash
+from commandv.models.state import identity
 from profiled import PROMPTS, same
 
 EDITS = {
@@ -39,7 +40,7 @@ def test_dtype_template_and_tokenizer_are_part_of_it():
         tiny.tiny_lm(),
         tiny.tiny_lm(dtype=torch.bfloat16),
         tiny.tiny_lm(chat=True),
-        tiny.tiny_lm(chat=True).with_template(system="Be brief."),
+        tiny.tiny_lm(chat=True, system="Be brief."),
         tiny.tiny_lm(bos=False),
         tiny.tiny_lm(vocab=300),
     ]

@@ -12,7 +12,8 @@ import tiny
 from commandv.errors import InputError, ModelError
 from commandv.models.encoding import encode, encode_conversation, format_prompt, opening
 from commandv.models.generation import greedy
-from commandv.models.template import ChatFormat, default_system, end_of_turn, stop_tokens
+from commandv.models.lm import ChatFormat
+from commandv.models.template import default_system, end_of_turn, stop_tokens
 from commandv.training.examples import Example
 from profiled import PROMPTS
 
@@ -39,9 +40,8 @@ def test_system_prompt_and_options_are_in_every_prompt():
     assert format_prompt(lm, "Hi") == "<|system|>Be brief.<eos>\n<|user|>Hi<eos>\n<|assistant|>\n<think></think>\n"
     text = lm.tokenizer.decode(encode(lm, "Hi", "Yes").ids)
     assert text == "<bos>" + format_prompt(lm, "Hi") + "Yes"
-    other = lm.with_template(system="Be long.")
-    assert format_prompt(other, "Hi") == "<|system|>Be long.<eos>\n<|user|>Hi<eos>\n<|assistant|>\n"
-    assert other.model is lm.model
+    other = cv.wrap_like(lm, tiny.tiny_model(seed=1), "other")
+    assert format_prompt(other, "Hi") == format_prompt(lm, "Hi")
 
 
 def test_a_conversation_with_a_system_message_of_its_own_keeps_it():
@@ -54,7 +54,7 @@ def test_a_conversation_with_a_system_message_of_its_own_keeps_it():
 
 def test_they_are_kept_with_what_was_made():
     plain = chat(SWITCH)
-    lm = plain.with_template(system="Be brief.", options={"enable_thinking": False})
+    lm = chat(SWITCH, system="Be brief.", template_options={"enable_thinking": False})
     assert lm.ref.format == '{"options": {"enable_thinking": false}, "system": "Be brief."}'
     assert plain.ref.format == ""
     one, other = cv.profile(plain, PROMPTS, text=None), cv.profile(lm, PROMPTS, text=None)
@@ -146,7 +146,7 @@ def test_a_date_that_an_option_fixes_is_no_date(caplog):
     lm = chat(dated + "Today is {{ date_string }}.\n" + SWITCH)
     assert "template_options={'date_string': ...} fixes it" in caplog.text
     caplog.clear()
-    fixed = lm.with_template(options={"date_string": "1 May 2024"})
+    fixed = cv.wrap_model(lm.model, lm.tokenizer, lm.id, template_options={"date_string": "1 May 2024"})
     assert format_prompt(fixed, "Hi").startswith("Today is 1 May 2024.\n<|user|>Hi")
     assert not caplog.text
 

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import commandv as cv
-from commandv.models.load import LM
+from commandv.models.lm import LM
 
 D, LAYERS, VOCAB = 32, 4, 320
 
@@ -231,13 +231,13 @@ def tiny_lm(
     vocab: int = VOCAB,
     id: str = "",
     dtype: torch.dtype = torch.float32,
+    system: str | None = None,
     **settings: Any,
 ) -> LM:
     """A tiny random model with its tokenizer; `settings` change the model's config (vocab is the tokenizer's)."""
     model = tiny_model(arch, seed=seed, **{"vocab_size": max(vocab, VOCAB), **settings}).to(dtype)
-    return cv.wrap_model(
-        model, tiny_tokenizer(vocab=vocab, bos=bos, chat=chat), id or f"tiny-{arch}", template=template
-    )
+    tokenizer = tiny_tokenizer(vocab=vocab, bos=bos, chat=chat)
+    return cv.wrap_model(model, tokenizer, id or f"tiny-{arch}", template=template, system=system)
 
 
 def random_adapter(

@@ -6,7 +6,7 @@ import torch
 
 import commandv as cv
 import tiny
-from commandv.models.load import LM
+from commandv.models.lm import LM
 
 
 def twin_of(lm: LM, *, seed: int = 7, noise: float = 0.0, id: str = "twin") -> LM:

@@ -8,7 +8,7 @@ import torch
 import commandv as cv
 from commandv.errors import InputError
 from commandv.models.encoding import encode
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.positions import EVERYWHERE, as_positions
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.training import train as training

@@ -11,7 +11,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.edit import Edit, require_scale
 from commandv.errors import MismatchError
 from commandv.models.live import Attachment, attach_change
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.passes import Addend, Additions
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from commandv.adapters.adapter import Adapter
     from commandv.evaluation.tasks import Task
     from commandv.executors.executor import Executor
-    from commandv.models.load import LM
+    from commandv.models.lm import LM
 
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are sampled.")]
 TopP = Annotated[float, typer.Option(help="Sample among the fewest tokens of so much probability.")]

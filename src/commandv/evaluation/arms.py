@@ -28,7 +28,7 @@ from commandv.errors import InputError
 from commandv.evaluation.material import ANSWER_TOKENS, Material
 from commandv.models.encoding import Turns, encode
 from commandv.models.generation import generate
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.positions import Positions
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.steering import mean_states

@@ -12,7 +12,7 @@ from commandv.errors import InputError
 from commandv.evaluation.price import token_log_probs
 from commandv.evaluation.scores import Score, rate
 from commandv.models.encoding import encode
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.prompts.sets import file_rows
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

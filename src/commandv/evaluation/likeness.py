@@ -11,7 +11,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.models.generation import generate
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.storage.files import digest

@@ -13,7 +13,7 @@ from commandv.adapters.adapter import Adapter, Intervention
 from commandv.errors import InputError
 from commandv.evaluation.tune import Setting
 from commandv.models.layers import all_layers, choose_layers
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.positions import EVERYWHERE, Positions
 from commandv.profiles.profile import END
 from commandv.prompts.sets import Prompt, PromptSet

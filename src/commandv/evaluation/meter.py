@@ -15,7 +15,7 @@ from commandv.evaluation.price import MEASURES, prices, reply_log_probs
 from commandv.evaluation.scores import Score, geometric_mean, mean
 from commandv.evaluation.tasks import Outcome, Task, answered, judged
 from commandv.evaluation.tune import Setting, Tuned, tune
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.prompts.sets import PromptSet, load_prompts
 
 

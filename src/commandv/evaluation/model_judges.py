@@ -17,7 +17,8 @@ from commandv.errors import InputError, ModelError
 from commandv.evaluation.judgments import Judgment, labels
 from commandv.models.encoding import pad
 from commandv.models.generation import batches, greedy
-from commandv.models.load import LM, load_model
+from commandv.models.lm import LM
+from commandv.models.load import load_model
 from commandv.models.names import PACKAGED
 from commandv.models.running import own_pass
 from commandv.prompts.sets import Prompt

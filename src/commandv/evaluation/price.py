@@ -15,7 +15,7 @@ from commandv.evaluation.scores import Score, geometric_mean, mean
 from commandv.models.encoding import Encoded, Turns, encode, last_logits, opening, pad_replies
 from commandv.models.finite import require_finite
 from commandv.models.generation import batches
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.prefix import shared_prefix
 from commandv.prompts.sets import PromptSet, as_prompts
 

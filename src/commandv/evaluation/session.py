@@ -18,7 +18,7 @@ from commandv.evaluation.scores import Score
 from commandv.evaluation.statistics import Comparison, compare, kappa
 from commandv.evaluation.task_files import require_outcome_place, write_outcome
 from commandv.evaluation.tasks import Judge, Outcome, Task
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.storage.files import file_name
 
 ADAPTED = "with the adapter"  # what the pasted arm is called where nothing is pasted

@@ -16,8 +16,8 @@ from commandv.evaluation.graders import Grader
 from commandv.evaluation.scores import Score, mean, rate
 from commandv.models.encoding import Turns
 from commandv.models.generation import generate
-from commandv.models.identity import require_own
-from commandv.models.load import LM
+from commandv.models.lm import LM
+from commandv.models.state import require_own
 from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet
 

@@ -14,7 +14,7 @@ from commandv.errors import InputError
 from commandv.evaluation.price import drift, reply_log_probs
 from commandv.evaluation.tasks import Outcome, Task, measure
 from commandv.models.layers import LayerChoice, choose_layers
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.profiles.profile import Rows
 from commandv.prompts.sets import PromptSet, load_prompts
 

@@ -23,9 +23,10 @@ from commandv.adapters.attach import attach
 from commandv.errors import InputError, ModelError
 from commandv.interop.control_vectors import constant
 from commandv.models.encoding import encode
-from commandv.models.identity import require_own
-from commandv.models.load import LM, load_model
+from commandv.models.lm import LM
+from commandv.models.load import load_model, wrap_like
 from commandv.models.running import evaluating
+from commandv.models.state import require_own
 from commandv.prompts.sets import load_prompts
 from commandv.storage.directories import CONFIG
 from commandv.storage.foreign import new_directory, require_new
@@ -300,15 +301,18 @@ def _in_float32(lm: LM) -> LM:
     """Return a half-precision model in float32, in which rounding does not hide what differs; others as they are."""
     if next(lm.model.parameters()).dtype in (torch.float32, torch.float64):
         return lm
-    return lm.like(copy.deepcopy(lm.model).float(), lm.id)
+    return wrap_like(lm, copy.deepcopy(lm.model).float(), lm.id)
 
 
 def _again(lm: LM, folder: Path) -> LM:
     """Load what was saved, asked as the original is."""
     dtype = next(lm.model.parameters()).dtype
-    made = load_model(folder, dtype=dtype, template="chat" if lm.chat else "plain")
+    made = load_model(
+        folder, dtype=dtype, template="chat" if lm.chat else "plain", system=lm.format.system,
+        template_options=lm.format.options,
+    )  # fmt: skip
     made.model.to(lm.device)
-    return made.with_template(system=lm.format.system, options=lm.format.options)
+    return made
 
 
 def _log_probs(lm: LM, prompts: list[str]) -> list[Tensor]:

@@ -18,7 +18,8 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.interop.load import load_adapter
-from commandv.models.load import LM, Template, load_model
+from commandv.models.lm import LM
+from commandv.models.load import Template, load_model
 from commandv.models.template import render
 
 try:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from commandv.errors import InputError, MismatchError
 from commandv.models.identity import ModelRef
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.profiles.profile import END, Profile
 from commandv.prompts.sets import PromptSet
 from commandv.transfer.link import HOLDOUT, Link, held_out_prompts

@@ -15,7 +15,7 @@ import numpy as np
 
 from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.prompts.sets import Prompt
 
 

@@ -20,7 +20,7 @@ from commandv.mapping.pairing import Pairing, Places, place
 from commandv.models.encoding import Batch, model_inputs, pad, run_blocks
 from commandv.models.generation import batches
 from commandv.models.live import attach_change, reading
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.passes import Edit, Pass
 from commandv.models.running import own_pass
 from commandv.positions import EVERYWHERE

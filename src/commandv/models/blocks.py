@@ -10,6 +10,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from commandv.errors import ModelError
+from commandv.models.lm import device_of
 from commandv.models.passes import stream_of
 from commandv.models.running import evaluating
 from commandv.storage.reading import first_line
@@ -35,15 +36,6 @@ class Found(NamedTuple):
     d_model: int
     stream: int
     recurrent: bool
-
-
-def device_of(model: Any) -> torch.device:
-    """Return where a model takes its token ids: where its embeddings are, or are brought when they are offloaded."""
-    embeddings = model.get_input_embeddings()
-    if embeddings.weight.device.type != "meta":
-        return embeddings.weight.device
-    hook = getattr(embeddings, "_hf_hook", None)  # accelerate's
-    return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
 
 def find_blocks(model: Any) -> Found:

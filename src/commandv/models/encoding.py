@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from commandv.errors import InputError
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.running import own_pass
 from commandv.models.template import MARK, render, stop_tokens
 

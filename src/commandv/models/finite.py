@@ -11,7 +11,7 @@ from torch import Tensor
 from commandv.errors import ModelError
 from commandv.models.encoding import pad, run_blocks
 from commandv.models.live import prompts_of, reading
-from commandv.models.load import LM
+from commandv.models.lm import LM
 
 
 def require_finite(lm: LM, logits: Tensor, number: int, ids: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from commandv.errors import InputError
 from commandv.models.encoding import Turns, encode, pad, pad_token
 from commandv.models.finite import Finite
 from commandv.models.live import attached
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.prefix import shared_prefix
 from commandv.models.running import own_pass
 from commandv.models.sampling import Sampled, Sampling

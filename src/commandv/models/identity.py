@@ -1,4 +1,4 @@
-"""What a model *is*: its weights, prompt format, tokenizer, configuration; and what nobody can vouch for."""
+"""Which model something was made from or for, and the hash of a model's weights."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import logging
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from commandv.errors import InputError, MismatchError
-from commandv.models.live import attached, foreign_hooks
-from commandv.models.template import MARK, render, source_of
-from commandv.storage.files import digest
-
-if TYPE_CHECKING:
-    from commandv.models.load import LM
+from commandv.errors import MismatchError
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +95,7 @@ def _name(id: str) -> str:
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
-class _Hashed(NamedTuple):
+class Hashed(NamedTuple):
     """What is known of a model's weights, and the state of its tensors when that was found out."""
 
     stamp: tuple[Any, ...]
@@ -109,7 +103,7 @@ class _Hashed(NamedTuple):
     shared: str
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Hashed] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, Hashed] = weakref.WeakKeyDictionary()
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -118,10 +112,11 @@ def weights_hash(model: nn.Module) -> str:
     Every value counts, rounded to bfloat16; dtypes that round otherwise (float16, quantised ones) are hashed as they
     are, with their names before the hash. It is computed again when a tensor was replaced or, as torch counts, changed.
     """
-    return _hashed(model, again=False).shared
+    return hashed(model, again=False).shared
 
 
-def _hashed(model: nn.Module, *, again: bool) -> _Hashed:
+def hashed(model: nn.Module, *, again: bool) -> Hashed:
+    """Return what is known of a model's weights; with `again` they are read anew, whatever torch counted."""
     stamp = tuple(_stamp(one) for _, one in _tensors(model))
     known = _KNOWN.get(model)
     if known is not None and known.stamp == stamp and not again:
@@ -133,7 +128,7 @@ def _hashed(model: nn.Module, *, again: bool) -> _Hashed:
     except (NotImplementedError, RuntimeError, TypeError) as error:  # offloaded weights, tensors of other libraries
         log.debug("weights that cannot be read: %s", error)
         exact = shared = ""
-    _KNOWN[model] = found = _Hashed(stamp, exact, shared)
+    _KNOWN[model] = found = Hashed(stamp, exact, shared)
     return found
 
 
@@ -188,74 +183,3 @@ def _learned_nothing(name: str, named: dict[str, nn.Parameter]) -> bool:
 
 def _bytes(one: Tensor) -> Any:
     return one.detach().reshape(-1).view(torch.uint8).cpu().numpy()
-
-
-# -- the whole ----------------------------------------------------------------------------------------------------
-
-
-class Identity(NamedTuple):
-    """What a model is at this moment.
-
-    Attributes:
-        key: hash of all that decides what it computes: every byte of the weights, configuration, tokenizer, and a
-            conversation as its template renders it (with this day's date, where it writes one).
-        doubts: what it does that the key does not tell; what is made meanwhile is not the model's own.
-        attached: an adapter of ours is attached.
-    """
-
-    key: str
-    doubts: tuple[str, ...]
-    attached: bool
-
-
-def identity(lm: LM) -> Identity:
-    """Return what a model is; its weights are read anew, whatever torch counted."""
-    weights = _hashed(lm.model, again=True).exact
-    doubts = list(_doubts(lm))
-    if not weights and not lm.revision:
-        doubts.append("its weights cannot be read (offloaded, or in tensors of another library)")
-    config = {
-        name: value
-        for name, value in lm.model.config.to_dict().items()
-        if name not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    }
-    tuners = [
-        [name, str(one.active_adapters), one.disable_adapters, str(one.merged_adapters), str(one.scaling)]
-        for name, one in lm.model.named_modules()
-        if hasattr(one, "disable_adapters") and hasattr(one, "merged_adapters") and hasattr(one, "scaling")
-    ]
-    asked = render(lm, [{"role": "user", "content": MARK}])
-    parts = [weights or lm.revision, repr(sorted(config.items(), key=str)), tuners, asked, source_of(lm), lm.chat]
-    return Identity(digest(parts, _tokenizer_hash(lm.tokenizer)), tuple(doubts), bool(attached(lm)))
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    state = tokenizer.backend_tokenizer.to_str().encode()
-    return digest(xxhash.xxh3_128(state).hexdigest(), special)
-
-
-def _doubts(lm: LM) -> Iterator[str]:
-    if hooked := foreign_hooks(lm):
-        yield f"hooks that others have put on it (on {hooked[0]})"
-    replaced = [
-        name for name, one in lm.model.named_modules() if "forward" in vars(one) and not hasattr(one, "_hf_hook")
-    ]
-    if replaced:
-        yield f"the forward of {replaced[0] or 'the model'} has been replaced"
-
-
-def require_own(lm: LM, doing: str) -> None:
-    """Refuse a model with an adapter attached, and say what else is not the model's own.
-
-    Args:
-        lm: the model.
-        doing: what is about to be done with it, for the message.
-
-    Raises:
-        InputError: an adapter is attached.
-    """
-    if attached(lm):
-        raise InputError(f"an adapter is attached to {lm.id}; detach it before {doing}")
-    for doubt in _doubts(lm):
-        log.warning("%s: %s, which takes part in %s", lm.id, doubt, doing)

@@ -24,19 +24,18 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from commandv.errors import InputError, ModelError
+from commandv.models.hooks import Hook, attachments, live_on
+from commandv.models.lm import LM
 from commandv.models.passes import Change, Edit, Pass, stream_of, with_stream
 from commandv.models.running import compiled, containing, generating, others_run
 from commandv.positions import Positions
-
-if TYPE_CHECKING:
-    from commandv.models.load import LM
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def attach_change(lm: LM, change: Change) -> Attachment:
                 f"{lm.id} is running in another thread, whose answers would change half-way; attach before the "
                 "threads start, or load the model once more for this thread"
             )
-        live = Live.of(lm.owner) or Live(lm)
+        live = live_on(lm.owner) or Live(lm)
         made = Attachment(live, change, me, frozenset(threading.enumerate()) - {me})
         live.attachments = (*live.attachments, made)
     return made
@@ -72,8 +71,7 @@ def attach_change(lm: LM, change: Change) -> Attachment:
 
 def attached(lm: LM) -> tuple[Attachment, ...]:
     """Return what is attached to a model, in the order in which it acts."""
-    live = Live.of(lm.owner)
-    return live.attachments if live else ()
+    return attachments(lm.owner)
 
 
 def attached_positions(lm: LM) -> set[Positions]:
@@ -118,7 +116,7 @@ def reading(lm: LM, readers: Mapping[int, Callable[[Tensor], None]]) -> Iterator
     """
     _require_hooks_to_run(lm, (lm.model, lm.owner, *lm.blocks))
     with _LOCK:
-        live = Live.of(lm.owner) or Live(lm)
+        live = live_on(lm.owner) or Live(lm)
         mine = (threading.get_ident(), readers)
         live.readers = (*live.readers, mine)
     try:
@@ -201,16 +199,11 @@ class Live:
         ):  # a wrapper made by torch.compile kept a graph without hooks, and would run it
             torch.compiler.reset()
         self._handles = [
-            lm.owner.register_forward_pre_hook(_Hook(self, self._begin), with_kwargs=True),
-            lm.owner.register_forward_hook(_Hook(self, self._finish), always_call=True),
+            lm.owner.register_forward_pre_hook(Hook(self, self._begin), with_kwargs=True),
+            lm.owner.register_forward_hook(Hook(self, self._finish), always_call=True),
         ]
         if lm.model is not lm.owner:
-            self._handles.append(lm.model.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True))
-
-    @staticmethod
-    def of(owner: nn.Module) -> Live | None:
-        """Return what lives on a model: its hooks are the only place where that is kept."""
-        return next((hook.live for hook in owner._forward_pre_hooks.values() if isinstance(hook, _Hook)), None)
+            self._handles.append(lm.model.register_forward_pre_hook(Hook(self, self._enter), with_kwargs=True))
 
     def leave(self) -> None:
         """Remove the hooks when nobody needs them."""
@@ -244,14 +237,12 @@ class Live:
         _require_hooks_to_run(self.lm, [self.lm.blocks[layer] for layer in edits])
         hooks = self._open.setdefault(threading.get_ident(), [])
         for layer, many in edits.items():  # before other hooks, so that they and transformers' records see the edits
-            hook = _Hook(self, _editing(many, self.lm.stream))
+            hook = Hook(self, _editing(many, self.lm.stream))
             hooks.append(self.lm.blocks[layer].register_forward_hook(hook, prepend=True))
         for thread, readers in self.readers:
             if thread == threading.get_ident():
                 for layer, read in readers.items():
-                    hooks.append(
-                        self.lm.blocks[layer].register_forward_hook(_Hook(self, _reader(read, self.lm.stream)))
-                    )
+                    hooks.append(self.lm.blocks[layer].register_forward_hook(Hook(self, _reader(read, self.lm.stream))))
 
     def _finish(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.end()
@@ -300,26 +291,6 @@ class Live:
         padded = ids[:, [0, -1]] == padding
         if (padded.any(0) & ~padded.all(0)).any():  # in some of the rows
             raise InputError(f"{self.lm.id}: a padded batch without an attention_mask; give it")
-
-
-class _Hook:
-    """One of our hooks. A copy of the model, or a pickle, gets one that does nothing: nothing is attached to it."""
-
-    def __init__(self, live: Live, run: Callable[..., Any]) -> None:
-        self.live, self._run = live, run
-
-    def __call__(self, *args: Any) -> Any:
-        return self._run(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert, ()
-
-
-def _inert() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None: ...
 
 
 def _editing(many: list[tuple[Attachment, Edit]], index: int) -> Callable[[nn.Module, Any, Any], Any]:

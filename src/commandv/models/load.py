@@ -1,10 +1,10 @@
-"""Language models: loading from anywhere."""
+"""Language models from anywhere."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,102 +12,15 @@ import torch
 from torch import nn
 
 from commandv.errors import InputError, ModelError
-from commandv.models.blocks import device_of, find_blocks
-from commandv.models.identity import ModelRef, weights_hash
-from commandv.models.live import attached
+from commandv.models.blocks import find_blocks
+from commandv.models.lm import LM, ChatFormat
 from commandv.models.names import PACKAGED, require_model_name
 from commandv.models.running import compiled
-from commandv.models.template import ChatFormat, check_format, source_of
-from commandv.storage.files import digest
+from commandv.models.template import check_format
 from commandv.storage.reading import MOST_TEXT, first_line, read_json
 
 Template = Literal["auto", "chat", "plain"]
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers makes
-
-
-@dataclass(frozen=True, eq=False)
-class LM:
-    """A causal language model with what commandv needs to know about it.
-
-    Attributes:
-        model: the transformers model; nothing of it is changed.
-        tokenizer: its fast tokenizer.
-        id: the name it was loaded by.
-        revision: hub commit, or hash of the GGUF file; "" where there is neither.
-        blocks: the decoder blocks in order; the output of block l is the residual stream at layer l.
-        owner: the module that runs the blocks, usually the model without its head.
-        d_model: width of the residual stream.
-        chat: True when prompts go through the tokenizer's chat template, False for the plain format.
-        format: system prompt and options of the template.
-        same_as: name of the model that it is said to be the same as; "" for none.
-        stream: which of several streams that a block puts out it works on.
-        recurrent: the model keeps more from token to token than keys and values; see `commandv.models.blocks.Found`.
-    """
-
-    model: Any
-    tokenizer: Any
-    id: str
-    revision: str
-    blocks: tuple[nn.Module, ...]
-    owner: nn.Module
-    d_model: int
-    chat: bool
-    format: ChatFormat = field(default_factory=ChatFormat)
-    same_as: str = ""
-    stream: int = 0
-    recurrent: bool = False
-
-    @property
-    def n_layers(self) -> int:
-        """Number of decoder blocks."""
-        return len(self.blocks)
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go: the device of the input embeddings."""
-        return device_of(self.model)
-
-    @property
-    def ref(self) -> ModelRef:
-        """The identity of this model as it is now, as stored in profiles and adapters."""
-        known = not self.same_as  # else a name is all that is told of the other model
-        return ModelRef(
-            self.id if known else self.same_as,
-            self.revision if known else "",
-            self.d_model,
-            self.n_layers,
-            digest(source_of(self)),
-            weights_hash(self.model) if known else "",
-            str(self.format),
-        )
-
-    def with_template(self, *, system: str | None = None, options: Mapping[str, Any] | None = None) -> LM:
-        """Return the same model asked with another system prompt and other template options.
-
-        Args:
-            system: the system prompt; None leaves what the template itself says.
-            options: the template's own variables, such as `{"enable_thinking": False}`.
-
-        Raises:
-            InputError: the template does not take them.
-        """
-        return check_format(replace(self, format=ChatFormat(system, options or {}, self.format.date)))
-
-    def like(self, model: Any, id: str) -> LM:
-        """Return another model in memory that is asked as this one is."""
-        made = wrap_model(model, self.tokenizer, id, template="chat" if self.chat else "plain")
-        return replace(made, format=self.format)
-
-    @property
-    def context_length(self) -> int | None:
-        """The longest sequence the model's position embeddings allow, None when it states none."""
-        config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-    def __repr__(self) -> str:
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        here = "".join(f"; attached: {one}" for one in attached(self))
-        return f"LM({self.id}, {self.n_layers} layers, d_model {self.d_model}, {dtype}{here})"
 
 
 def load_model(
@@ -226,6 +139,15 @@ def wrap_model(
             found.stream, found.recurrent,
         )
     )  # fmt: skip
+
+
+def wrap_like(lm: LM, model: Any, id: str) -> LM:
+    """Make an `LM` of another model in memory, which is asked as one that is known is.
+
+    Raises:
+        ModelError: as `wrap_model`.
+    """
+    return replace(wrap_model(model, lm.tokenizer, id, template="chat" if lm.chat else "plain"), format=lm.format)
 
 
 def _require_language_model(model: Any, id: str) -> None:

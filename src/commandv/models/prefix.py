@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from commandv.models.encoding import Batch, read_ahead
 from commandv.models.live import attached, attached_positions, foreign_hooks, prompts_of
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.positions import Positions
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # what configurations call the reach of attention

@@ -7,12 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from commandv.models.load import LM
+from commandv.models.lm import LM
 
 _PATIENCE = 1.0  # seconds that another thread which is about to be done is waited for
 _LOCK = threading.Lock()  # over the mode of modules

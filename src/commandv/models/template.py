@@ -3,72 +3,29 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import jinja2.meta
 import jinja2.nodes
 
 from commandv.errors import InputError, ModelError
-
-if TYPE_CHECKING:
-    from commandv.models.load import LM
+from commandv.models.lm import LM, PLAIN_FORMAT, RESERVED
 
 log = logging.getLogger(__name__)
 
-# How a base model is asked. The answer starts on a line of its own, as it does in most chat templates, so that the last
-# prompt token of both kinds of model predicts a word without a leading space. It ends where a new question starts.
-PLAIN_FORMAT = "Question: {}\nAnswer:\n"
 PLAIN_STOP = "\nQuestion:"
 
 MARK = "commandv-prompt-begins-here"
-# What `render` says itself; and what the tokenizer does with a template, which is nothing that a template reads.
-RESERVED = (
-    "messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize", "tools", "documents",
-    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
-    "tokenizer_kwargs", "processor_kwargs",
-)  # fmt: skip
 # A template is code from a hub: whatever it raises is the template's fault.
 _RAISED = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """What a chat template is filled with beside the conversation.
-
-    Attributes:
-        system: the system prompt; None leaves what the template itself says.
-        options: the template's own variables, such as `{"enable_thinking": False}`; plain values.
-        date: what a template that writes the date writes. Default: when this value was made, so that one loaded model
-            has one prompt for one text, whatever the clock says.
-    """
-
-    system: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    date: datetime = field(default_factory=datetime.now, compare=False)
-
-    def __post_init__(self) -> None:
-        for name in self.options:
-            if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
-                raise InputError(f"template option {name!r}: expected the name of one of the template's own variables")
-        try:
-            json.dumps(dict(self.options))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"template options: expected plain values, as JSON has them ({error})") from None
-
-    def __str__(self) -> str:
-        """Return system prompt and options as JSON, for the record; nothing where neither is set."""
-        said = {} if self.system is None else {"system": self.system}
-        options = {"options": dict(self.options)} if self.options else {}
-        return json.dumps({**said, **options}, sort_keys=True, ensure_ascii=False) if said or options else ""
 
 
 def render(lm: LM, turns: Sequence[Mapping[str, str]], *, begun: bool = False) -> str:
@@ -107,11 +64,6 @@ def render(lm: LM, turns: Sequence[Mapping[str, str]], *, begun: bool = False) -
         ) from error
 
 
-def source_of(lm: LM) -> Any:
-    """Return what defines the model's prompt format: a text, or several by name."""
-    return lm.tokenizer.chat_template if lm.chat else PLAIN_FORMAT
-
-
 def check_format(lm: LM) -> LM:
     """Return the model if its template takes the system prompt and the options it was given; say if it writes the date.
 
@@ -135,7 +87,7 @@ def check_format(lm: LM) -> LM:
 
 def _say_date(lm: LM) -> None:
     """Warn of a template whose prompts are others on another day."""
-    if "strftime_now" not in str(source_of(lm)):
+    if "strftime_now" not in str(lm.template):
         return
     turn = {"role": "user", "content": MARK}
     other = replace(lm, format=replace(lm.format, date=lm.format.date - timedelta(days=400, hours=1, minutes=1)))

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from commandv.errors import InputError, MismatchError, WorkerError
 from commandv.executors.executor import Executor, Local, Pool, Task
-from commandv.models.identity import ModelRef, identity
-from commandv.models.load import LM
+from commandv.models.identity import ModelRef
+from commandv.models.lm import LM
+from commandv.models.state import identity
 from commandv.profiles.parts import find_part, joined, tensor_of, write_part
 from commandv.profiles.profile import PROFILE, Layers, Places, Profile, load_profile, write_profile
 from commandv.profiles.work import Wanted, Work

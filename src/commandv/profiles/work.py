@@ -14,10 +14,10 @@ from torch import Tensor
 from commandv.errors import FormatError, InputError
 from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.models.generation import batches
-from commandv.models.identity import identity
 from commandv.models.live import reading
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
+from commandv.models.state import identity
 from commandv.profiles.profile import END, Places
 from commandv.progress import Report
 from commandv.prompts.sets import Prompt, PromptSet, as_prompts, load_prompts

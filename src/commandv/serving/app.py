@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from commandv.errors import CommandVError, InputError
 from commandv.models.encoding import opening
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.sampling import Sampling
 from commandv.serving.answering import Answering, Kind, Stream
 from commandv.serving.behaviours import BASE, UnknownBehaviour, behaviour_name, parse_behaviour

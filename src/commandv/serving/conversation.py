@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from commandv.errors import InputError
 from commandv.models.encoding import encode, encode_conversation
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.template import PLAIN_STOP
 
 

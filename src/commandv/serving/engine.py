@@ -29,7 +29,7 @@ from commandv.adapters.attach import attach
 from commandv.errors import InputError, ModelError
 from commandv.models.encoding import Batch, model_inputs, pad
 from commandv.models.live import attach_change, attached
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.running import own_pass
 from commandv.models.sampling import choose
 from commandv.models.template import stop_tokens

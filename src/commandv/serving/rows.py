@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from commandv.errors import ModelError
-from commandv.models.load import LM
+from commandv.models.lm import LM
 
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import ablation, steering_vector
 from commandv.errors import InputError
-from commandv.models.identity import ModelRef, require_own
+from commandv.models.identity import ModelRef
 from commandv.models.layers import LayerChoice, choose_layers
-from commandv.models.load import LM
+from commandv.models.lm import LM
+from commandv.models.state import require_own
 from commandv.positions import EVERYWHERE, Positions, as_positions
 from commandv.profiles.profile import Profile
 from commandv.steering.contrast import Contrast

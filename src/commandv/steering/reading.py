@@ -12,7 +12,7 @@ from torch import Tensor
 from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode, pad_replies
 from commandv.models.generation import batches
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.positions import LAST, Positions
 from commandv.profiles.profile import END, Profile
 from commandv.profiles.work import read_rows

@@ -13,7 +13,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.models.encoding import Batch, Encoded, encode, last_logits, pad_replies, read_ahead
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
 from commandv.models.template import end_of_turn
 from commandv.positions import EVERYWHERE, Positions

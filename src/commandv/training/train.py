@@ -24,9 +24,9 @@ from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind
 from commandv.errors import InputError
 from commandv.models.encoding import pad
-from commandv.models.identity import identity, require_own
 from commandv.models.layers import LayerChoice, choose_layers, every_other
-from commandv.models.load import LM
+from commandv.models.lm import LM
+from commandv.models.state import identity, require_own
 from commandv.positions import Positions, as_positions
 from commandv.profiles.work import read_rows
 from commandv.prompts.sets import PromptSet

@@ -12,7 +12,8 @@ import transformers
 from commandv.errors import InputError
 from commandv.evaluation.study.parts import ModelSpec
 from commandv.evaluation.study.schema import Study
-from commandv.models.load import LM, load_model, resolve_dtype, wrap_model
+from commandv.models.lm import LM
+from commandv.models.load import load_model, resolve_dtype, wrap_model
 
 KEPT = 3  # models in memory at a time
 STAND_IN = "smollm2-135m-instruct"  # lends its tokenizer to rehearsals

@@ -27,8 +27,8 @@ from commandv.evaluation.tasks import Task
 from commandv.evaluation.tune import Setting, Tried, Tuned
 from commandv.evaluation.versions import VERSIONS
 from commandv.interop.load import load_adapter
-from commandv.models.identity import identity
 from commandv.models.layers import choose_layers
+from commandv.models.state import identity
 from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
 from commandv.profiles.work import Wanted, Work

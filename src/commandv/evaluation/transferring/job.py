@@ -15,9 +15,10 @@ from commandv.evaluation.study.shared import fingerprint
 from commandv.evaluation.tasks import Judge, Task
 from commandv.evaluation.tune import Setting, grid
 from commandv.evaluation.versions import VERSIONS
-from commandv.models.identity import ModelRef, require_own
+from commandv.models.identity import ModelRef
 from commandv.models.layers import choose_layers
-from commandv.models.load import LM
+from commandv.models.lm import LM
+from commandv.models.state import require_own
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
 from commandv.storage.files import cache_dir
 

@@ -16,7 +16,7 @@ from commandv.evaluation.transferring.job import Job
 from commandv.evaluation.transferring.parts import Parts
 from commandv.models.encoding import encode
 from commandv.models.generation import generate
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.progress import track
 from commandv.prompts.sets import PromptSet
 

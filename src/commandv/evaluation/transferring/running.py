@@ -28,7 +28,7 @@ from commandv.evaluation.transferring.planning import JUDGE, Plan, Stages, plan
 from commandv.evaluation.transferring.testing import tested
 from commandv.evaluation.tune import Setting, Tried, Tuned, attempt, choose
 from commandv.models.generation import generate
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import PromptSet
 from commandv.transfer.link import Link, link

@@ -17,7 +17,7 @@ from commandv.errors import InputError
 from commandv.models.encoding import Batch, Encoded, Turns, encode, last_logits, pad_replies, run_blocks
 from commandv.models.generation import batches
 from commandv.models.live import attach_change, reading
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.passes import Edit, Pass
 from commandv.models.prefix import shared_prefix
 from commandv.positions import Positions

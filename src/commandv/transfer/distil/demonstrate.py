@@ -15,8 +15,9 @@ from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode, last_logits, pad_replies
 from commandv.models.generation import batches, generate
-from commandv.models.identity import ModelRef, require_own
-from commandv.models.load import LM
+from commandv.models.identity import ModelRef
+from commandv.models.lm import LM
+from commandv.models.state import require_own
 from commandv.progress import track
 from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet, as_prompts

@@ -9,8 +9,8 @@ import torch
 
 from commandv.adapters.adapter import Adapter
 from commandv.errors import InputError
-from commandv.models.identity import require_own
-from commandv.models.load import LM
+from commandv.models.lm import LM
+from commandv.models.state import require_own
 from commandv.transfer.distil.context import Context
 from commandv.transfer.distil.demonstrations import Demonstrations
 from commandv.transfer.distil.vocabulary import Answers, Vocabulary

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from commandv.errors import InputError
 from commandv.models.encoding import encode, last_logits, pad
 from commandv.models.live import reading
-from commandv.models.load import LM
+from commandv.models.lm import LM
 
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")  # what architectures call it
 CLOSE = 0.02  # of the logits' size: more is another function

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from commandv.models.generation import generate
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.template import end_of_turn, stop_tokens
 from commandv.transfer.distil.demonstrations import END
 

@@ -15,7 +15,7 @@ from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode, pad_replies, run_blocks
 from commandv.models.generation import batches
 from commandv.models.live import reading
-from commandv.models.load import LM
+from commandv.models.lm import LM
 from commandv.models.prefix import shared_prefix
 from commandv.models.template import end_of_turn
 from commandv.positions import Positions
