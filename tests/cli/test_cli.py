@@ -22,10 +22,10 @@ from command_line import Ran, fails
 from commandv import cli
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
-from commandv.cli import checks, core, inspection, steering, words
+from commandv.cli import core, inspection, steering, words
 from commandv.cli.options import show
 from commandv.cli.tables import arms_table, fidelity_table
-from commandv.evaluation import JUDGES, TASKS, Comparison, Score
+from commandv.evaluation import Comparison, Score
 from commandv.models.identity import ModelRef
 from commandv.steering.making import APPLICATIONS
 from commandv.steering.methods import METHODS
@@ -346,9 +346,17 @@ assert not heavy, heavy
         assert f" {verb} [OPTIONS]" in done.stdout
 
 
-def test_names_that_are_checked_before_the_tables_are_imported_are_those_of_the_tables():
-    assert set(checks.TASKS) == set(TASKS)
-    assert set(checks.JUDGES) == set(JUDGES)
+def test_the_tables_of_tasks_and_judges_are_read_without_torch():
+    code = """
+import sys
+from commandv.evaluation import JUDGES, TASKS, load_judge, load_task
+tasks = [load_task(name) for name, entry in TASKS.items() if not entry.needs_file]
+judges = [load_judge(name) for name in ("refusal", "gcg", "endpoint:http://localhost#model")]
+heavy = {"torch", "transformers", "scipy"} & set(sys.modules)
+assert tasks and judges and not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_tables_fit_a_terminal_of_80_columns():

@@ -48,7 +48,7 @@ def brief(monkeypatch):
     passages = cv.PromptSet(tuple(cv.Prompt(f"Say {n}", lines(n)) for n in range(40)), "passages")
     load = cv.load_prompts
     few = {"builtin:text": passages, "builtin:drift": passages[:3], "builtin:general": passages}
-    for place in ("transferring.job", "tune", "meter", "catalogue"):
+    for place in ("transferring.job", "tuning", "meter", "catalogue"):
         module = importlib.import_module(f"commandv.evaluation.{place}")
         monkeypatch.setattr(
             module, "load_prompts", lambda source, **how: few[source] if source in few else load(source, **how)

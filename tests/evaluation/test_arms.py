@@ -14,7 +14,7 @@ from commandv.errors import InputError
 from commandv.evaluation import arms
 from commandv.evaluation.arms import ARMS, arms_without, make_arm
 from commandv.evaluation.material import DirectionMaterial, Material
-from commandv.evaluation.tune import Setting
+from commandv.evaluation.tuning import Setting
 from commandv.models.encoding import encode
 from commandv.profiles.profile import END
 from commandv.prompts.sets import Prompt, PromptSet

@@ -6,13 +6,10 @@ import json
 import string
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from commandv.errors import InputError
 from commandv.evaluation import (
     FORMATS,
-    distinct,
     distinct_share,
     final_answer,
     in_another_language,
@@ -22,7 +19,6 @@ from commandv.evaluation import (
     opens_with,
     outside_script,
     reasons_first,
-    repetition,
     word_count,
     words_before_answer,
 )
@@ -168,20 +164,6 @@ def test_another_home():
 )
 def test_distinct_share(text, n, share):
     assert distinct_share(text, n) == pytest.approx(share)
-
-
-def test_repetition_over_answers():
-    answers = ["Boil water.", "tea tea tea tea tea", "Steep the leaves."]
-    assert repetition(answers)[:2] == ("loops", pytest.approx(1 / 3))
-    score = distinct(answers, 1)
-    assert (score.name, score.value, score.n, score.unit) == (
-        "distinct-1",
-        pytest.approx((1 + 0.2 + 1) / 3),
-        3,
-        "share",
-    )
-    with pytest.raises(InputError, match="no labels"):
-        repetition([])
 
 
 # -- final answers ----------------------------------------------------------------------------------------------------

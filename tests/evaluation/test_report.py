@@ -10,11 +10,11 @@ import pytest
 import runs
 from commandv.errors import FormatError, InputError
 from commandv.evaluation import rate
-from commandv.evaluation.catalogue import MEANS, TASKS, meaning
+from commandv.evaluation.catalogue import TASKS, meaning
 from commandv.evaluation.report import findings, tables, write_report
 from commandv.evaluation.results import Arm, Cell, Sample, load_run, save_cell, save_head
 from commandv.evaluation.statistics import compare
-from commandv.evaluation.tune import Setting, Tried
+from commandv.evaluation.tuning import Setting, Tried
 
 NASTY = "<script>alert(1)</script> | `code` *bold* [x](javascript:y) & </table>\nsecond line"
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use"}
@@ -336,7 +336,7 @@ def test_what_a_reader_sees_first(reports):
 
 
 def test_every_task_says_in_words_what_its_rate_is():
-    assert set(MEANS) == set(TASKS) - {"length"}
+    assert {name for name, entry in TASKS.items() if not entry.means} == {"length"}
     assert meaning("over-refusal:mine", "rate") == "share of answers: refused"
     assert meaning("juggling", "rate") == "share of answers"
     assert meaning("length", "words") == "words"

@@ -14,12 +14,10 @@ import real
 import studied
 import tiny
 from commandv.errors import FormatError, InputError
-from commandv.evaluation import ByText, Task, load_task, tasks, tasks_of, versions
+from commandv.evaluation import ByText, Task, load_task, outcomes, tasks_of, versions
 from commandv.evaluation.arms import ARMS
 from commandv.evaluation.results import cell_key, load_run
-from commandv.evaluation.study import cell as cell_module
-from commandv.evaluation.study import load_study, plan, run_study
-from commandv.evaluation.study import shared as shared_module
+from commandv.evaluation.study import cell as cell_module, load_study, plan, run_study, shared as shared_module
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.running import cell_content
 from commandv.prompts.sets import load_prompts
@@ -283,13 +281,13 @@ def study_keys(study, source):
 def asked(monkeypatch):
     """How many prompts were asked of which task, in test runs of a study."""
     counts: list[tuple[str, int]] = []
-    generate = tasks.generate
+    generate = outcomes.generate
 
     def counting(lm, prompts, **options):
         counts.append((options["turns"] and "turns", len(prompts)))
         return generate(lm, prompts, **options)
 
-    monkeypatch.setattr(tasks, "generate", counting)
+    monkeypatch.setattr(outcomes, "generate", counting)
     return counts
 
 

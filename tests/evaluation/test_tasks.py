@@ -10,18 +10,17 @@ from collections import Counter
 import pytest
 
 from commandv.errors import InputError
-from commandv.evaluation import NEEDS_FILE, TASKS, Outcome, arithmetic_prompts, load_splits, load_task, measure
+from commandv.evaluation import TASKS, Outcome, arithmetic_prompts, load_splits, load_task, measure
 from commandv.evaluation.arithmetic import LEVELS, is_dev
 from commandv.evaluation.catalogue import arithmetic, expecting, opening
 from commandv.evaluation.likeness import likeness
-from commandv.evaluation.task_files import write_outcome
-from commandv.evaluation.tasks import judged
+from commandv.evaluation.outcomes import judged, write_outcome
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
 from places import SHARED_DATA
 from texts import similar
 from tiny import tiny_lm
 
-BUILT_IN = [name for name in TASKS if name not in NEEDS_FILE]
+BUILT_IN = [name for name, entry in TASKS.items() if not entry.needs_file]
 
 
 @pytest.fixture(scope="module")

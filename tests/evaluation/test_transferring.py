@@ -14,8 +14,7 @@ from commandv.errors import InputError, MismatchError
 from commandv.evaluation.arms import ARMS, METHODS, methods
 from commandv.evaluation.catalogue import expecting
 from commandv.evaluation.tasks import Task
-from commandv.evaluation.transferring import job as job_module
-from commandv.evaluation.transferring import running, testing
+from commandv.evaluation.transferring import job as job_module, running, testing
 from commandv.evaluation.transferring.job import prepare
 from commandv.evaluation.transferring.planning import plan
 from commandv.prompts.sets import Prompt, PromptSet
@@ -150,7 +149,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(pair, behaviour, cache, bri
         patched.setattr(running, "certified", cut)
         with pytest.raises(KeyboardInterrupt):
             cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS, **SETS)
-    monkeypatch.setattr("commandv.evaluation.tasks.generate", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr("commandv.evaluation.outcomes.generate", lambda *_, **__: pytest.fail("asked again"))
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.generate", lambda *_, **__: pytest.fail("asked again"))
     assert cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS, **SETS).arrived
 

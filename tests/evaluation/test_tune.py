@@ -9,7 +9,7 @@ import pytest
 import tiny
 from commandv.errors import InputError
 from commandv.evaluation import ByText, Task
-from commandv.evaluation.tune import Setting, Tried, choose, grid, tune
+from commandv.evaluation.tuning import Setting, Tried, choose, grid, tune
 from commandv.prompts.sets import Prompt, PromptSet
 
 PROMPTS = PromptSet(tuple(Prompt(f"What is {n}?") for n in range(12)), "sums")

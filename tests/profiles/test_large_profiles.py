@@ -15,8 +15,7 @@ from commandv.errors import FormatError
 from commandv.profiles import profiling, work
 from commandv.profiles.profile import Layers, Profile
 from commandv.storage.tensors import safetensors_bytes
-from commandv.transfer import link as linking
-from commandv.transfer import workers
+from commandv.transfer import link as linking, workers
 from made_up import adapter_of, both
 from profiled import PROMPTS, TEXT, same
 

@@ -26,8 +26,7 @@ import tiny
 from commandv.evaluation.arms import ARMS
 from commandv.evaluation.report import write_report
 from commandv.evaluation.results import Run
-from commandv.evaluation.study import load_study, run_study
-from commandv.evaluation.study import shared as shared_module
+from commandv.evaluation.study import load_study, run_study, shared as shared_module
 from gguf_model import tensors, write
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from commandv.evaluation.results import Arm, Cell, Run, Sample
-from commandv.evaluation.tune import Setting, Tried
+from commandv.evaluation.tuning import Setting, Tried
 from commandv.storage.files import digest
 
 PAIRS = (("gemma-3-270m", "smollm2-135m-instruct"), ("smollm2-135m-instruct", "gemma-3-270m"))

@@ -13,8 +13,7 @@ import commandv as cv
 import tiny
 from commandv.evaluation import arms
 from commandv.evaluation.arms import ARMS
-from commandv.evaluation.study import Study, load_study, run_study
-from commandv.evaluation.study import shared as shared_module
+from commandv.evaluation.study import Study, load_study, run_study, shared as shared_module
 
 QUESTIONS = [{"prompt": f"What is {n} and 0?", "split": "dev"} for n in range(10)]  # enough for two contexts
 QUESTIONS += [{"prompt": f"What is {n} and 1?", "split": "test"} for n in range(4)]

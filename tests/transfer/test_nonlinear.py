@@ -13,8 +13,7 @@ from torch import Tensor
 import commandv as cv
 from commandv.adapters.adapter import Intervention
 from commandv.errors import FormatError, InputError
-from commandv.transfer.convert import Autoencoder, FourierRidge, Ridge
-from commandv.transfer.convert import autoencoder as module
+from commandv.transfer.convert import Autoencoder, FourierRidge, Ridge, autoencoder as module
 from commandv.transfer.convert.linear import Dense
 from commandv.transfer.fidelity import r2
 from commandv.transfer.paste import fidelity, paste

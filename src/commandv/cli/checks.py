@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from commandv.errors import FormatError, InputError, did_you_mean
+from commandv.errors import FormatError
 
 if TYPE_CHECKING:
     from commandv.adapters.adapter import Adapter
 
-# As the tables of `commandv.evaluation` have them, which takes seconds to import.
-TASKS = (
-    *("numbered-list", "pirate", "pirate-opening", "json", "capitals", "language", "opening", "expect", "length"),
-    *(
-        "sentiment",
-        "formality",
-        "refusal",
-        "refusal-suppression",
-        "over-refusal",
-        "over-refusal-answered",
-        "arithmetic",
-        "exact",
-    ),
-    *("reasons-first", "letters", "instructions"),
-)
-JUDGES = (
-    *("numbered-list", "pirate", "pirate-opening", "refusal", "answered", "gcg", "arditi", "xstest"),
-    *("classifier", "guard", "endpoint"),
-)
 DEEP = 1_000_000  # layers of a model whose depth is not known yet
 
 
@@ -101,28 +82,6 @@ def of_prompt_sets(context: typer.Context, sources: list[str]) -> list[str]:
 
 
 # -- of a verb --------------------------------------------------------------------------------------------------------
-
-
-def require_tasks(specs: Iterable[str], *, more: Path | None) -> None:
-    """Raise `InputError` unless there are tasks of these names, or `more` of them elsewhere; and their files."""
-    from commandv.storage.reading import no_such_file
-
-    for spec in specs:
-        name, _, file = spec.partition(":")
-        if more is None and name not in TASKS:
-            raise InputError(f"task {spec!r}{did_you_mean(name, TASKS)}: expected one of {', '.join(TASKS)}")
-        if name in TASKS and file and not file.startswith("builtin:") and not Path(file).is_file():
-            raise InputError(f"task {name}: {file}: {no_such_file(Path(file))}")
-    if more is not None and not more.is_file():
-        raise InputError(f"--tasks {more}: {no_such_file(more)}")
-
-
-def require_judges(specs: Iterable[str]) -> None:
-    """Raise `InputError` unless there are judges of these kinds."""
-    for spec in specs:
-        kind = spec.partition(":")[0]
-        if kind not in JUDGES:
-            raise InputError(f"judge {spec!r}{did_you_mean(kind, JUDGES)}: expected one of {', '.join(JUDGES)}")
 
 
 def require_layers(choice: str, model: str = "") -> None:

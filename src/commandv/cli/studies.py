@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import verb
-from commandv.cli.checks import of_path, require_fits, require_judges, require_tasks
+from commandv.cli.checks import of_path, require_fits
 from commandv.cli.options import (
     Attached,
     BatchSize,
@@ -55,21 +55,20 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
-    require_tasks([task] if task else [], more=tasks)
-    require_judges(judge or [])
-
-    from commandv.cli.tables import arms_table
     from commandv.errors import InputError
-    from commandv.evaluation.catalogue import meaning
     from commandv.evaluation.judges import load_judge
-    from commandv.evaluation.session import evaluate as run
 
     asked = task_of(task, expect, expect_file, tasks)
     if asked is None:
         raise InputError("nothing to ask: give a task, or --expect with what a good answer holds")
+    panel = [load_judge(spec) for spec in judge or []]
+
+    from commandv.cli.tables import arms_table
+    from commandv.evaluation.catalogue import meaning
+    from commandv.evaluation.session import evaluate as run
+
     attached = reading.load(adapter) if adapter else None
     require_fits([attached] if attached else [], model, scale)
-    panel = [load_judge(spec) for spec in judge or []]
     lm = how.load(model)
     found = run(
         lm, asked, attached, scale=scale, judges=panel, limit=n, seed=seed, controls=controls,

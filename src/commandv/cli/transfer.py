@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from commandv.cli.app import app, verb
-from commandv.cli.checks import of_prompts, require_fits, require_judges, require_layers, require_tasks
+from commandv.cli.checks import of_prompts, require_fits, require_layers
 from commandv.cli.options import (
     GENERAL,
     AdapterFile,
@@ -83,25 +83,25 @@ def transfer(
     as_json: Json = False,
 ) -> None:
     """Carry an adapter into another model by every method that applies, and measure whether it arrived."""
-    require_tasks([task] if task else [], more=tasks)
-    require_judges([judge] if judge else [])
+
+    from commandv.evaluation.judges import load_judge
+
+    wanted = task_of(task, expect, expect_file, tasks)
+    judging = None if judge is None else load_judge(judge)
     for choice in layers:
         require_layers(choice, recipient)
 
     import commandv as cv
     from commandv.adapters.store import ADAPTER
-    from commandv.evaluation.judges import load_judge
     from commandv.evaluation.transferring.job import TransferSettings, prepare
     from commandv.prompts.sets import load_prompt_sets
     from commandv.storage.directories import require_place
 
     require_place(out, ADAPTER)
-    wanted = task_of(task, expect, expect_file, tasks)
     settings = TransferSettings(
         by=by, layers=tuple(layers), scales=tuple(scales), budget=budget, most_loops=most_loops, n_dev=n_dev,
         n_test=n_test, n_asked=n_asked, seed=seed, batch_size=batch_size,
     )  # fmt: skip
-    judging = None if judge is None else load_judge(judge)
     profiled = load_prompt_sets(prompts, limit=limit)
     asking = None if asked is None else cv.load_prompts(asked)
     original = reading.load(adapter, same_as=how.same_as)
@@ -131,21 +131,19 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Choose layers and scale of an adapter on its own model, by effect and price on development prompts."""
-    require_tasks([task], more=tasks)
+    asked = task_of(task, "", None, tasks)
+    assert asked is not None
     for choice in layers:
         require_layers(choice, model)
 
     import commandv as cv
     from commandv.adapters.store import ADAPTER
     from commandv.cli.tables import tried_table
-    from commandv.evaluation.tasks import measure
-    from commandv.evaluation.tune import grid
-    from commandv.evaluation.tune import tune as tuned_by
+    from commandv.evaluation.outcomes import measure
+    from commandv.evaluation.tuning import grid, tune as tuned_by
     from commandv.storage.directories import require_place
 
     require_place(out, ADAPTER)
-    asked = task_of(task, "", None, tasks)
-    assert asked is not None
     original = reading.load(adapter, same_as=how.same_as)
     require_fits([original], model, max(scales))
     lm = how.load(model)

@@ -8,14 +8,14 @@ import runpy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from commandv.errors import InputError, did_you_mean
 from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, sum_is_right
-from commandv.evaluation.choices import Question, as_letters, load_questions
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
 from commandv.evaluation.graders import GRADERS, Grader, answered, refusal
 from commandv.evaluation.instructions import follows, instructed
+from commandv.evaluation.questions import Question, as_letters, load_questions
 from commandv.evaluation.reasoning import is_right, reasons_first
 from commandv.evaluation.task_files import load_splits
 from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Task
@@ -48,9 +48,10 @@ def load_task(spec: str, more: Mapping[str, Task] = NO_TASKS) -> Task:
             f"task {spec!r}{did_you_mean(name, known)}: expected NAME or NAME:FILE with one of the names "
             f"{', '.join(known)}"
         )
-    if name in NEEDS_FILE and not file:
+    entry = TASKS[name]
+    if entry.needs_file and not file:
         raise InputError(f"task {spec!r}: needs a file of prompts of yours; write {name}:FILE")
-    return TASKS[name](file) if file else TASKS[name]()
+    return entry.make(file) if file else entry.make()
 
 
 def tasks_of(file: str | Path) -> dict[str, Task]:
@@ -316,51 +317,46 @@ _SUM = ByPrompt(
     lambda prompt, answer: sum_is_right(prompt.text, answer, prompt.response) and not loops(answer),
 )
 
-NEEDS_FILE = ("exact", "expect", "letters")
 
-TASKS: dict[str, Callable[..., Task]] = {
-    "numbered-list": functools.partial(_by_text, "numbered-list", GRADERS["numbered-list"]),
-    "pirate": functools.partial(_by_text, "pirate", GRADERS["pirate"]),
-    "pirate-opening": functools.partial(_by_text, "pirate-opening", GRADERS["pirate-opening"]),
-    "json": functools.partial(_by_text, "json", FORMATS["json"], max_new_tokens=96),
-    "capitals": functools.partial(_by_text, "capitals", FORMATS["capitals"]),
-    "language": functools.partial(_by_text, "language", FORMATS["language"], success="less"),
-    "opening": opening,
-    "expect": lambda file: expecting(file=file),
-    "length": length,
-    "sentiment": functools.partial(_by_text, "sentiment", positive_sentiment, built_in="openings"),
-    "formality": functools.partial(_by_text, "formality", formal, built_in="openings"),
-    "refusal": refusal_task,
-    "refusal-suppression": refusal_suppression,
-    "over-refusal": over_refusal,
-    "over-refusal-answered": over_refusal_answered,
-    "arithmetic": arithmetic,
-    "exact": exact,
-    "reasons-first": reasons,
-    "letters": letters,
-    "instructions": instructions,
-}
+class Entry(NamedTuple):
+    """A row of the table of tasks.
 
-MEANS = {  # of a task's rate, in words: which share of the answers it is
-    "numbered-list": "numbered lists",
-    "pirate": "in a pirate's speech",
-    "pirate-opening": "opening like a pirate",
-    "json": "valid JSON",
-    "capitals": "in capitals",
-    "language": "in another language",
-    "opening": "opening as asked",
-    "expect": "as expected",
-    "sentiment": "positive",
-    "formality": "formal",
-    "refusal": "not refused",
-    "refusal-suppression": "answered",
-    "over-refusal": "refused",
-    "over-refusal-answered": "answered",
-    "arithmetic": "right",
-    "exact": "right",
-    "reasons-first": "with reasons first",
-    "letters": "right",
-    "instructions": "as instructed",
+    Attributes:
+        make: from a file of prompts to the task, or from nothing where it has built-in prompts.
+        means: of its rate, in words: which share of the answers it is; empty where it counts something else.
+        needs_file: it has no built-in prompts.
+    """
+
+    make: Callable[..., Task]
+    means: str = ""
+    needs_file: bool = False
+
+
+TASKS: dict[str, Entry] = {
+    "numbered-list": Entry(functools.partial(_by_text, "numbered-list", GRADERS["numbered-list"]), "numbered lists"),
+    "pirate": Entry(functools.partial(_by_text, "pirate", GRADERS["pirate"]), "in a pirate's speech"),
+    "pirate-opening": Entry(
+        functools.partial(_by_text, "pirate-opening", GRADERS["pirate-opening"]), "opening like a pirate"
+    ),
+    "json": Entry(functools.partial(_by_text, "json", FORMATS["json"], max_new_tokens=96), "valid JSON"),
+    "capitals": Entry(functools.partial(_by_text, "capitals", FORMATS["capitals"]), "in capitals"),
+    "language": Entry(
+        functools.partial(_by_text, "language", FORMATS["language"], success="less"), "in another language"
+    ),
+    "opening": Entry(opening, "opening as asked"),
+    "expect": Entry(lambda file: expecting(file=file), "as expected", needs_file=True),
+    "length": Entry(length),
+    "sentiment": Entry(functools.partial(_by_text, "sentiment", positive_sentiment, built_in="openings"), "positive"),
+    "formality": Entry(functools.partial(_by_text, "formality", formal, built_in="openings"), "formal"),
+    "refusal": Entry(refusal_task, "not refused"),
+    "refusal-suppression": Entry(refusal_suppression, "answered"),
+    "over-refusal": Entry(over_refusal, "refused"),
+    "over-refusal-answered": Entry(over_refusal_answered, "answered"),
+    "arithmetic": Entry(arithmetic, "right"),
+    "exact": Entry(exact, "right", needs_file=True),
+    "reasons-first": Entry(reasons, "with reasons first"),
+    "letters": Entry(letters, "right", needs_file=True),
+    "instructions": Entry(instructions, "as instructed"),
 }
 
 
@@ -368,5 +364,5 @@ def meaning(task: str, unit: str) -> str:
     """Say in words what a figure of a task is; of tasks of the user's, that it is a share of the answers."""
     if unit != "rate":
         return unit
-    words = MEANS.get(task.partition(":")[0], "")
-    return f"share of answers: {words}" if words else "share of answers"
+    entry = TASKS.get(task.partition(":")[0])
+    return f"share of answers: {entry.means}" if entry else "share of answers"

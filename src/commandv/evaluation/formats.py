@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from commandv.evaluation.graders import Grader, unless_looping
-from commandv.evaluation.scores import Score, mean, rate
 from commandv.prompts.loops import loops
 
 Labeller = Callable[[str], float]
@@ -185,16 +184,6 @@ def distinct_share(text: str, n: int = 2) -> float:
     words = text.lower().split()
     runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(runs)) / len(runs) if runs else 1.0
-
-
-def repetition(answers: Sequence[str], name: str = "loops") -> Score:
-    """Return the share of answers that loop, with its 95 % interval."""
-    return rate(name, [loops(answer) for answer in answers])
-
-
-def distinct(answers: Sequence[str], n: int = 2, name: str = "") -> Score:
-    """Return the mean share of distinct runs of n words per answer, with its 95 % interval."""
-    return mean(name or f"distinct-{n}", [distinct_share(answer, n) for answer in answers], "share")
 
 
 FORMATS: dict[str, Grader] = {

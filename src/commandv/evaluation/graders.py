@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable
 
-from commandv.prompts.loops import WORD, loops
+from commandv.prompts.loops import WORD, loops as loops
 
 Grader = Callable[[str], bool]
 

@@ -13,8 +13,7 @@ from typing import Literal
 from commandv.errors import InputError, did_you_mean
 from commandv.evaluation.endpoint import Endpoint
 from commandv.evaluation.graders import GRADERS
-from commandv.evaluation.judgments import Cached
-from commandv.evaluation.model_judges import Classifier, Guard
+from commandv.evaluation.judgments import Cached, CostlyJudge
 from commandv.evaluation.tasks import ByText, Judge
 from commandv.prompts.sets import Prompt
 
@@ -75,14 +74,22 @@ def refusal_phrases(name: str) -> Phrases:
     return Phrases(name, tuple(chosen["phrases"]), chosen["match"], chosen["ignore_case"])
 
 
-def _endpoint(rest: str) -> Endpoint:
+def _endpoint(rest: str) -> CostlyJudge:
     url, _, model = rest.rpartition("#")
     return Endpoint(url, model)
 
 
-def _classifier(rest: str) -> Classifier:
+def _classifier(rest: str) -> CostlyJudge:
+    from commandv.evaluation.model_judges import Classifier
+
     model, _, label = rest.partition("#")
     return Classifier(model, label or None)
+
+
+def _guard(rest: str) -> CostlyJudge:
+    from commandv.evaluation.model_judges import Guard
+
+    return Guard(rest)
 
 
 def load_judge(spec: str, *, folder: Path | None = None) -> Judge:
@@ -107,11 +114,11 @@ def load_judge(spec: str, *, folder: Path | None = None) -> Judge:
     return judge if isinstance(judge, (ByText, Phrases)) else Cached(judge, folder)
 
 
-JUDGES: dict[str, Callable[[str], ByText | Phrases | Classifier | Guard | Endpoint]] = {
+JUDGES: dict[str, Callable[[str], ByText | Phrases | CostlyJudge]] = {
     **{name: functools.partial(lambda name, _: ByText(name, GRADERS[name]), name) for name in GRADERS},
     **{name: functools.partial(lambda name, _: refusal_phrases(name), name) for name in ("gcg", "arditi", "xstest")},
     "classifier": _classifier,
-    "guard": Guard,
+    "guard": _guard,
     "endpoint": _endpoint,
 }
 COSTLY = frozenset({"classifier", "guard", "endpoint"})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.errors import InputError
-from commandv.evaluation.tune import Setting
+from commandv.evaluation.tuning import Setting
 from commandv.models.layers import all_layers, choose_layers
 from commandv.models.lm import LM
 from commandv.positions import EVERYWHERE, Positions

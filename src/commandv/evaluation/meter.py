@@ -11,10 +11,11 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.evaluation.arms import Made
+from commandv.evaluation.outcomes import Outcome, answered, judged
 from commandv.evaluation.price import MEASURES, prices, reply_log_probs
 from commandv.evaluation.scores import Score, geometric_mean, mean
-from commandv.evaluation.tasks import Outcome, Task, answered, judged
-from commandv.evaluation.tune import Setting, Tuned, tune
+from commandv.evaluation.tasks import Task
+from commandv.evaluation.tuning import Setting, Tuned, tune
 from commandv.models.lm import LM
 from commandv.prompts.sets import PromptSet, load_prompts
 

@@ -15,8 +15,8 @@ import pydantic
 from commandv.errors import FormatError
 from commandv.evaluation.arms import Cost, Made
 from commandv.evaluation.meter import Measured
-from commandv.evaluation.tasks import Outcome
-from commandv.evaluation.tune import Setting, Tried
+from commandv.evaluation.outcomes import Outcome
+from commandv.evaluation.tuning import Setting, Tried
 from commandv.evaluation.versions import VERSIONS
 from commandv.storage.files import digest, write_text
 from commandv.storage.reading import read_bytes

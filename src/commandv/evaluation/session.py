@@ -14,10 +14,10 @@ from commandv.evaluation.catalogue import load_task
 from commandv.evaluation.judges import load_judge
 from commandv.evaluation.material import Material
 from commandv.evaluation.meter import Meter, price_scores
+from commandv.evaluation.outcomes import Outcome, require_outcome_place, write_outcome
 from commandv.evaluation.scores import Score
 from commandv.evaluation.statistics import Comparison, compare, kappa
-from commandv.evaluation.task_files import require_outcome_place, write_outcome
-from commandv.evaluation.tasks import Judge, Outcome, Task
+from commandv.evaluation.tasks import Judge, Task
 from commandv.models.lm import LM
 from commandv.storage.files import file_name
 

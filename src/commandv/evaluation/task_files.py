@@ -1,16 +1,12 @@
-"""Files of tasks: prompts with their splits, and what was found of them."""
+"""Files of tasks: prompts with their splits."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
-from commandv.errors import FormatError, InputError
+from commandv.errors import InputError
 from commandv.evaluation.arithmetic import by_hash
-from commandv.evaluation.tasks import Outcome, Split, Task
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, to_prompt
-from commandv.storage.files import require_file, storage_errors, write_text
 
 _DEV, _TEST, _TRAIN = ("dev", "validation", "valid", "val"), ("test",), ("train",)
 
@@ -56,51 +52,3 @@ def load_splits(file: str | Path, *, reference: bool = False, label: str = "") -
             f"{file}: {len(dev)} dev and {len(test)} test prompts; expected at least one different of each"
         )
     return PromptSet(dev, f"{file} (dev)"), PromptSet(test, f"{file} (test)")
-
-
-def require_outcome_place(path: Path) -> None:
-    """Raise `FormatError` when writing an outcome to `path` would destroy anything but an outcome."""
-    require_file(path)
-    with storage_errors(path):
-        if not path.exists() or not path.stat().st_size:
-            return
-        with path.open("rb") as file:
-            first = file.readline(1 << 20)
-    try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not {"task", "arm", "split", "label"} <= row.keys():
-        raise FormatError(f"{path}: is there and no outcome of a task, so it is not replaced; choose another place")
-
-
-def write_outcome(outcome: Outcome, task: Task, path: str | Path, *, split: Split = "test") -> None:
-    """Write an outcome as plain JSONL, one row per prompt: label, whether the answer loops, the answer where kept.
-
-    Args:
-        outcome: from `measure`.
-        task: what it was measured on.
-        path: of the file; an outcome there is replaced; a label that is not a number becomes null.
-        split: which one was measured.
-
-    Raises:
-        InputError: the outcome is of another task, or has more labels than the split has prompts.
-        FormatError: something else is there.
-        StorageError: the file cannot be written.
-    """
-    require_outcome_place(Path(path))
-    prompts = task.prompts(split).prompts
-    if outcome.task != task.name or len(outcome.labels) > len(prompts):
-        raise InputError(
-            f"an outcome of {outcome.task} with {len(outcome.labels)} labels; expected {task.name} with at most "
-            f"{len(prompts)} ({split})"
-        )
-    lines = []
-    for i, label in enumerate(outcome.labels):
-        row = {"task": task.name, "arm": outcome.arm, "split": split, **prompts[i]._asdict(), "unit": outcome.unit}
-        row = {("prompt" if key == "text" else key): value for key, value in row.items()}
-        row |= {"label": None if math.isnan(label) else label, "loops": outcome.loops[i]}
-        if task.keep_answers and outcome.answers:
-            row["answer"] = outcome.answers[i]
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(Path(path), "".join(lines))

@@ -31,6 +31,8 @@ CODE: dict[str, tuple[str, ...]] = {
                 "arithmetic",
                 "catalogue",
                 "task_files",
+                "questions",
+                "outcomes",
                 "instructions",
                 "judges",
                 "tasks",
@@ -45,7 +47,7 @@ CODE: dict[str, tuple[str, ...]] = {
         "evaluation/transferring/testing.py",
     ),
     "price": ("evaluation/price.py",),
-    "tuning": ("evaluation/tune.py",),
+    "tuning": ("evaluation/tuning.py",),
     "carrying": ("transfer", "steering", "adapters/adapter.py", "adapters/carried.py", "adapters/network.py"),
     "answering": ("models/encoding.py", "models/generation.py", "models/prefix.py", "adapters/attach.py"),
 }

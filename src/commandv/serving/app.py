@@ -27,8 +27,7 @@ from commandv.serving.behaviours import BASE, UnknownBehaviour, behaviour_name, 
 from commandv.serving.conversation import conversation_ids, plain_stops
 from commandv.serving.engine import Engine
 from commandv.serving.metrics import Metrics
-from commandv.serving.requests import QueueFull, TooLong
-from commandv.serving.requests import Request as Wanted
+from commandv.serving.requests import QueueFull, Request as Wanted, TooLong
 from commandv.serving.wire import Asked, ChatAsked, TextAsked, error_body
 
 MOST_TOKENS = 1024  # of an answer, unless the server says otherwise

@@ -12,13 +12,12 @@ from commandv.adapters.attach import attach
 from commandv.errors import InputError
 from commandv.evaluation.arms import DIRECT, PASTED, RANDOM, UNMODIFIED, Arm, Made, make_arm
 from commandv.evaluation.material import DirectionMaterial, Material
-from commandv.evaluation.results import Arm as Result
-from commandv.evaluation.results import Cell, Sample
+from commandv.evaluation.results import Arm as Result, Cell, Sample
 from commandv.evaluation.study.kept import answers_key
 from commandv.evaluation.study.parts import Method
 from commandv.evaluation.study.schema import CellSpec
 from commandv.evaluation.study.shared import Shared
-from commandv.evaluation.tune import Setting, Tried
+from commandv.evaluation.tuning import Setting, Tried
 from commandv.models.generation import generate
 from commandv.positions import as_positions
 from commandv.prompts.sets import PromptSet, load_prompts

@@ -14,8 +14,9 @@ from typing import Any
 import pydantic
 
 from commandv.evaluation.meter import Measured
+from commandv.evaluation.outcomes import judged
 from commandv.evaluation.results import MOST_RESULT, Arm, graded
-from commandv.evaluation.tasks import Task, judged
+from commandv.evaluation.tasks import Task
 from commandv.evaluation.versions import VERSIONS
 from commandv.storage.files import cache_dir, digest, write_text
 from commandv.storage.reading import read_bytes

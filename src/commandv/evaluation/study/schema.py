@@ -14,7 +14,7 @@ from commandv.evaluation.arms import ARMS, DIRECT, Arm, arms_without
 from commandv.evaluation.catalogue import NO_TASKS, load_task
 from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, Workers, layer_choice
 from commandv.evaluation.tasks import Task
-from commandv.evaluation.tune import Setting, grid
+from commandv.evaluation.tuning import Setting, grid
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
 from commandv.steering import load_contrast
 from commandv.storage.reading import read_yaml

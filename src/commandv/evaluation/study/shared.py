@@ -24,7 +24,7 @@ from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.parts import Behaviour
 from commandv.evaluation.study.schema import Study
 from commandv.evaluation.tasks import Task
-from commandv.evaluation.tune import Setting, Tried, Tuned
+from commandv.evaluation.tuning import Setting, Tried, Tuned
 from commandv.evaluation.versions import VERSIONS
 from commandv.interop.load import load_adapter
 from commandv.models.layers import choose_layers

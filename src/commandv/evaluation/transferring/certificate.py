@@ -18,7 +18,7 @@ from commandv.evaluation.scores import Score, pooled
 from commandv.evaluation.statistics import compare, difference
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.transferring.job import Job
-from commandv.evaluation.tune import Tuned
+from commandv.evaluation.tuning import Tuned
 
 VERSION = 1
 CONTROLS = (IN_SPAN, SHUFFLED)

@@ -13,7 +13,7 @@ from commandv.evaluation.catalogue import load_task
 from commandv.evaluation.graders import refusal
 from commandv.evaluation.study.shared import fingerprint
 from commandv.evaluation.tasks import Judge, Task
-from commandv.evaluation.tune import Setting, grid
+from commandv.evaluation.tuning import Setting, grid
 from commandv.evaluation.versions import VERSIONS
 from commandv.models.identity import ModelRef
 from commandv.models.layers import choose_layers

@@ -18,15 +18,16 @@ from commandv.evaluation.arms import ARMS, PASTED, UNMODIFIED, Made, make_arm
 from commandv.evaluation.likeness import likeness
 from commandv.evaluation.material import Material
 from commandv.evaluation.meter import Meter
+from commandv.evaluation.outcomes import measure
 from commandv.evaluation.results import Arm, Attempt, recorded
 from commandv.evaluation.statistics import difference
-from commandv.evaluation.tasks import Judge, Task, measure
+from commandv.evaluation.tasks import Judge, Task
 from commandv.evaluation.transferring.certificate import Transferred, certified
 from commandv.evaluation.transferring.job import Job, TransferSettings, prepare
 from commandv.evaluation.transferring.parts import Parts
 from commandv.evaluation.transferring.planning import JUDGE, Plan, Stages, plan
 from commandv.evaluation.transferring.testing import tested
-from commandv.evaluation.tune import Setting, Tried, Tuned, attempt, choose
+from commandv.evaluation.tuning import Setting, Tried, Tuned, attempt, choose
 from commandv.models.generation import generate
 from commandv.models.lm import LM
 from commandv.profiles.profiling import profile

@@ -15,7 +15,7 @@ from commandv.evaluation.report.findings import DONOR
 from commandv.evaluation.results import Arm, recorded
 from commandv.evaluation.transferring.job import Job
 from commandv.evaluation.transferring.parts import Parts
-from commandv.evaluation.tune import Setting
+from commandv.evaluation.tuning import Setting
 from commandv.prompts.sets import PromptSet
 
 DRAWS = 4  # of the random control: a single one may happen to do what is looked for

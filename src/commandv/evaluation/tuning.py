@@ -11,8 +11,9 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.errors import InputError
+from commandv.evaluation.outcomes import Outcome, measure
 from commandv.evaluation.price import drift, reply_log_probs
-from commandv.evaluation.tasks import Outcome, Task, measure
+from commandv.evaluation.tasks import Task
 from commandv.models.layers import LayerChoice, choose_layers
 from commandv.models.lm import LM
 from commandv.profiles.profile import Rows
