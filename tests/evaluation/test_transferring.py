@@ -32,7 +32,7 @@ PASSAGES = PromptSet(
 WORD = "th"  # one token of the tiny vocabulary
 SETTINGS = cv.TransferSettings(
     by="activations", layers=("last_third",), scales=(0.5, 1.0), budget=None, most_loops=None, n_dev=8, n_test=24,
-    n_asked=12,
+    n_asked=12, prompts=PROMPTS, text=PASSAGES, passages=PASSAGES[:4], asked=PROMPTS[:16],
 )  # fmt: skip
 
 
@@ -60,13 +60,10 @@ def brief(monkeypatch):
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: False)
 
 
-SETS = {"prompts": PROMPTS, "text": PASSAGES, "passages": PASSAGES[:4], "asked": PROMPTS[:16]}
-
-
 @pytest.fixture
 def carried(pair, behaviour, cache, brief):
     donor, recipient = pair
-    return cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS, **SETS)
+    return cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS)
 
 
 def rate(found, arm: str) -> float:
@@ -133,7 +130,7 @@ def test_the_test_prompts_are_asked_of_nothing_that_is_chosen(pair, behaviour, c
     monkeypatch.setattr(running, "choose", watching)
     for place in ("evaluation.tasks", "transfer.distil.demonstrate", "evaluation.transferring.planning"):
         monkeypatch.setattr(f"commandv.{place}.generate", seen)
-    cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), SETTINGS, **SETS)
+    cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), SETTINGS)
     assert asked.index("chosen") == 0
     assert len([one for one in asked if one == "chosen"]) == 2  # of the method's settings, then of the methods
     assert asked[:2] == ["chosen", "chosen"]
@@ -148,10 +145,10 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(pair, behaviour, cache, bri
     with monkeypatch.context() as patched:
         patched.setattr(running, "certified", cut)
         with pytest.raises(KeyboardInterrupt):
-            cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS, **SETS)
+            cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS)
     monkeypatch.setattr("commandv.evaluation.outcomes.generate", lambda *_, **__: pytest.fail("asked again"))
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.generate", lambda *_, **__: pytest.fail("asked again"))
-    assert cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS, **SETS).arrived
+    assert cv.transfer_adapter(donor, behaviour, recipient, task(), SETTINGS).arrived
 
 
 def test_the_random_control_is_the_mean_of_several_draws(pair, behaviour, cache, brief, monkeypatch):
@@ -165,18 +162,18 @@ def test_the_random_control_is_the_mean_of_several_draws(pair, behaviour, cache,
         return drawn(name, material)
 
     monkeypatch.setattr(testing, "make_arm", watched)
-    found = cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), SETTINGS, **SETS)
+    found = cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), SETTINGS)
     assert len(set(asked)) == 4
     arm = found.arms["random-in-span"]
     assert len(arm.labels[task().name]) == len(arm.words[task().name]) == SETTINGS.n_test
-    assert len(arm.price["kl"]) == len(SETS["passages"])
+    assert len(arm.price["kl"]) == len(SETTINGS.passages)
 
 
 def test_another_number_of_test_prompts_keeps_what_was_chosen(pair, behaviour, cache, brief):
     donor, recipient = pair
-    job = prepare(donor, behaviour, recipient, task(), SETTINGS, **SETS)
+    job = prepare(donor, behaviour, recipient, task(), SETTINGS)
     running.run(job)
-    fewer = prepare(donor, behaviour, recipient, task(), dataclasses.replace(SETTINGS, n_test=16), **SETS)
+    fewer = prepare(donor, behaviour, recipient, task(), dataclasses.replace(SETTINGS, n_test=16))
     left = {one.name: one.seconds for one in plan(fewer).stages}
     assert left["tune: activations"] == left["profiles"] == left["donor's answers"] == 0
     assert left["test prompts"] > 0
@@ -188,7 +185,7 @@ def test_every_method_is_tried_and_what_does_not_apply_is_told(pair, behaviour, 
         "commandv.evaluation.arms.PRACTICE_SETTINGS", cv.TrainSettings(epochs=1, max_response=3, batch_size=4)
     )
     settings = dataclasses.replace(SETTINGS, by="auto,training", scales=(1.0,), n_asked=16)
-    found = cv.transfer_adapter(donor, behaviour, recipient, task(), settings, **SETS)
+    found = cv.transfer_adapter(donor, behaviour, recipient, task(), settings)
     assert set(found.certificate["tried"]) | set(found.certificate["missing"]) == set(METHODS)
     assert "activations" in found.certificate["tried"]
     assert found.arrived
@@ -197,7 +194,7 @@ def test_every_method_is_tried_and_what_does_not_apply_is_told(pair, behaviour, 
 def test_what_needs_no_answers_goes_on_where_the_donors_are_no_good(pair, behaviour, cache, brief, monkeypatch):
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: True)
     settings = dataclasses.replace(SETTINGS, by="activations,context", scales=(1.0,))
-    found = cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), settings, **SETS)
+    found = cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), settings)
     assert found.arrived
     assert "none of 12 answers can be used" in found.certificate["missing"]["donor's answers"]
     assert {"context", "few-shot"} <= set(found.certificate["missing"])
@@ -208,7 +205,7 @@ def test_without_a_task_the_donor_is_the_measure(pair, behaviour, cache, brief, 
     donor, recipient = pair
     sets = {"builtin:questions-dev": PROMPTS[:16], "builtin:questions-test": PROMPTS[16:]}
     monkeypatch.setattr(job_module, "load_prompts", lambda name: sets.get(name, PROMPTS))
-    found = cv.transfer_adapter(donor, behaviour, recipient, None, SETTINGS, **SETS)
+    found = cv.transfer_adapter(donor, behaviour, recipient, None, SETTINGS)
     assert found.certificate["task"]["accuracy_on_the_donor"] >= 0.75
     assert found.arrived
 
@@ -220,7 +217,7 @@ def test_the_how_to_runs_as_it_stands(pair, behaviour, cache, brief, monkeypatch
 
     def carried(donor, adapter, recipient, name, settings):
         asked.append((name, settings))
-        return carry(donor, adapter, recipient, task(), SETTINGS, **SETS)
+        return carry(donor, adapter, recipient, task(), SETTINGS)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cv, "load_model", dict(zip(("smollm2-135m-instruct", "gemma-3-270m"), pair, strict=True)).get)
@@ -246,7 +243,7 @@ def test_methods_are_arms():
 def test_a_donor_without_the_behaviour_is_told_with_its_rate(pair, behaviour, cache, brief):
     donor, recipient = pair
     with pytest.raises(InputError, match=r"does not show the behaviour .*\(0\.00 with its adapter .*, 0\.00 without"):
-        cv.transfer_adapter(donor, behaviour, recipient, task("zebra"), SETTINGS, **SETS)
+        cv.transfer_adapter(donor, behaviour, recipient, task("zebra"), SETTINGS)
 
 
 def test_one_model_is_no_pair(pair, behaviour):

@@ -83,7 +83,6 @@ def transfer(
     as_json: Json = False,
 ) -> None:
     """Carry an adapter into another model by every method that applies, and measure whether it arrived."""
-
     from commandv.evaluation.judges import load_judge
 
     wanted = task_of(task, expect, expect_file, tasks)
@@ -101,15 +100,12 @@ def transfer(
     settings = TransferSettings(
         by=by, layers=tuple(layers), scales=tuple(scales), budget=budget, most_loops=most_loops, n_dev=n_dev,
         n_test=n_test, n_asked=n_asked, seed=seed, batch_size=batch_size,
+        judge=judging, prompts=load_prompt_sets(prompts, limit=limit),
+        asked=None if asked is None else cv.load_prompts(asked),
     )  # fmt: skip
-    profiled = load_prompt_sets(prompts, limit=limit)
-    asking = None if asked is None else cv.load_prompts(asked)
     original = reading.load(adapter, same_as=how.same_as)
     require_fits([original], donor, max(scales))
-    job = prepare(
-        how.load(donor), original, replace(how, same_as="").load(recipient), wanted, settings, judge=judging,
-        prompts=profiled, asked=asking,
-    )  # fmt: skip
+    job = prepare(how.load(donor), original, replace(how, same_as="").load(recipient), wanted, settings)
     _go(job, out, recipient, dry_run=dry_run, as_json=as_json)
 
 

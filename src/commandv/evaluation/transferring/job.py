@@ -45,6 +45,12 @@ class TransferSettings:
         n_asked: prompts that the donor answers.
         seed: of fits and of random controls.
         batch_size: prompts per batch.
+        judge: labels the answers in place of the task's judge; without a task, answers to the built-in questions.
+        prompts: of the profiles, none of them tested on. Default: `builtin:general`.
+        text: passages of the profiles. Default: `builtin:text`.
+        asked: prompts that the donor answers for the methods that learn from its answers. Default: development prompts
+            of the task, filled up with general ones.
+        passages: benign text on which the price is measured. Default: `builtin:drift`.
     """
 
     by: str = AUTO
@@ -57,6 +63,11 @@ class TransferSettings:
     n_asked: int = 128
     seed: int = 0
     batch_size: int = 64
+    judge: Judge | None = None
+    prompts: PromptSet | None = None
+    text: PromptSet | None = None
+    asked: PromptSet | None = None
+    passages: PromptSet | None = None
 
     def __post_init__(self) -> None:
         if not self.layers or not self.scales or min(self.scales) <= 0:
@@ -144,12 +155,6 @@ def prepare(
     recipient: LM,
     task: Task | str | None = None,
     settings: TransferSettings = TransferSettings(),
-    *,
-    judge: Judge | None = None,
-    prompts: PromptSet | None = None,
-    text: PromptSet | None = None,
-    asked: PromptSet | None = None,
-    passages: PromptSet | None = None,
 ) -> Job:
     """Check what a transfer needs, and gather it; arguments as in `transfer_adapter`."""
     for lm in (donor, recipient):
@@ -158,11 +163,9 @@ def prepare(
     for choice in settings.layers:
         choose_layers(choice, recipient.n_layers)
     known = load_task(task) if isinstance(task, str) else task
-    if known is not None and judge is not None:
-        known = replace(known, judge=judge)
-    elif judge is not None:
-        known = Task(judge.name, *_questions(), judge)
     dev, test = _questions() if known is None else (known.dev, known.test)
+    if (judge := settings.judge) is not None:
+        known = Task(judge.name, dev, test, judge) if known is None else replace(known, judge=judge)
     if known is not None:
         known = replace(known, dev=dev[: settings.n_dev], test=test[: settings.n_test])
     general = load_prompts("builtin:general")
@@ -173,10 +176,10 @@ def prepare(
         task=known,
         dev=dev[: settings.n_dev],
         test=test[: settings.n_test],
-        asked=_asked(dev, test, general, settings) if asked is None else _apart(asked, test)[: settings.n_asked],
-        prompts=general if prompts is None else prompts,
-        text=load_prompts("builtin:text") if text is None else text,
-        passages=load_prompts("builtin:drift") if passages is None else passages,
+        asked=_asked(dev, test, general, settings),
+        prompts=settings.prompts or general,
+        text=settings.text or load_prompts("builtin:text"),
+        passages=settings.passages or load_prompts("builtin:drift"),
         settings=settings,
     )
 
@@ -212,10 +215,12 @@ def _format(lm: LM) -> tuple[str, str]:
 
 
 def _asked(dev: PromptSet, test: PromptSet, general: PromptSet, settings: TransferSettings) -> PromptSet:
-    """Return prompts of the behaviour that nothing is chosen on, filled up with general ones.
+    """Return those of the settings, or prompts of the behaviour that nothing is chosen on, filled up with general ones.
 
     Where the behaviour has few, those that settings are chosen on serve as well.
     """
+    if settings.asked is not None:
+        return _apart(settings.asked, test)[: settings.n_asked]
     rest = dev.prompts[settings.n_dev :]
     own = rest if len(rest) >= ENOUGH else dev.prompts
     # Every few general prompts, not the first: the set goes subject by subject.

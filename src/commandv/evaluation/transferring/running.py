@@ -21,7 +21,7 @@ from commandv.evaluation.meter import Meter
 from commandv.evaluation.outcomes import measure
 from commandv.evaluation.results import Arm, Attempt, recorded
 from commandv.evaluation.statistics import difference
-from commandv.evaluation.tasks import Judge, Task
+from commandv.evaluation.tasks import Task
 from commandv.evaluation.transferring.certificate import Transferred, certified
 from commandv.evaluation.transferring.job import Job, TransferSettings, prepare
 from commandv.evaluation.transferring.parts import Parts
@@ -31,7 +31,6 @@ from commandv.evaluation.tuning import Setting, Tried, Tuned, attempt, choose
 from commandv.models.generation import generate
 from commandv.models.lm import LM
 from commandv.profiles.profiling import profile
-from commandv.prompts.sets import PromptSet
 from commandv.transfer.link import Link, link
 
 log = logging.getLogger(__name__)
@@ -51,12 +50,6 @@ def transfer_adapter(
     recipient: LM,
     task: Task | str | None = None,
     settings: TransferSettings = TransferSettings(),
-    *,
-    judge: Judge | None = None,
-    prompts: PromptSet | None = None,
-    text: PromptSet | None = None,
-    asked: PromptSet | None = None,
-    passages: PromptSet | None = None,
 ) -> Transferred:
     """Carry a donor's adapter into a recipient by every method that applies, and measure whether it arrived.
 
@@ -72,13 +65,7 @@ def transfer_adapter(
         recipient: the model to carry it into, with nothing attached.
         task: what is asked and how answers count: a name that `load_task` knows, or a task of your own. None compares
             with the donor's own answers, with its adapter and without; see `like_the_donor`.
-        settings: methods, what is tried, budgets, numbers of prompts.
-        judge: labels the answers in place of the task's judge; without a task, answers to the built-in questions.
-        prompts: of the profiles, none of them tested on. Default: `builtin:general`.
-        text: passages of the profiles. Default: `builtin:text`.
-        asked: prompts that the donor answers for the methods that learn from its answers. Default: development prompts
-            of the task, filled up with general ones.
-        passages: benign text on which the price is measured. Default: `builtin:drift`.
+        settings: methods, what is tried, budgets, judge, prompts and their numbers.
 
     Returns:
         The recipient's adapter, scaled as chosen, with its certificate in its provenance; see `Transferred`.
@@ -88,11 +75,7 @@ def transfer_adapter(
             unknown task or method, or no method that applies.
         MismatchError: the adapter is not the donor's.
     """
-    job = prepare(
-        donor, adapter, recipient, task, settings, judge=judge, prompts=prompts, text=text, asked=asked,
-        passages=passages,
-    )  # fmt: skip
-    return run(job)
+    return run(prepare(donor, adapter, recipient, task, settings))
 
 
 def run(job: Job, planned: Plan | None = None) -> Transferred:
