@@ -22,16 +22,18 @@ from command_line import Ran, fails
 from commandv import cli
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
-from commandv.cli import core, inspection, steering, words
+from commandv.cli import checks, core, inspection, steering, words
 from commandv.cli.options import show
 from commandv.cli.tables import arms_table, fidelity_table
 from commandv.evaluation import Comparison, Score
+from commandv.evaluation.arms import METHODS as TRANSFERRED
 from commandv.models.identity import ModelRef
 from commandv.steering.making import APPLICATIONS
 from commandv.steering.methods import METHODS
 from commandv.training.train import TRAINABLE
 from commandv.transfer.convert import FITTERS
 from commandv.transfer.distil.distil import METHODS as DISTILLED
+from commandv.transfer.match import MATCHERS
 from stored import data_file
 
 PROMPTS = [
@@ -248,7 +250,7 @@ def test_errors_are_one_line(run, models, files, trained, tmp_path):
     fails(run("generate", model, "hi", "--adapter", "builtin:juggling@nobody"), "no such adapter")
     fails(run("generate", model), "give prompts")
     fails(run("generate", model, "hi", "--prompts", files["prompts"]), "one of the two")
-    fails(run("generate", model, "hi", "--template", "fancy"), "--template fancy", "plain")
+    fails(run("generate", model, "hi", "--template", "fancy"), "--template", "fancy", "plain")
     fails(run("generate", model, "hi", "--dtype", "int7"), "int7", "float32")
     fails(run("generate", model, " "), "empty")
     fails(run("generate", models["recipient"], "hi", "--template", "chat"), "no chat template", "plain")
@@ -276,7 +278,7 @@ def test_paste_errors(run, models, files, trained, tmp_path):
     fails(run("paste", trained, donor, other, *out), "different prompts")
     fails(run("paste", trained, recipient, donor, *out), "adapter agree")
     fails(run("paste", trained, donor, recipient, *out, "--fit", "magic"), "'magic'", "ridge")
-    fails(run("paste", trained, donor, recipient, *out, "--match", "sideways"), "'sideways'", "2:1,4:3")
+    fails(run("paste", trained, donor, recipient, *out, "--match", "sideways"), "--match sideways", "2:1,4:3")
     fails(run("paste", trained, donor, recipient, *out, "--match", "0:99"), "99")
     fails(run("paste", trained, donor, recipient, *out, "--layers", "77"), "77")
     fails(run("paste", donor, donor, recipient, *out), "a profile, not an adapter")
@@ -312,7 +314,7 @@ def test_program_reports_an_error_without_a_traceback(models):
     """After loading a model, so that the libraries' own bars and notices would be seen."""
     command = [sys.executable, "-m", "commandv.cli", "generate", str(models["donor"]), "hi", "--template", "fancy"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    fails(Ran(done.returncode, done.stdout, done.stderr), "--template fancy")
+    fails(Ran(done.returncode, done.stdout, done.stderr), "--template", "fancy")
 
 
 def test_json_has_no_nan(capsys):
@@ -357,6 +359,11 @@ assert tasks and judges and not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_checked_before_the_tables_are_imported_are_those_of_the_tables():
+    assert set(checks.MATCHERS) == set(MATCHERS)
+    assert set(checks.METHODS) == {"auto", *TRANSFERRED}
 
 
 def test_tables_fit_a_terminal_of_80_columns():

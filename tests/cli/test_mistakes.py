@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +15,7 @@ import torch
 
 import command_line
 import commandv as cv
+import made_up
 import tiny
 from command_line import fails
 from commandv.cli import EXIT_CODES
@@ -22,11 +27,18 @@ MISMATCH, FORMAT = EXIT_CODES[MismatchError], EXIT_CODES[FormatError]
 
 
 class Mistake(NamedTuple):
-    """What is typed, with `@` for the folder of files; what it exits with; and words of the message."""
+    """What is typed, with `@` for the folder of files; what it exits with; and words of the message.
+
+    All but those that only PyTorch can tell are told before it is imported, which takes seconds.
+    """
 
     typed: str
     code: int
     words: tuple[str, ...]
+    by_torch: bool = False
+
+    def words_typed(self, folder: Path) -> list[str]:
+        return self.typed.replace("@", f"{folder}/").replace(f"list{folder}/", "list@").split()
 
 
 MISTAKES = {
@@ -49,7 +61,7 @@ MISTAKES = {
     ),
     "an adapter's directory misspelt": Mistake("generate @model hi -a @wid", FORMAT, ("did you mean wide?",)),
     "an adapter of another width": Mistake("generate @model hi -a @wide", MISMATCH, ("width 48", "paste() carries")),
-    "a vector without a layer": Mistake("generate @model hi -a @bare.pt", INPUT, ("one vector", "--layer")),
+    "a vector without a layer": Mistake("generate @model hi -a @bare.pt", INPUT, ("one vector", "--layer"), True),
     "a convention that is none": Mistake(
         "inspect @stack.pt --convention tokens", INPUT, ("--convention tokens", "blocks")
     ),
@@ -61,12 +73,35 @@ MISTAKES = {
     "a built-in set misspelt": Mistake("profile @model --prompts builtin:generl", INPUT, ("did you mean general",)),
     "layers that are not there": Mistake("train @model @rows.jsonl -o @out --layers 9", INPUT, ("[9]", "0 .. 3")),
     "positions that are none": Mistake("steer @model builtin:sentiment -o @out --at z1", INPUT, ("z1", "'l1'")),
-    "a graphics card that is not there": Mistake("generate @model hi --device-map cuda", INPUT, ("--device-map cuda",)),
+    "a graphics card that is not there": Mistake(
+        "generate @model hi --device-map cuda", INPUT, ("--device-map cuda",), True
+    ),
     "a place that is taken": Mistake("train @model @rows.jsonl -o @model", FORMAT, ("choose another place",)),
     "a place below a file": Mistake("train @model @rows.jsonl -o @rows.jsonl/out", STORAGE, ("rows.jsonl",)),
     "a profile that is none": Mistake("paste @wide @empty @empty -o @out", FORMAT, ("empty", "not a commandv-profile")),
     "a profile misspelt": Mistake("paste @wide @emtpy @empty -o @out", FORMAT, ("no such file", "empty")),
     "a temperature that is none": Mistake("generate @model hi --temperature -1", INPUT, ("--temperature", "0")),
+    "a number below the least": Mistake(
+        "generate @model hi --batch-size 0", USAGE, ("--batch-size", "greater than or equal to 1")
+    ),
+    "a template's option without a value": Mistake(
+        "generate @model hi --template-option thinking", INPUT, ("thinking", "NAME=VALUE")
+    ),
+    "an adapter that is half there": Mistake("generate @model hi -a @cut", FORMAT, ("truncated", "copy it again")),
+    "a profile for an adapter": Mistake("generate @model hi -a @profile", FORMAT, ("a profile, not an adapter",)),
+    "something else to look at": Mistake("inspect @rows.jsonl", FORMAT, ("'.jsonl'", ".safetensors")),
+    "a matcher misspelt": Mistake(
+        "paste @wide @profile @profile -o @out --match nearst", INPUT, ("did you mean nearest?", "2:1,4:3")
+    ),
+    "a method misspelt": Mistake(
+        "transfer @model @narrow @model -o @out --task pirate --by contxt", INPUT, ("did you mean context?",)
+    ),
+    "a served adapter without a name": Mistake("serve @model -a @narrow", INPUT, ("NAME=DIR",)),
+    "a served adapter of another width": Mistake("serve @model -a x=@wide", MISMATCH, ("width 48", "paste() carries")),
+    "an adapter of another width in a talk": Mistake("chat @model -a x=@wide", MISMATCH, ("width 48",)),
+    "a format that is none": Mistake("export @narrow @out --to ggfu", USAGE, ("did you mean gguf?",)),
+    "no repository": Mistake("push @narrow justaname", INPUT, ("justaname", "user/name")),
+    "an executor that is none": Mistake("profile @model --executor rai", INPUT, ("rai", "ray:auto")),
     "a report of nothing": Mistake("report @nowhere", FORMAT, ("nowhere", "no such file")),
     "a study misspelt": Mistake("study @nowhere.yaml", FORMAT, ("nowhere.yaml", "no such file")),
 }
@@ -84,15 +119,45 @@ def folder(tmp_path_factory) -> Path:
     torch.save(torch.ones(4, 32), made / "stack.pt")
     (made / "rows.jsonl").write_text(json.dumps({"prompt": "What is tea?", "response": "a drink"}) + "\n")
     (made / "empty").mkdir()
+    shutil.copytree(made / "wide", made / "cut")
+    tensors = next((made / "cut").glob("*.safetensors"))
+    tensors.write_bytes(tensors.read_bytes()[:-9])
+    cv.save_profile(made_up.profile_of({0: torch.ones(3, 32)}, tiny.tiny_lm().ref), made / "profile")
     return made
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_told_before_a_model_is_loaded(run, folder, mistake, monkeypatch):
     monkeypatch.setattr("commandv.models.load._load_weights", lambda *_: pytest.fail("the model was loaded"))
-    ran = run(*mistake.typed.replace("@", f"{folder}/").replace(f"list{folder}/", "list@").split())
+    ran = run(*mistake.words_typed(folder))
     fails(ran, *mistake.words, code=mistake.code)
     assert not (folder / "out").exists()
+
+
+def test_most_mistakes_are_told_before_torch_is_imported(folder):
+    at_once = [one.words_typed(folder) for one in MISTAKES.values() if not one.by_torch]
+    code = f"""
+import sys
+from commandv import cli
+for words in {at_once!r}:
+    sys.argv = ["commandv", *words]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert stop.code, words
+    heavy = {{"torch", "transformers"}} & set(sys.modules)
+    assert not heavy, (heavy, words)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_with_json_an_error_is_json(run, folder):

@@ -13,7 +13,7 @@ import commandv as cv
 import foreign
 from commandv.cli.inspection import describe
 from commandv.errors import FormatError
-from commandv.interop.load import detect
+from commandv.interop.detect import detect
 from foreign import delta, key
 from places import SHARED
 

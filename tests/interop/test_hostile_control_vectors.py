@@ -14,7 +14,7 @@ import commandv as cv
 from commandv.cli.inspection import describe
 from commandv.errors import FormatError, ModelError
 from commandv.interop.control_vectors import read_control_vector, write_control_vector
-from commandv.interop.load import detect
+from commandv.interop.detect import detect
 from control_vectors import directions, steering, write
 
 

@@ -452,6 +452,22 @@ def test_verbs(run, hub, adapter, profile, tmp_path):
     fails(run("pull", "anna/nothing", "-o", tmp_path / "c"), "anna/nothing is not there")
 
 
+@pytest.mark.parametrize("what", ["adapter", "profile", "demonstrations"])
+def test_inspect_tells_of_a_repository_what_it_tells_of_the_directory(what, run, hub, request, tmp_path):
+    cv.push(request.getfixturevalue(what), "anna/thing")
+    assert run("pull", "anna/thing", "-o", tmp_path / "thing").code == 0
+    there, here = run("inspect", "anna/thing", "--json"), run("inspect", tmp_path / "thing", "--json")
+    assert there.code == 0, there.err
+    assert there.json == here.json
+    assert there.json["what"] == f"commandv-{what}"
+
+
+def test_inspect_of_a_repository_that_is_not_there_or_holds_nothing_of_ours(run, hub):
+    hub.repo("anna/notes").commit({"notes.txt": b"x"})
+    fails(run("inspect", "anna/nothing"), "anna/nothing is not there")
+    fails(run("inspect", "anna/notes"), "nothing that can be loaded", "notes.txt")
+
+
 def test_the_page_on_sharing_runs(hub, adapter, monkeypatch, tmp_path):
     """Tiny models and few prompts stand in for the page's."""
     models = {"gemma-3-270m": tiny.tiny_lm(seed=1), "smollm2": tiny.tiny_lm()}

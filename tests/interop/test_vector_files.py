@@ -15,7 +15,7 @@ import commandv as cv
 import foreign
 import tiny
 from commandv.errors import FormatError, InputError, MismatchError
-from commandv.interop.load import detect
+from commandv.interop.detect import detect
 from foreign import LFS_POINTER, D, delta
 
 seed = foreign.seed

@@ -14,7 +14,6 @@ import command_line
 import commandv as cv
 import tiny
 from command_line import fails
-from commandv.adapters.store import ADAPTER
 from commandv.errors import FormatError, InputError, StorageError
 from commandv.interop.control_vectors import write_control_vector
 from commandv.interop.sae import SAE, save_sae
@@ -22,6 +21,7 @@ from commandv.positions import EVERYWHERE
 from commandv.storage.directories import read_artefact
 from commandv.storage.files import write_text, writing
 from commandv.storage.foreign import new_directory
+from commandv.storage.kinds import ADAPTER
 from stored import data_file
 
 PROMPTS = ["one tea", "two teas"]
@@ -113,7 +113,7 @@ def test_the_command_line_refuses_before_it_loads_a_model(tmp_path, run):
         ["profile", "gemma-3-270m", "--out", str(tmp_path)],
         ["train", "gemma-3-270m", "builtin:numbered-list", "-o", str(tmp_path)],
         ["steer", "gemma-3-270m", "builtin:sentiment", "-o", str(tmp_path)],
-        ["paste", "builtin:pirate@gemma-3-270m", str(tmp_path), str(tmp_path), "-o", str(tmp_path)],
+        ["paste", "builtin:pirate@gemma-3-270m", "anna/donor", "anna/recipient", "-o", str(tmp_path)],
         ["export", "builtin:pirate@gemma-3-270m", str(tmp_path)],
     ):
         fails(run(*words), "choose another place")

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from commandv.adapters.edit import MOST_LAYERS, Edit, Spec, require_numbers, require_scale
+from commandv.adapters.edit import Edit, Spec, require_numbers
+from commandv.adapters.outline import MOST_LAYERS, require_scale
 from commandv.errors import InputError
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions

@@ -8,8 +8,8 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.edit import Edit, require_scale
-from commandv.errors import MismatchError
+from commandv.adapters.edit import Edit
+from commandv.adapters.outline import require_scale, require_shape
 from commandv.models.live import Attachment, attach_change
 from commandv.models.lm import LM
 from commandv.models.passes import Addend, Additions
@@ -47,15 +47,6 @@ def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None
     require_scale(scale)
     addends = {layer: _joined(many, scale) for layer, many in adapter.interventions.items()}
     return attach_change(lm, Additions(adapter.name, addends, scale, n_prompt))
-
-
-def require_shape(adapter: Adapter, d_model: int, n_layers: int, model: str) -> None:
-    """Raise `MismatchError` unless an adapter has the width of a model and acts on layers that the model has."""
-    if adapter.d_model != d_model or adapter.layers[-1] >= n_layers:
-        raise MismatchError(
-            f"adapter {adapter.name}: width {adapter.d_model}, layers up to {adapter.layers[-1]}; {model} has width "
-            f"{d_model} and layers 0 .. {n_layers - 1}. paste() carries an adapter between models"
-        )
 
 
 class _Moving:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
-from commandv.adapters.edit import Edit, Spec, require_scale
+from commandv.adapters.edit import Edit, Spec
 from commandv.adapters.network import Network, shapes
+from commandv.adapters.outline import require_scale
 from commandv.errors import MismatchError
 from commandv.positions import Positions
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,11 +10,9 @@ import pydantic
 import torch
 from torch import Tensor
 
+from commandv.adapters.outline import LARGEST
 from commandv.errors import InputError
 from commandv.positions import Positions
-
-MOST_LAYERS = 9999
-LARGEST = 1e16  # beyond this, what a block makes of it overflows float32 when the next one's norm squares it
 
 
 def require_numbers(tensor: Tensor, what: str) -> None:
@@ -27,12 +24,6 @@ def require_numbers(tensor: Tensor, what: str) -> None:
             f"{what} holds NaN or infinity, or numbers beyond {LARGEST:.0e}; the file, its training or its scale is "
             "broken"
         )
-
-
-def require_scale(scale: float) -> None:
-    """Raise `InputError` unless a scale is a finite number of at most `LARGEST` in size."""
-    if not isinstance(scale, numbers.Real) or not -LARGEST <= scale <= LARGEST:
-        raise InputError(f"scale={scale!r}: expected a finite number of at most {LARGEST:.0e} in size")
 
 
 class Spec(pydantic.BaseModel):

@@ -18,11 +18,11 @@ from commandv.adapters.carried import Carried
 from commandv.adapters.edit import Edit, Spec
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
-from commandv.storage.directories import VERSION, Kind, read_artefact, write_artefact
+from commandv.storage.directories import VERSION, read_artefact, write_artefact
+from commandv.storage.kinds import ADAPTER
 from commandv.storage.tensors import read_safetensors
 
 EDITS: dict[str, type[Edit]] = {cls.kind: cls for cls in (Intervention, Carried)}
-ADAPTER = Kind("commandv-adapter", "tensors", lambda _config: ["tensors"])
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 

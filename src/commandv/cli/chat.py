@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from commandv.cli.app import verb
+from commandv.cli.checks import require_fits
 from commandv.cli.options import Loading, MaxNewTokens, Model, Reading, SamplingSeed, Temperature, TopP
-from commandv.cli.serve import Named, named_adapters
+from commandv.cli.serve import Named, named_places
 
 
 @verb
@@ -21,6 +22,7 @@ def chat(
     """Talk to a model without and with its behaviours, side by side; /help lists what can be changed meanwhile."""
     from commandv.errors import InputError
 
+    places = named_places(adapter, reading, model)
     try:
         from commandv.cli.talking import talk
     except ImportError as error:
@@ -32,7 +34,8 @@ def chat(
     from commandv.serving.talk import Talk
 
     sampling = Sampling(temperature, top_p, seed)
-    adapters = named_adapters(adapter, reading)
+    adapters = {name: reading.load(place) for name, place in places.items()}
+    require_fits(list(adapters.values()), model, 1.0)
     lm = how.load(model)
     with Engine(lm, adapters, max_rows=2) as engine:
         talk(Talk(engine, sampling=sampling, max_tokens=max_new_tokens))

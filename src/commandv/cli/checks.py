@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from commandv.errors import FormatError
+from commandv.errors import FormatError, InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from commandv.adapters.adapter import Adapter
+    from commandv.adapters.outline import Shaped
+    from commandv.storage.directories import Kind
 
+# As the tables of `commandv.evaluation.arms` and `commandv.transfer` have them, which take seconds to import.
+MATCHERS = ("proportional", "nearest", "covering", "lowest-error")
+METHODS = ("auto", "activations", "context", "vocabulary", "answers", "training")
 DEEP = 1_000_000  # layers of a model whose depth is not known yet
 
 
@@ -65,6 +70,38 @@ def of_source(context: typer.Context, source: str) -> str:
     return source
 
 
+def of_profile(context: typer.Context, source: str) -> str:
+    """Return the directory of a profile, or the name of a repository on the hub."""
+    from commandv.storage.kinds import PROFILE
+
+    return _of_kind(context, source, PROFILE)
+
+
+def of_demonstrations(context: typer.Context, source: str) -> str:
+    """Return the directory of demonstrations, or the name of a repository on the hub."""
+    from commandv.storage.kinds import DEMONSTRATIONS
+
+    return _of_kind(context, source, DEMONSTRATIONS)
+
+
+def _of_kind(context: typer.Context, source: str, kind: Kind) -> str:
+    from commandv.storage.directories import require_whole
+    from commandv.storage.hub import is_repo
+
+    if not is_repo(of_source(context, source)) and not context.resilient_parsing:
+        require_whole(Path(source), kind)
+    return source
+
+
+def of_repo(context: typer.Context, repo: str) -> str:
+    """Return what has the form of a hub id."""
+    from commandv.storage.hub import require_repo_id
+
+    if not context.resilient_parsing:
+        require_repo_id(repo)
+    return repo
+
+
 def of_prompts(context: typer.Context, source: str | None) -> str | None:
     """Return the name of a prompt set that there can be."""
     from commandv.prompts.sets import require_source
@@ -94,6 +131,25 @@ def require_layers(choice: str, model: str = "") -> None:
         choose_layers(choice, shape[1] if shape else DEEP)
 
 
+def require_match(text: str) -> None:
+    """Raise `InputError` for what names no matcher and is no map of layers."""
+    if text not in MATCHERS and not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
+        raise InputError(
+            f"match={text!r}{did_you_mean(text, MATCHERS)}: expected one of {', '.join(MATCHERS)}, or a map like "
+            "2:1,4:3"
+        )
+
+
+def require_methods(by: str) -> None:
+    """Raise `InputError` for what names no methods of transfer."""
+    for name in map(str.strip, by.split(",")):
+        if name not in METHODS:
+            raise InputError(
+                f"by={by!r}{did_you_mean(name, METHODS)}: expected auto, or some of {', '.join(METHODS[1:])}, "
+                "separated by commas"
+            )
+
+
 def require_positions(*positions: str) -> None:
     """Raise `InputError` for what is no notation of positions."""
     from commandv.positions import as_positions
@@ -102,14 +158,30 @@ def require_positions(*positions: str) -> None:
         as_positions(one)
 
 
-def require_fits(adapters: Sequence[Adapter], model: str, scale: float) -> None:
+def require_adapter(source: str, *, convention: str | None = None, model: str = "", scale: float = 1.0) -> None:
+    """Raise what reading an adapter and attaching it would raise, as far as names and configurations can tell."""
+    from commandv.adapters.outline import outline_of
+    from commandv.adapters.shipped import BUILTIN
+    from commandv.interop.detect import require_adapter_kind, require_convention
+    from commandv.storage.hub import is_repo
+
+    require_fits([], model, scale)
+    if is_repo(source):
+        return
+    if not source.startswith(BUILTIN):
+        require_convention(require_adapter_kind(source), convention)
+    outline = outline_of(source)
+    if outline is not None and model:
+        require_fits([outline], model, scale)
+
+
+def require_fits(adapters: Sequence[Shaped], model: str, scale: float) -> None:
     """Raise what attaching would raise once the model is loaded, as far as its configuration can tell."""
-    from commandv.adapters.attach import require_shape
-    from commandv.adapters.edit import require_scale
+    from commandv.adapters.outline import require_scale, require_shape
     from commandv.models.names import shape_of
 
     require_scale(scale)
-    shape = shape_of(model)
+    shape = shape_of(model) if adapters else None
     for adapter in adapters:
         if shape:
             require_shape(adapter, *shape, model)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from commandv.cli.app import verb
-from commandv.cli.checks import of_prompts, of_source, require_fits, require_layers, require_positions
+from commandv.cli.checks import of_profile, of_prompts, require_fits, require_layers, require_match, require_positions
 from commandv.cli.options import (
     GENERAL,
     TEXT,
@@ -54,23 +54,23 @@ def profile(
     places: Annotated[
         Literal["lines", "words"], typer.Option(help="Text rows where lines start, or at words.")
     ] = "lines",
-    limit: Annotated[int | None, typer.Option(help="Use the first so many prompts of each set.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts of each set.")] = None,
     mixed_forms: Annotated[
         bool,
         typer.Option("--mixed-forms", help="By turns as written, without the end mark, and in lower case."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Where to keep it. Default: the cache.")] = None,
     batch_size: BatchSize = 16,
-    max_length: Annotated[int | None, typer.Option(help="Cut longer prompts at their beginning.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Cut longer prompts at their beginning.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run prompts through a model and keep its residual stream where another model's can be compared."""
     from functools import partial
 
     import commandv as cv
-    from commandv.profiles.profile import PROFILE
     from commandv.prompts.sets import load_prompt_sets
     from commandv.storage.directories import require_place
+    from commandv.storage.kinds import PROFILE
 
     if out is not None:
         require_place(out, PROFILE)
@@ -109,12 +109,12 @@ def train(
         Literal["loreft", "noreft", "consreft", "lobireft", "direft", "nodireft"],
         typer.Option(help="Kind of the ReFT family."),
     ] = "direft",
-    rank: Annotated[int, typer.Option(help="Directions read and written per layer.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, help="Directions read and written per layer.")] = 8,
     layers: Annotated[str, typer.Option(help="every_other, all_layers, last_third, ... or 4,8,12.")] = "every_other",
     positions: Annotated[str, typer.Option(help="l1 (last prompt token), f3+l5, all, ...")] = "l1",
-    epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, in units of each layer's norm.")] = 4e-3,
-    max_response: Annotated[int, typer.Option(help="Labelled tokens per example.")] = 512,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam, in units of each layer's norm.")] = 4e-3,
+    max_response: Annotated[int, typer.Option(min=1, help="Labelled tokens per example.")] = 512,
     batch_size: BatchSize = 16,
     seed: Annotated[int, typer.Option(help="Of initial values and of the order of examples.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="File to resume from after a cut.")] = None,
@@ -122,20 +122,20 @@ def train(
 ) -> None:
     """Train an adapter of the ReFT family on examples."""
     import commandv as cv
+    from commandv.storage.directories import require_place
+    from commandv.storage.kinds import ADAPTER
 
     require_positions(positions)
     require_layers(layers, model)
+    require_place(out, ADAPTER)
     rows = cv.load_prompts(examples)
 
-    from commandv.adapters.store import ADAPTER
-    from commandv.storage.directories import require_place
     from commandv.training.train import TRAINABLE
 
-    require_place(out, ADAPTER)
-    lm = how.load(model)
     settings = cv.TrainSettings(
         epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, max_response=max_response
     )
+    lm = how.load(model)
     chosen = TRAINABLE[kind](rank=rank, layers=layers, positions=positions)
     name = rows.name.removeprefix("builtin:")
     adapter = cv.train(lm, rows, chosen, settings, name=Path(name).stem, checkpoint=checkpoint)
@@ -147,9 +147,11 @@ def train(
 @verb
 def paste(
     adapter: AdapterFile,
-    donor: Annotated[str, typer.Argument(callback=of_source, help="Profile of the donor: a directory, or on the hub.")],
+    donor: Annotated[
+        str, typer.Argument(callback=of_profile, help="Profile of the donor: a directory, or on the hub.")
+    ],
     recipient: Annotated[
-        str, typer.Argument(callback=of_source, help="Profile of the recipient: a directory, or on the hub.")
+        str, typer.Argument(callback=of_profile, help="Profile of the recipient: a directory, or on the hub.")
     ],
     out: Out,
     reading: Reading,
@@ -174,16 +176,17 @@ def paste(
     as_json: Json = False,
 ) -> None:
     """Carry a donor's adapter into a recipient, and measure the converters on prompts they have not seen."""
-    require_layers(layers)
-
     import commandv as cv
-    from commandv.adapters.edit import require_scale
-    from commandv.adapters.store import ADAPTER
     from commandv.storage.directories import require_place
+    from commandv.storage.kinds import ADAPTER
+
+    require_layers(layers)
+    require_match(match)
+    require_place(out, ADAPTER)
+    reading.check(adapter, scale=scale)
+
     from commandv.transfer.convert import FITTERS
 
-    require_place(out, ADAPTER)
-    require_scale(scale)
     where = {"match": _matcher(match), "layers": layers}
     original = reading.load(adapter, same_as=same_as)
     one, two = cv.load_profile(donor), cv.load_profile(recipient)
@@ -222,14 +225,13 @@ def generate(
 
     import commandv as cv
     from commandv.errors import InputError
-    from commandv.models.sampling import Sampling
 
     if bool(prompt) == bool(prompts):
         raise InputError("give prompts as arguments, or --prompts with a set; one of the two")
+    reading.check(adapter, model=model, scale=scale)
     texts = cv.load_prompts(prompts).texts if prompts else list(prompt or [])
     attached = reading.load(adapter) if adapter else None
     require_fits([attached] if attached else [], model, scale)
-    Sampling(temperature, top_p)  # says what is none, before the model is loaded
     lm = how.load(model)
     with cv.attach(lm, attached, scale=scale) if attached else contextlib.nullcontext():
         answers = cv.generate(
@@ -251,13 +253,14 @@ def inspect(
 ) -> None:
     """Tell what a file or directory is, for which model, and what it holds."""
     from commandv.cli.inspection import describe
-    from commandv.cli.tables import certificate_table
 
     facts = describe(path, layer=reading.layer, convention=reading.convention)
     certificate = facts.get("certificate")
     if as_json or not certificate:
         show(facts, as_json)
         return
+    from commandv.cli.tables import certificate_table
+
     show(
         {**facts, "certificate": certificate["sentence"], "made_with": certificate.get("command", "not stated")}, False
     )
@@ -281,12 +284,8 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _matcher(text: str) -> Any:
-    from commandv.errors import InputError
     from commandv.transfer.match import MATCHERS, explicit
 
     if text in MATCHERS:
         return MATCHERS[text]
-    try:
-        return explicit({int(a): int(b) for a, b in (part.split(":") for part in text.split(","))})
-    except ValueError:
-        raise InputError(f"match {text!r}: expected one of {', '.join(MATCHERS)}, or a map like 2:1,4:3") from None
+    return explicit({int(a): int(b) for a, b in (part.split(":") for part in text.split(","))})

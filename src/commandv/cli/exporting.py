@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from commandv.cli.app import verb
 from commandv.cli.options import AdapterFile, Json, Loading, Reading, show
-
-FORMATS = ("gguf", "pyreft", "baked")
 
 
 @verb
@@ -20,7 +18,8 @@ def export(
     reading: Reading,
     loading: Loading,
     to: Annotated[
-        str, typer.Option(help="gguf (llama.cpp's control vector), pyreft, or baked (a whole model).")
+        Literal["gguf", "pyreft", "baked", "vllm"],
+        typer.Option(help="gguf is llama.cpp's control vector, baked a whole model; for vllm: how it goes without."),
     ] = "gguf",
     model: Annotated[str, typer.Option(help="For baked: the model. Default: the one that the adapter names.")] = "",
     model_hint: Annotated[str | None, typer.Option(help="For gguf: model named in it. Default: the adapter's.")] = None,
@@ -31,8 +30,6 @@ def export(
 ) -> None:
     """Write an adapter in another project's format, or say why that format cannot hold it."""
     from commandv.errors import InputError
-    from commandv.interop.control_vectors import require_control_vector, write_control_vector
-    from commandv.interop.pyreft import write_pyreft
     from commandv.storage.directories import CONFIG
     from commandv.storage.foreign import require_new
 
@@ -41,12 +38,15 @@ def export(
             f"vLLM needs no export: where commandv is installed beside it, it attaches {adapter} as it is, by "
             f"COMMANDV_VLLM=NAME={adapter}; or bake the adapter into weights, --to baked (docs/run-elsewhere.md)"
         )
-    if to not in FORMATS:
-        raise InputError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
+    if to != "gguf":
+        require_new(out, CONFIG)
+    reading.check(adapter)
+
+    from commandv.interop.control_vectors import require_control_vector, write_control_vector
+    from commandv.interop.pyreft import write_pyreft
+
     if to == "gguf":
         require_control_vector(out)
-    else:
-        require_new(out, CONFIG)
     one = reading.load(adapter)
     facts: dict[str, Any] = {}
     if to == "gguf":

@@ -6,55 +6,94 @@ import importlib.metadata
 import platform
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from commandv.interop.load import detect, load_adapter
-from commandv.profiles.profile import END, load_profile
-from commandv.transfer.distil.demonstrations import load_demonstrations
+from commandv.adapters.shipped import BUILTIN
+from commandv.cli.checks import require_adapter
+from commandv.interop.detect import detect
+from commandv.storage.directories import CONFIG
+from commandv.storage.hub import holds_model, is_repo
+from commandv.storage.kinds import ADAPTER, DEMONSTRATIONS, PROFILE
+
+if TYPE_CHECKING:
+    from commandv.adapters.adapter import Adapter
+    from commandv.profiles.profile import Profile
+    from commandv.transfer.distil.demonstrations import Demonstrations
 
 NEEDED_GB = 3.0  # converted packaged models (0.9 GB), their profiles, and room to write
 
 
 def describe(source: str, *, layer: int | None = None, convention: str | None = None) -> dict[str, Any]:
-    """Return facts about an adapter, vector, profile or model, JSON-able.
+    """Return facts about an adapter, vector, profile, demonstrations or model, on this disk or on the hub, JSON-able.
 
     Raises:
         FormatError: damaged, unsafe or of an unknown kind.
         InputError: a bare vector without a layer.
         ModelError: a model that cannot be loaded.
+        HubError: not on the hub, not allowed, or not reachable.
     """
     if _is_model(source):
         return _model_facts(source)
-    kind = "commandv-adapter" if source.startswith("builtin:") else detect(source)
-    if kind == "commandv-profile":
-        one = load_profile(source)
-        n_end = int((one.keys[:, 1] == END).sum())
-        return {
-            "what": kind,
-            "model": one.model.id,
-            "revision": one.model.revision,
-            "weights": one.model.weights or "not stated",
-            "template": one.model.format or "as the model has it",
-            "layers": sorted(one.activations),
-            "d_model": one.d_model,
-            "end_rows": n_end,
-            "text_rows": len(one) - n_end,
-            "prompts": one.prompts,
-        }
-    if kind == "commandv-demonstrations":
-        shown = load_demonstrations(source)
-        return {
-            "what": kind,
-            "name": shown.name,
-            "donor": shown.donor.id or "not stated",
-            "answers": len(shown),
-            "left_out": shown.dropped,
-            "places": 0 if shown.changes is None else len(shown.changes.places),
-            "mean_divergence": shown.mean_divergence,
-            "loop_rate": shown.loop_rate,
-            "hash": shown.hash,
-        }
-    adapter = load_adapter(source, layer=layer, convention=convention)
+    if is_repo(source):
+        from commandv.interop.share import load_shared
+        from commandv.profiles.profile import Profile
+        from commandv.transfer.distil.demonstrations import Demonstrations
+
+        shared = load_shared(source)
+        if isinstance(shared, Profile):
+            return _profile_facts(shared)
+        if isinstance(shared, Demonstrations):
+            return _demonstrations_facts(shared)
+        return _adapter_facts(shared, ADAPTER.format)
+    kind = ADAPTER.format if source.startswith(BUILTIN) else detect(source)
+    if kind == PROFILE.format:
+        from commandv.profiles.profile import load_profile
+
+        return _profile_facts(load_profile(source))
+    if kind == DEMONSTRATIONS.format:
+        from commandv.transfer.distil.demonstrations import load_demonstrations
+
+        return _demonstrations_facts(load_demonstrations(source))
+    require_adapter(source, convention=convention)
+
+    from commandv.interop.load import load_adapter
+
+    return _adapter_facts(load_adapter(source, layer=layer, convention=convention), kind)
+
+
+def _profile_facts(one: Profile) -> dict[str, Any]:
+    from commandv.profiles.profile import END
+
+    n_end = int((one.keys[:, 1] == END).sum())
+    return {
+        "what": PROFILE.format,
+        "model": one.model.id,
+        "revision": one.model.revision,
+        "weights": one.model.weights or "not stated",
+        "template": one.model.format or "as the model has it",
+        "layers": sorted(one.activations),
+        "d_model": one.d_model,
+        "end_rows": n_end,
+        "text_rows": len(one) - n_end,
+        "prompts": one.prompts,
+    }
+
+
+def _demonstrations_facts(shown: Demonstrations) -> dict[str, Any]:
+    return {
+        "what": DEMONSTRATIONS.format,
+        "name": shown.name,
+        "donor": shown.donor.id or "not stated",
+        "answers": len(shown),
+        "left_out": shown.dropped,
+        "places": 0 if shown.changes is None else len(shown.changes.places),
+        "mean_divergence": shown.mean_divergence,
+        "loop_rate": shown.loop_rate,
+        "hash": shown.hash,
+    }
+
+
+def _adapter_facts(adapter: Adapter, kind: str) -> dict[str, Any]:
     interventions = [{"layer": at, **one.facts()} for at in adapter.layers for one in adapter.interventions[at]]
     stated = ("convention", "model_hint") if kind == "control-vector" else ()
     return {
@@ -76,19 +115,19 @@ def describe(source: str, *, layer: int | None = None, convention: str | None = 
 
 
 def _is_model(source: str) -> bool:
-    """True for a packaged model, a hub id, a model directory, and a GGUF file of a model."""
-    from commandv.interop.control_vectors import is_control_vector
+    """True for a packaged model, a model's repository or directory, and a GGUF file of a model."""
     from commandv.models.names import PACKAGED
-    from commandv.storage.hub import is_repo
 
     path = Path(source)
     if path.is_file():
-        return path.suffix == ".gguf" and not is_control_vector(path)
+        if path.suffix != ".gguf":
+            return False
+        from commandv.interop.control_vectors import is_control_vector
+
+        return not is_control_vector(path)
     if path.is_dir():
-        return (path / "config.json").is_file() and '"model_type"' in (path / "config.json").read_text(
-            "utf-8", "replace"
-        )
-    return source in PACKAGED or is_repo(source)
+        return (path / CONFIG).is_file() and '"model_type"' in (path / CONFIG).read_text("utf-8", "replace")
+    return source in PACKAGED or (is_repo(source) and holds_model(source))
 
 
 def _model_facts(source: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from commandv.cli.checks import of_adapter, of_anything, of_model, of_prompt_sets
+from commandv.cli.checks import of_adapter, of_anything, of_model, of_prompt_sets, require_adapter
 
 if TYPE_CHECKING:
     from commandv.adapters.adapter import Adapter
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from commandv.executors.executor import Executor
     from commandv.models.lm import LM
 
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are sampled.")]
-TopP = Annotated[float, typer.Option(help="Sample among the fewest tokens of so much probability.")]
+Temperature = Annotated[
+    float, typer.Option(min=0, max=2, help="0 takes the likeliest token; above it tokens are sampled.")
+]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample among the fewest tokens of so much probability.")]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Of sampling.")]
 Anything = Annotated[
     str,
-    typer.Argument(callback=of_anything, help="A model, adapter, vector file, profile, demonstrations, builtin:..."),
+    typer.Argument(
+        callback=of_anything, help="A model, adapter, vector file, profile, demonstrations; builtin:..., or on the hub."
+    ),
 ]
 Model = Annotated[
     str,
@@ -45,13 +49,13 @@ PromptsOption = Annotated[
     ),
 ]
 GENERAL, TEXT = ["builtin:general"], "builtin:text"
-BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")]
 ReadRows = Annotated[Literal["end", "text", "both"], typer.Option(help="Rows that reading converters are fitted on.")]
 WriteRows = Annotated[
     Literal["end", "text", "both"] | None,
     typer.Option(help="Rows that writing converters are fitted on. Default: text, where the profiles have them."),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Tasks = Annotated[
     Path | None,
     typer.Option("--tasks", help="Python file whose TASKS, Task objects by name, are known too; it is run."),
@@ -67,12 +71,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 class Loading:
     """How a model is loaded and asked: a bundle of every verb that runs one."""
 
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Default: what is fast here.")] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights. Default: what is fast here."),
+    ] = None
     device_map: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...: where the model goes.")] = None
-    # Any, because load_model checks it: a misspelt format is our one-line error, not a usage box.
-    template: Annotated[Any, typer.Option(metavar="FORMAT", help="auto, chat, or plain (question and answer).")] = (
-        "auto"
-    )
+    template: Annotated[
+        Literal["auto", "chat", "plain"], typer.Option(help="How prompts are written; plain: question and answer.")
+    ] = "auto"
     system: Annotated[str | None, typer.Option(help="System prompt. Default: what the chat template itself says.")] = (
         None
     )
@@ -83,6 +89,13 @@ class Loading:
     same_as: Annotated[
         str, typer.Option(metavar="NAME", help="Take the model for the one of this name (a copy, another precision).")
     ] = ""
+
+    def __post_init__(self) -> None:
+        from commandv.errors import InputError
+
+        options = _template_options(self.template_option)
+        if self.template == "plain" and (self.system is not None or options):
+            raise InputError("--template plain has no system prompt and no options; leave out one or the other")
 
     def load(self, model: str) -> LM:
         """Load a model as the options say."""
@@ -98,11 +111,18 @@ class Loading:
 class Reading:
     """How a file of an adapter is read: a bundle of every verb that takes one."""
 
-    layer: Annotated[int | None, typer.Option(help="For a bare vector: the layer it acts on, counted from 0.")] = None
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="For a bare vector: the layer it acts on, counted from 0.")
+    ] = None
     convention: Annotated[
         str | None,
         typer.Option(help="How a vector file counts layers: blocks or hidden-states; a GGUF: llama.cpp or from-zero."),
     ] = None
+
+    def check(self, source: str | None, *, model: str = "", scale: float = 1.0) -> None:
+        """Raise what loading an adapter and attaching it would raise, as far as can be told at once."""
+        if source is not None:
+            require_adapter(source, convention=self.convention, model=model, scale=scale)
 
     def load(self, source: str, *, same_as: str = "") -> Adapter:
         """Load an adapter as the options say."""
@@ -122,6 +142,16 @@ class Running:
     cpus: Annotated[float | None, typer.Option(help="CPUs, and threads, of one worker. Default: 1.")] = None
     gpus: Annotated[float | None, typer.Option(help="GPUs of one worker. Default: by the models' size.")] = None
 
+    def __post_init__(self) -> None:
+        from commandv.errors import InputError
+
+        kind = self.executor.partition(":")[0]
+        if kind != "ray" and (not self.local or (self.workers, self.cpus, self.gpus) != (None, None, None)):
+            raise InputError(
+                f"--executor {self.executor!r}: expected local (without workers, cpus and gpus), ray, ray:auto or "
+                "ray:HOST:PORT"
+            )
+
     @property
     def local(self) -> bool:
         """True where this process does the work."""
@@ -131,20 +161,13 @@ class Running:
         self, *, workers: int | None = None, cpus: float = 1.0, gpus: float | None = None, size: int = 0
     ) -> Executor:
         """Return the executor that the options name; what they leave open is as given here."""
-        from commandv.errors import InputError
         from commandv.executors.executor import Local
         from commandv.executors.ray import Ray
 
-        kind, _, address = self.executor.partition(":")
-        if self.local and (self.workers, self.cpus, self.gpus) == (None, None, None):
+        if self.local:
             return Local()
-        if kind != "ray":
-            raise InputError(
-                f"--executor {self.executor!r}: expected local (without workers, cpus and gpus), ray, ray:auto or "
-                "ray:HOST:PORT"
-            )
         return Ray(
-            address or None,
+            self.executor.partition(":")[2] or None,
             workers=workers if self.workers is None else self.workers,
             cpus=cpus if self.cpus is None else self.cpus,
             gpus=gpus if self.gpus is None else self.gpus,

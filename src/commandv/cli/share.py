@@ -7,14 +7,20 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import verb
+from commandv.cli.checks import of_adapter, of_repo
 from commandv.cli.options import Json, Out, show
 
-RepoId = Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the hub.")]
+RepoId = Annotated[str, typer.Argument(callback=of_repo, metavar="USER/NAME", help="Repository on the hub.")]
 
 
 @verb
 def push(
-    path: Annotated[str, typer.Argument(help="Adapter, profile or demonstrations: a directory, a file, builtin:...")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            callback=of_adapter, help="Adapter, profile or demonstrations: a directory, a file, builtin:..."
+        ),
+    ],
     repo: RepoId,
     public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Default: a private one.")] = False,
     license: Annotated[str | None, typer.Option(help="Of what is uploaded, by the hub's name: mit, ...")] = None,
@@ -37,7 +43,7 @@ def pull(
 ) -> None:
     """Download an adapter, a profile or demonstrations from the Hugging Face hub as a directory."""
     import commandv as cv
-    from commandv.interop.load import detect
+    from commandv.interop.detect import detect
 
     found = cv.pull(repo, out, revision=revision)
     show({"directory": str(out), "what": detect(out), "holds": str(type(found).__name__)}, as_json)

@@ -50,17 +50,15 @@ def steer(
     as_json: Json = False,
 ) -> None:
     """Make a steering adapter from contrasting prompts or replies."""
+    import commandv as cv
     from commandv.errors import InputError
+    from commandv.storage.directories import require_place
+    from commandv.storage.kinds import ADAPTER
 
     if negative_trigger is not None and trigger is None:
         raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
     require_positions(positions, at)
     require_layers(layers, model)
-
-    import commandv as cv
-    from commandv.adapters.store import ADAPTER
-    from commandv.storage.directories import require_place
-
     require_place(out, ADAPTER)
     sides = cv.load_contrast(contrast, negative, paired=paired)
     lm = how.load(model)

@@ -47,7 +47,7 @@ def evaluate(
     scale: Scale = 1.0,
     judge: Judges = None,
     tasks: Tasks = None,
-    n: Annotated[int | None, typer.Option(help="Use the first so many test prompts.")] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="Use the first so many test prompts.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
     controls: Annotated[bool, typer.Option(help="Measure a random adapter of equal norm too.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for a label per prompt, as JSONL.")] = None,
@@ -55,6 +55,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a task on one model, without and with an adapter, beside a random one of equal norm; and the price."""
+    reading.check(adapter, model=model, scale=scale)
+
     from commandv.errors import InputError
     from commandv.evaluation.judges import load_judge
 

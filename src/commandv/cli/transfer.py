@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from commandv.cli.app import app, verb
-from commandv.cli.checks import of_prompts, require_fits, require_layers
+from commandv.cli.checks import of_prompts, require_fits, require_layers, require_methods
 from commandv.cli.options import (
     GENERAL,
     AdapterFile,
@@ -69,13 +69,13 @@ def transfer(
     budget: Budget = 0.5,
     most_loops: MostLoops = 0.1,
     prompts: PromptsOption = GENERAL,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many of each of these sets.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many of each of these sets.")] = None,
     asked: Annotated[
         str | None, typer.Option(callback=of_prompts, help="Prompts that the donor answers. Default: the task's.")
     ] = None,
-    n_dev: Annotated[int, typer.Option(help="Development prompts, to choose on.")] = 24,
-    n_test: Annotated[int, typer.Option(help="Test prompts, to report on.")] = 64,
-    n_asked: Annotated[int, typer.Option(help="Prompts that the donor answers.")] = 128,
+    n_dev: Annotated[int, typer.Option(min=1, help="Development prompts, to choose on.")] = 24,
+    n_test: Annotated[int, typer.Option(min=1, help="Test prompts, to report on.")] = 64,
+    n_asked: Annotated[int, typer.Option(min=1, help="Prompts that the donor answers.")] = 128,
     seed: Annotated[int, typer.Option(help="Of fits and random controls.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
     tasks: Tasks = None,
@@ -87,16 +87,15 @@ def transfer(
 
     wanted = task_of(task, expect, expect_file, tasks)
     judging = None if judge is None else load_judge(judge)
+    require_methods(by)
     for choice in layers:
         require_layers(choice, recipient)
+    _require_adapter_and_place(reading, adapter, donor, scales, out)
 
     import commandv as cv
-    from commandv.adapters.store import ADAPTER
     from commandv.evaluation.transferring.job import TransferSettings, prepare
     from commandv.prompts.sets import load_prompt_sets
-    from commandv.storage.directories import require_place
 
-    require_place(out, ADAPTER)
     settings = TransferSettings(
         by=by, layers=tuple(layers), scales=tuple(scales), budget=budget, most_loops=most_loops, n_dev=n_dev,
         n_test=n_test, n_asked=n_asked, seed=seed, batch_size=batch_size,
@@ -121,7 +120,7 @@ def tune(
     scales: Scales = [0.5, 0.75, 1.0, 1.25],  # noqa: B006
     budget: Budget = 0.5,
     most_loops: MostLoops = 0.1,
-    limit: Annotated[int, typer.Option(help="Use the first so many development prompts.")] = 24,
+    limit: Annotated[int, typer.Option(min=1, help="Use the first so many development prompts.")] = 24,
     tasks: Tasks = None,
     batch_size: BatchSize = 64,
     as_json: Json = False,
@@ -131,15 +130,13 @@ def tune(
     assert asked is not None
     for choice in layers:
         require_layers(choice, model)
+    _require_adapter_and_place(reading, adapter, model, scales, out)
 
     import commandv as cv
-    from commandv.adapters.store import ADAPTER
     from commandv.cli.tables import tried_table
     from commandv.evaluation.outcomes import measure
     from commandv.evaluation.tuning import grid, tune as tuned_by
-    from commandv.storage.directories import require_place
 
-    require_place(out, ADAPTER)
     original = reading.load(adapter, same_as=how.same_as)
     require_fits([original], model, max(scales))
     lm = how.load(model)
@@ -171,21 +168,25 @@ def tune(
 
 @verb
 def demo(
-    n: Annotated[int, typer.Option(help="Test prompts, at least 16.")] = 48,
+    n: Annotated[int, typer.Option(min=16, help="Test prompts.")] = 48,
     out: Out = Path("commandv-demo"),
     as_json: Json = False,
 ) -> None:
     """Carry "answer as a numbered list" from one real model into another: `commandv transfer` on the packaged ones."""
-    from commandv.errors import InputError
-
-    if n < 16:
-        raise InputError(f"n={n}: expected 16 test prompts or more")
     words = [*shlex.split(DEMO), "--n-test", str(n), "-o", str(out)]
     if as_json:
         words.append("--json")
     else:
         output(f"[bold]$ {escaped(shlex.join(['commandv', *words]))}[/bold]")
     app(words, standalone_mode=False)
+
+
+def _require_adapter_and_place(reading: Reading, adapter: str, model: str, scales: list[float], out: Path) -> None:
+    from commandv.storage.directories import require_place
+    from commandv.storage.kinds import ADAPTER
+
+    require_place(out, ADAPTER)
+    reading.check(adapter, model=model, scale=max(scales))
 
 
 def _go(job: Job, out: Path, recipient: str, *, dry_run: bool, as_json: bool) -> None:

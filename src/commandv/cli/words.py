@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from commandv.cli.app import verb
-from commandv.cli.checks import of_adapter, of_prompts, of_source, require_fits
+from commandv.cli.checks import of_adapter, of_demonstrations, of_prompts, require_fits
 from commandv.cli.options import (
     BatchSize,
     Json,
@@ -39,7 +39,7 @@ def demonstrate(
     prompts: Annotated[
         str, typer.Argument(callback=of_prompts, help="What to ask: builtin:NAME or a file.")
     ] = "builtin:general",
-    limit: Annotated[int, typer.Option(help="Use the first so many prompts.")] = 130,
+    limit: Annotated[int, typer.Option(min=1, help="Use the first so many prompts.")] = 130,
     harmful: Annotated[
         str | None,
         typer.Option(callback=of_prompts, help="A set of harmful prompts to ask, too; only refusals of them are kept."),
@@ -51,11 +51,11 @@ def demonstrate(
 ) -> None:
     """Have a donor with its adapter answer prompts, and keep the answers and what the adapter changes in them."""
     import commandv as cv
-    from commandv.evaluation.graders import refusal
     from commandv.storage.directories import require_place
-    from commandv.transfer.distil.demonstrations import DEMONSTRATIONS
+    from commandv.storage.kinds import DEMONSTRATIONS
 
     require_place(out, DEMONSTRATIONS)
+    reading.check(None if adapter == "none" else adapter, model=model, scale=scale)
     asked = cv.load_prompts(prompts, limit=limit)
     answers = [one.response for one in asked] if adapter == "none" else None
     dangerous = set[str]()
@@ -63,6 +63,9 @@ def demonstrate(
         more = cv.load_prompts(harmful, limit=limit)
         dangerous, asked = set(more.texts), asked + more
         answers = None if answers is None else [*answers, *(one.response for one in more)]
+
+    from commandv.evaluation.graders import refusal
+
     changing = None if adapter == "none" else reading.load(adapter)
     require_fits([changing] if changing else [], model, scale)
     donor = how.load(model)
@@ -81,19 +84,19 @@ def distil(
     model: Model,
     how: Loading,
     demonstrations: Annotated[
-        str, typer.Argument(callback=of_source, help="Demonstrations: a directory, or on the hub.")
+        str, typer.Argument(callback=of_demonstrations, help="Demonstrations: a directory, or on the hub.")
     ],
     out: Out,
     by: Annotated[Literal["auto", "context", "vocabulary", "answers"], typer.Option(help="Which method.")] = "auto",
-    rank: Annotated[int, typer.Option(help="Of each fit.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Of each fit.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the demonstrations' sets and of what is held out.")] = 0,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
     """Make an adapter of a model that behaves as demonstrations do, without training."""
     import commandv as cv
-    from commandv.adapters.store import ADAPTER
     from commandv.storage.directories import require_place
+    from commandv.storage.kinds import ADAPTER
 
     require_place(out, ADAPTER)
     shown = cv.load_demonstrations(demonstrations)

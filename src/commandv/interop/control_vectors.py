@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import gguf
 import numpy as np
@@ -25,13 +25,13 @@ from commandv.adapters.adapter import Adapter, Intervention, low_rank
 from commandv.adapters.edit import require_numbers
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, StorageError
+from commandv.interop.detect import Convention, require_convention
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 from commandv.storage.files import writing
 from commandv.storage.reading import require_regular
 
 ARCHITECTURE = "controlvector"
-Convention = Literal["llama.cpp", "from-zero"]
 
 _NAME = re.compile(r"direction\.(0|[1-9]\d{0,3})")
 # The keys that are understood: llama.cpp's two, and how EasySteer says that a vector was made, which changes nothing in
@@ -96,8 +96,7 @@ def read_control_vector(path: Path, *, layer: int | None = None, convention: Con
             [d_model] of one width, not finite, or repeated.
         InputError: no direction at `layer`, or an unknown convention.
     """
-    if convention not in (None, *get_args(Convention)):
-        raise InputError(f"convention={convention!r}: expected 'llama.cpp' or 'from-zero'")
+    require_convention("control-vector", convention)
     fields, vectors = _open(path)
     found: Convention = "from-zero" if 0 in vectors else "llama.cpp"
     if convention == "llama.cpp" and found == "from-zero":

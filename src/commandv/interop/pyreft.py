@@ -35,11 +35,6 @@ _INERT = ("embed_dim", "interchange_dim", "proj_layer.bias")
 CLASSES = {f"{name}intervention": kind for name, kind in KINDS.items()}
 
 
-def is_pyreft(path: Path) -> bool:
-    """True for a directory that looks like a saved pyreft model."""
-    return path.is_dir() and (path / "config.json").is_file() and any(path.glob("intkey_*.bin"))
-
-
 def read_pyreft(path: Path) -> Adapter:
     """Read a pyreft directory of any of the six ReFT kinds, or of bias-only interventions.
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.store import ADAPTER, save
+from commandv.adapters.store import save
 from commandv.errors import CommandVError, FormatError, HubError, InputError
 from commandv.interop.cards import card_of, donor_of, hub_id
-from commandv.interop.load import detect, load_adapter
+from commandv.interop.detect import detect
+from commandv.interop.load import load_adapter
 from commandv.models.identity import ModelRef
-from commandv.profiles.profile import PROFILE, Profile, load_profile, save_profile
+from commandv.profiles.profile import Profile, load_profile, save_profile
 from commandv.storage.directories import CONFIG, Kind, read_config, require_place, write_artefact
 from commandv.storage.hub import CARD, Listed, RepoType, fetched, hub_errors, list_repo, require_repo_id
+from commandv.storage.kinds import ADAPTER, DEMONSTRATIONS, PROFILE
 from commandv.transfer.distil.demonstrations import (
-    DEMONSTRATIONS,
     Demonstrations,
     load_demonstrations,
     save_demonstrations,
@@ -116,6 +117,14 @@ def push(
     return Pushed(url, str(done.oid), size)
 
 
+def load_shared(repo_id: str, *, revision: str | None = None) -> Artefact:
+    """Load what a repository of the hub holds, an adapter, a profile or demonstrations; see `pull`."""
+    try:
+        return load_adapter(repo_id, revision=revision)
+    except HubError as error:
+        return _data_set(repo_id, revision, error)
+
+
 def pull(repo_id: str, out: str | Path, *, revision: str | None = None) -> Artefact:
     """Download a repository of the hub as a directory of ours, which needs neither the hub nor its cache any more.
 
@@ -133,10 +142,7 @@ def pull(repo_id: str, out: str | Path, *, revision: str | None = None) -> Artef
     """
     require_repo_id(repo_id)
     out = Path(out)
-    try:
-        found: Artefact = load_adapter(repo_id, revision=revision)
-    except HubError as error:
-        found = _data_set(repo_id, revision, error)
+    found = load_shared(repo_id, revision=revision)
     how = _how(found)
     require_place(out, how.kind)
     if isinstance(found, Profile) and found.path is not None:

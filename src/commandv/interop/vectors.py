@@ -17,22 +17,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.edit import MOST_LAYERS, require_numbers
+from commandv.adapters.edit import require_numbers
 from commandv.adapters.kinds import steering_vector
+from commandv.adapters.outline import MOST_LAYERS
 from commandv.errors import FormatError, InputError
+from commandv.interop.detect import LayerConvention, require_convention
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 from commandv.storage.reading import number_of, read_json
 from commandv.storage.tensors import Stored, read_numpy, read_safetensors, read_torch
-
-SUFFIXES = {".pt", ".pth", ".bin", ".npy", ".npz", ".safetensors", ".svec"}
-LayerConvention = Literal["blocks", "hidden-states"]
 
 # TransformerLens' names (of hooks and of its bridge), transformers' modules, and what people make of them.
 _NAME = re.compile(
@@ -67,8 +66,7 @@ def read_vector(path: Path, *, layer: int | None = None, convention: LayerConven
             simply added (a factor, a projection).
         InputError: one vector, and neither the file nor `layer` says at which layer; no vector at `layer`.
     """
-    if convention not in (None, *get_args(LayerConvention)):
-        raise InputError(f"convention={convention!r}: expected 'blocks' or 'hidden-states'")
+    require_convention("vector", convention)
     if layer is not None and not 0 <= layer <= MOST_LAYERS:
         raise InputError(f"layer={layer}: expected 0 .. {MOST_LAYERS}")
     content, facts = _content(path)

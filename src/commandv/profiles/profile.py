@@ -16,18 +16,13 @@ from torch import Tensor
 
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.identity import ModelRef
-from commandv.storage.directories import Kind, read_artefact, write_artefact
+from commandv.storage.directories import read_artefact, write_artefact
 from commandv.storage.files import digest
 from commandv.storage.hub import opened
+from commandv.storage.kinds import PROFILE
 from commandv.storage.tensors import read_safetensors, safetensors_bytes
 
 END = -1  # the offset of a prompt's last token, which has no place in the text
-PROFILE = Kind(
-    "commandv-profile",
-    r"keys|layer-\d{3}",
-    lambda config: ["keys", *(f"layer-{int(layer):03d}" for layer in config["layers"])],
-    large=True,
-)
 Rows = Literal["end", "text", "both"]
 Places = Literal["lines", "words"]
 

@@ -22,12 +22,13 @@ from commandv.models.identity import ModelRef
 from commandv.models.lm import LM
 from commandv.models.state import identity
 from commandv.profiles.parts import find_part, joined, tensor_of, write_part
-from commandv.profiles.profile import PROFILE, Layers, Places, Profile, load_profile, write_profile
+from commandv.profiles.profile import Layers, Places, Profile, load_profile, write_profile
 from commandv.profiles.work import Wanted, Work
 from commandv.progress import Report, track
 from commandv.prompts.sets import PromptSet
 from commandv.storage.directories import CONFIG, kept, read_config, require_place
 from commandv.storage.files import cache_dir, digest, file_name
+from commandv.storage.kinds import PROFILE
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple, TypeAlias
 
-from commandv.adapters.edit import require_scale
+from commandv.adapters.outline import require_scale
 from commandv.errors import InputError, did_you_mean
 
 BASE = "base"  # the model with nothing attached

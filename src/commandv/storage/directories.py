@@ -97,12 +97,17 @@ def require_place(target: Path, kind: Kind) -> None:
             )
         if has_config:
             try:
-                _files(place, kind, read_config(place, kind))
-            except (FormatError, FileNotFoundError) as error:
+                require_whole(place, kind)
+            except FormatError as error:
                 raise FormatError(
                     f"{target}: not a whole {kind.format} ({error}), so it is not replaced; "
                     "choose another place, or delete the directory"
                 ) from error
+
+
+def require_whole(target: Path, kind: Kind) -> None:
+    """Raise `FormatError` unless a directory is of a kind and its files have their full size; they are not read."""
+    _unchanged(target, kind, lambda config: _files(target, kind, config))
 
 
 def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: Iterable[tuple[str, Buffer]]) -> None:
@@ -149,13 +154,22 @@ def read_artefact(target: Path, kind: Kind, build: Callable[[dict[str, Any], dic
     Raises:
         FormatError: not of this kind, of an unknown version, damaged or not whole.
     """
+
+    def verified(config: dict[str, Any]) -> T:
+        files = _files(target, kind, config)
+        _verify(files, config)
+        return build(config, files)
+
+    return _unchanged(target, kind, verified)
+
+
+def _unchanged(target: Path, kind: Kind, use: Callable[[dict[str, Any]], T]) -> T:
+    """Return what `use` makes of a configuration; what was replaced meanwhile is read again."""
     for _ in range(TRIES):
         written = _written(target)
         config = read_config(target, kind)
         try:
-            files = _files(target, kind, config)
-            _verify(files, config)
-            return build(config, files)
+            return use(config)
         except (FileNotFoundError, FormatError) as error:
             if _written(target) != written or read_config(target, kind) != config:
                 continue

@@ -126,6 +126,25 @@ def list_repo(repo_id: str, repo_type: RepoType, *, revision: str | None = None)
     return Listed(found.sha, bool(found.private), files)
 
 
+def holds_model(repo_id: str) -> bool:
+    """Tell whether there is a repository of this name on the hub, or in its cache, that holds a model.
+
+    Raises:
+        HubError: the hub cannot be reached, and the repository is not in its cache.
+    """
+    try:
+        names = list(list_repo(repo_id, "model").files)
+    except _UnreachableError as error:
+        names = [one.name for one in _cached(repo_id, "model", None, error).iterdir()]
+    except HubError:
+        return False
+    return _are_a_models(names)
+
+
+def _are_a_models(names: list[str]) -> bool:
+    return any(fnmatch.fnmatch(name, one) for name in names for one in _MODELS)
+
+
 class _UnreachableError(HubError):
     """Nobody answers, the hub is out of order, or offline mode is on."""
 
@@ -229,7 +248,7 @@ def _cached(repo_id: str, repo_type: RepoType, revision: str | None, reason: Hub
 def _require_readable(repo_id: str, repo_type: RepoType, listed: Listed) -> None:
     """Raise `FormatError` where it is plain from the names that there is nothing to read, before fetching anything."""
     names = list(listed.files)
-    if any(fnmatch.fnmatch(name, one) for name in names for one in _MODELS):
+    if _are_a_models(names):
         raise FormatError(f"{repo_id}: a model, not an adapter; load_model opens it")
     data = [name for name in names if any(fnmatch.fnmatch(name, one) for one in FILES if one != "*.md")]
     if data:

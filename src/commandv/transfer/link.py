@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, low_rank
-from commandv.adapters.edit import Edit, require_scale
+from commandv.adapters.edit import Edit
+from commandv.adapters.outline import require_scale
 from commandv.errors import InputError
 from commandv.models.layers import AUTO_LAYERS, LayerChoice, all_layers, choose_layers, last_third
 from commandv.profiles.profile import END, Profile, Rows, paired_rows

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from commandv.adapters.edit import MOST_LAYERS
+from commandv.adapters.outline import MOST_LAYERS
 from commandv.errors import FormatError
 from commandv.evaluation.arms import DIRECT, FEW_SHOT, PASTED, RANDOM, UNMODIFIED
 from commandv.evaluation.catalogue import meaning

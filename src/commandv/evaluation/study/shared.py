@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.store import ADAPTER, save
+from commandv.adapters.store import save
 from commandv.errors import CommandVError
 from commandv.evaluation.arms import DIRECT, UNMODIFIED, Cost, Made
 from commandv.evaluation.catalogue import NO_TASKS, load_task
@@ -36,6 +36,7 @@ from commandv.prompts.sets import load_prompts
 from commandv.steering import directions, from_directions, load_contrast
 from commandv.storage.directories import CONFIG, kept
 from commandv.storage.files import cache_dir, digest, file_name, remove
+from commandv.storage.kinds import ADAPTER
 from commandv.training.train import TRAINABLE, TrainSettings, train
 
 log = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import pydantic
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.store import ADAPTER, read, save
+from commandv.adapters.store import read, save
 from commandv.evaluation.results import result
 from commandv.profiles.profile import Profile
 from commandv.storage.directories import CONFIG, kept
 from commandv.storage.files import digest, file_name
+from commandv.storage.kinds import ADAPTER, DEMONSTRATIONS
 from commandv.transfer.distil.demonstrations import (
-    DEMONSTRATIONS,
     Demonstrations,
     load_demonstrations,
     save_demonstrations,

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
-from commandv.storage.directories import Kind, read_artefact, write_artefact
+from commandv.storage.directories import read_artefact, write_artefact
 from commandv.storage.files import digest
 from commandv.storage.hub import opened
+from commandv.storage.kinds import DEMONSTRATIONS
 from commandv.storage.tensors import read_safetensors
 
-DEMONSTRATIONS = Kind("commandv-demonstrations", "tensors", lambda _config: ["tensors"])
 END = ""  # the text of the token that ends an answer
 MOST = 30.0  # nats; log-ratios beyond are kept as this
 

@@ -1,0 +1,85 @@
+"""What a path holds, found out from names and headers, without torch but for what is a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from commandv.errors import FormatError, InputError
+from commandv.storage.directories import CONFIG
+from commandv.storage.kinds import ADAPTER, DEMONSTRATIONS, PROFILE
+from commandv.storage.reading import no_such_file, read_json
+
+SUFFIXES = {".pt", ".pth", ".bin", ".npy", ".npz", ".safetensors", ".svec"}  # of vector files
+LayerConvention = Literal["blocks", "hidden-states"]
+Convention = Literal["llama.cpp", "from-zero"]
+# How files of a kind may count layers; those of the others say it.
+CONVENTIONS: dict[str, tuple[str, ...]] = {"vector": get_args(LayerConvention), "control-vector": get_args(Convention)}
+_OPENERS = {
+    PROFILE.format: "a profile, not an adapter; use load_profile()",
+    DEMONSTRATIONS.format: "demonstrations, not an adapter; use distil()",
+}
+
+
+def detect(path: str | Path) -> str:
+    """Tell what a path holds: an adapter, a profile, demonstrations, `pyreft`, `vector` or `control-vector`.
+
+    Raises:
+        FormatError: none of these; says what was found.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix in SUFFIXES:
+            return "vector"
+        if path.suffix == ".gguf":
+            from commandv.interop.control_vectors import is_control_vector
+
+            if is_control_vector(path):
+                return "control-vector"
+            raise FormatError(f"{path}: a GGUF file of a model, not of a control vector; open it with load_model")
+        raise FormatError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(sorted({*SUFFIXES, '.gguf'}))}")
+    if not path.is_dir():
+        raise FormatError(f"{path}: {no_such_file(path)}")
+    if (path / CONFIG).is_file() and any(path.glob("intkey_*.bin")):
+        return "pyreft"
+    if (format := _stated_format(path)) in (ADAPTER.format, PROFILE.format, DEMONSTRATIONS.format):
+        return format
+    if list(path.glob("keys*.safetensors")) or list(path.glob("layer-*.safetensors")):
+        return "commandv-profile"
+    if list(path.glob("tensors*.safetensors")):
+        return "commandv-adapter"
+    if (path / "sae_weights.safetensors").is_file():
+        raise FormatError(f"{path}: a sparse autoencoder; open it with commandv.interop.sae and steer one feature")
+    if (path / "config.json").is_file():
+        raise FormatError(f"{path}: has a config.json but no weights beside it; copy the whole directory")
+    names = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
+    raise FormatError(f"{path}: not an adapter or profile; the directory holds {names}")
+
+
+def require_adapter_kind(source: str | Path) -> str:
+    """Return what kind of file or directory an adapter is in, as `detect` tells it.
+
+    Raises:
+        FormatError: it is in none, or holds a profile or demonstrations.
+    """
+    kind = detect(source)
+    if kind in _OPENERS:
+        raise FormatError(f"{source}: {_OPENERS[kind]}")
+    return kind
+
+
+def require_convention(kind: str, convention: str | None) -> None:
+    """Raise `InputError` for a convention of counting layers that files of a kind, where they have any, do not have."""
+    known = CONVENTIONS.get(kind)
+    if convention is not None and known is not None and convention not in known:
+        raise InputError(f"convention={convention!r}: expected {' or '.join(map(repr, known))}")
+
+
+def _stated_format(target: Path) -> str | None:
+    """Return the format that a directory's `config.json` states, None where it states none."""
+    try:
+        raw = read_json(target / CONFIG)
+    except FormatError:
+        return None
+    format = raw.get("format") if isinstance(raw, dict) else None
+    return format if isinstance(format, str) else None
