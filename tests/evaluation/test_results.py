@@ -52,3 +52,11 @@ def test_labels_that_are_short_doubled_or_strange(change, message, tmp_path):
     file.write_text(json.dumps({**content, "arms": [{**one, "method": "unmodified"}, {**one, **change}]}))
     with pytest.raises(FormatError, match=message):
         load_cell(file)
+
+
+@pytest.mark.parametrize("settings", [{"success": ["more"]}, {"versions": {"encoding": "3"}}, {"versions": 3}])
+def test_settings_that_a_report_could_not_read(settings, tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"donor": "a", "recipient": "b", "behaviour": "c", "seed": 0, "settings": settings}))
+    with pytest.raises(FormatError, match=f"settings: .*{next(iter(settings))}: expected names"):
+        load_cell(file)

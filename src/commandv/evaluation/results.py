@@ -171,6 +171,15 @@ class Cell(_Strict):
     settings: dict[str, Any] = {}
     seconds: float = 0.0
 
+    @pydantic.field_validator("settings")
+    @classmethod
+    def _stated(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name, kind in (("success", str), ("versions", int)):
+            found = settings.get(name, {})
+            if not isinstance(found, dict) or not all(isinstance(one, kind) for one in found.values()):
+                raise ValueError(f"{name}: expected names, each with a {kind.__name__}, got {str(found)[:60]}")
+        return settings
+
     @pydantic.model_validator(mode="after")
     def _one_of_each(self) -> Cell:
         methods = [arm.method for arm in self.arms]
