@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import functools
 import inspect
 import json
 import shutil
@@ -385,5 +387,23 @@ def test_provenance_that_json_cannot_hold(tmp_path):
     with pytest.raises(FormatError, match="provenance of n is not plain JSON"):
         cv.save(Adapter({0: constructed("direft")}, REF, "n", {"made_by": object()}), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    for unnamed in ({1: 2}, None):
+        with pytest.raises(FormatError, match="provenance of n is not plain JSON"):
+            cv.save(Adapter({0: constructed("direft")}, REF, "n", unnamed), tmp_path / "a")
     adapter = Adapter({0: constructed("direft")}, REF, "n", {"loss": [1.5, float("nan")]})
     assert cv.load_adapter(cv.save(adapter, tmp_path / "a")).provenance == {"loss": [1.5, None]}
+
+
+@pytest.mark.parametrize("facts", [{"seed": 10**30}, {"deep": functools.reduce(lambda a, _: [a], range(99), 1)}])
+def test_what_could_not_be_read_again_is_not_written_and_replaces_nothing(facts, saved):
+    earlier = cv.load_adapter(saved)
+    with pytest.raises(FormatError, match="nothing is written"):
+        cv.save(dataclasses.replace(earlier, provenance=facts), saved)
+    assert_same(cv.load_adapter(saved), earlier)
+
+
+def test_a_configuration_larger_than_is_read_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("commandv.storage.directories.MOST_CONFIG", 1000)
+    with pytest.raises(FormatError, match="at most 1000 are read again"):
+        cv.save(Adapter({0: constructed("direft")}, REF, "n", {"log": "x" * 1000}), tmp_path / "a")
+    assert not (tmp_path / "a").exists()

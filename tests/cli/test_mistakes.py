@@ -102,6 +102,13 @@ MISTAKES = {
     "a format that is none": Mistake("export @narrow @out --to ggfu", USAGE, ("did you mean gguf?",)),
     "no repository": Mistake("push @narrow justaname", INPUT, ("justaname", "user/name")),
     "an executor that is none": Mistake("profile @model --executor rai", INPUT, ("rai", "ray:auto")),
+    "a template option twice": Mistake(
+        "generate @model hi --template-option a=1 --template-option a=2", INPUT, ("a is given twice",)
+    ),
+    "a layer map with a layer twice": Mistake(
+        "paste @wide @empty @empty -o @out --match 2:1,2:3", INPUT, ("2:1,2:3", "each donor layer")
+    ),
+    "prompts that are no lines": Mistake("profile @model --prompts @model/config.json", INPUT, ("'.json'", ".jsonl")),
     "a report of nothing": Mistake("report @nowhere", FORMAT, ("nowhere", "no such file")),
     "a study misspelt": Mistake("study @nowhere.yaml", FORMAT, ("nowhere.yaml", "no such file")),
 }

@@ -237,6 +237,12 @@ REFUSED = {
     "a layer that is none": ({"vector": V, "layer": "last"}, "'last'"),
     "a layer beyond all models": ({"vector": V, "layer": 10**12}, "is no layer"),
     "several names": ({"happy": V, "sad": W}, "'happy' among several tensors names no layer"),
+    "one layer twice": ({12: V, "12": W}, "12 and 12 are one layer"),
+    "one layer by two names": (
+        {"blocks.5.hook_resid_post": V, "blocks.6.hook_resid_pre": W},
+        r"blocks.5.hook_resid_post and blocks.6.hook_resid_pre are one layer",
+    ),
+    "layers of a stack": ({"vectors": [V, W], "layers": [3, 7]}, r"layers = \[3, 7\] beside a stack"),
     "two widths": ({1: V, 2: torch.ones(D + 1)}, "widths"),
     "a list of many shapes": ([V, torch.ones(2, D)], "different shapes"),
     "a list of texts": (["a"], "list"),

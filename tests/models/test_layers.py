@@ -40,6 +40,14 @@ def test_every_choice_finds_layers_in_a_model_of_any_depth(name, n_layers):
         ("-1", r"\[-1\]"),
         ([], r"\[\]: expected some"),
         (lambda n: [n], r"\[12\]"),
+        ("9" * 5000 + "%", "a depth like '60%'"),
+        ("200%", "a depth like '60%'"),
+        ("1_0", "layer numbers"),
+        ([1.7], r"\[1.7\]: expected whole numbers"),
+        ([True], "whole numbers"),
+        (["a"], "whole numbers"),
+        (3, "layers 3: expected whole numbers"),
+        (lambda n: [n / 2], "whole numbers"),
     ],
 )
 def test_choices_of_layers_that_do_not_exist_are_refused(choice, message):

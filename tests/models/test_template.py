@@ -125,6 +125,11 @@ def test_a_reply_ends_where_generation_stops():
     lm.model.generation_config.eos_token_id = [7, eos]
     assert end_of_turn(lm) == pad
     assert stop_tokens(lm) == [pad, eos, 7]
+    for none in (2**63, 2**31, "7", 7.5, [[7]]):
+        lm.model.generation_config.eos_token_id = none
+        with pytest.raises(ModelError, match="expected numbers of tokens"):
+            stop_tokens(lm)
+    lm.model.generation_config.eos_token_id = [7, eos]
     assert Example.of(lm, "Hi", "Yes", 9).response[-1] == pad
     assert greedy(lm, 4).eos_token_id == [pad, eos, 7]
     plain = tiny.tiny_lm()

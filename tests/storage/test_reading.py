@@ -34,6 +34,7 @@ DEEP = {
     "beyond float64": '{"a": 1e999}',
     "half a pair": '{"a": "\\ud800"}',
     "half a pair in a key": '{"\\udfff": 1}',
+    "a name twice": '{"prompt": "tea?", "prompt": "milk?"}',
     "not JSON": "{'a': 1}",
     "nothing but space": " ",
 }
@@ -65,6 +66,7 @@ YAML = {
     "a date that is none": "a: !!timestamp x",
     "a number that is none": "a: !!int x",
     "large": "a: " + "x" * 400_000,
+    "a key twice": "scales: [0.5]\nname: a\nscales: [1.0]",
 }
 
 
@@ -73,6 +75,11 @@ def test_yaml_beyond_its_bounds_is_refused_at_once(name, tmp_path):
     (tmp_path / "s.yaml").write_text(YAML[name])
     with pytest.raises(InputError, match=r"s\.yaml"):
         load_study(tmp_path / "s.yaml")
+
+
+def test_a_key_that_replaces_a_merged_one_is_no_second(tmp_path):
+    (tmp_path / "s.yaml").write_text("a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  x: 3")
+    assert read_yaml(tmp_path / "s.yaml") == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}}
 
 
 def test_a_date_in_yaml_is_a_text(tmp_path):

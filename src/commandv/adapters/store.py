@@ -86,18 +86,18 @@ def save(adapter: Adapter, path: str | Path) -> Path:
                 tensors[f"{number}.{part}"] = torch.clone(
                     value.detach().float().cpu(), memory_format=torch.contiguous_format
                 )
-    config = _Config(
-        format=ADAPTER.format,
-        format_version=VERSION,
-        commandv=importlib.metadata.version("commandv"),
-        name=adapter.name,
-        model=_model_spec(adapter.model),
-        interventions=specs,
-        provenance=dict(adapter.provenance),
-    )
     try:
+        config = _Config(
+            format=ADAPTER.format,
+            format_version=VERSION,
+            commandv=importlib.metadata.version("commandv"),
+            name=adapter.name,
+            model=_model_spec(adapter.model),
+            interventions=specs,
+            provenance=dict(adapter.provenance),
+        )
         text = config.model_dump_json(indent=2, exclude_unset=True)  # NaN and infinity, which JSON lacks, become null
-    except PydanticSerializationError as error:
+    except (PydanticSerializationError, pydantic.ValidationError, TypeError) as error:
         raise FormatError(f"{path}: the provenance of {adapter.name} is not plain JSON ({error})") from error
     write_artefact(path, ADAPTER, json.loads(text), [("tensors", safetensors.torch.save(tensors))])
     return path

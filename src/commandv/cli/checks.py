@@ -133,10 +133,12 @@ def require_layers(choice: str, model: str = "") -> None:
 
 def require_match(text: str) -> None:
     """Raise `InputError` for what names no matcher and is no map of layers."""
-    if text not in MATCHERS and not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", text):
+    pairs = [re.fullmatch(r"([0-9]{1,7}):[0-9]{1,7}", part) for part in text.split(",")]
+    layers = {int(pair[1]) for pair in pairs if pair}
+    if text not in MATCHERS and len(layers) < len(pairs):  # a part that is no pair, or a layer of the donor twice
         raise InputError(
-            f"match={text!r}{did_you_mean(text, MATCHERS)}: expected one of {', '.join(MATCHERS)}, or a map like "
-            "2:1,4:3"
+            f"match={text[:60]!r}{did_you_mean(text, MATCHERS)}: expected one of {', '.join(MATCHERS)}, or a map of each "
+            "donor layer like 2:1,4:3"
         )
 
 

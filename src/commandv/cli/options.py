@@ -177,18 +177,18 @@ class Running:
 
 def _template_options(given: list[str] | None) -> dict[str, Any]:
     """Return the template options that NAME=VALUE words say: JSON values, or texts where they are none."""
-    import json
-
-    from commandv.errors import InputError
+    from commandv.errors import FormatError, InputError
+    from commandv.storage.reading import parse_json
 
     options: dict[str, Any] = {}
     for word in given or []:
         name, equals, value = word.partition("=")
-        if not equals:
-            raise InputError(f"--template-option {word!r}: expected NAME=VALUE, such as enable_thinking=false")
+        if not equals or name in options:
+            twice = f"{name} is given twice" if equals else "expected NAME=VALUE, such as enable_thinking=false"
+            raise InputError(f"--template-option {word[:60]!r}: {twice}")
         try:
-            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except ValueError:
+            options[name] = parse_json(value.lower() if value in ("True", "False") else value, name)
+        except FormatError:
             options[name] = value
     return options
 

@@ -39,7 +39,8 @@ def detect(path: str | Path) -> str:
             raise FormatError(f"{path}: a GGUF file of a model, not of a control vector; open it with load_model")
         raise FormatError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(sorted({*SUFFIXES, '.gguf'}))}")
     if not path.is_dir():
-        raise FormatError(f"{path}: {no_such_file(path)}")
+        odd = path.exists()  # a pipe, a device
+        raise FormatError(f"{path}: {'neither a file nor a directory' if odd else no_such_file(path)}")
     if (path / CONFIG).is_file() and any(path.glob("intkey_*.bin")):
         return "pyreft"
     if (format := _stated_format(path)) in (ADAPTER.format, PROFILE.format, DEMONSTRATIONS.format):

@@ -39,9 +39,10 @@ _NAME = re.compile(
     r"(?:\w+\.)*(?:layers?|h|blocks)[._]?(?P<layer>\d+)"
 )
 _PLACES = ("layer", "layer_idx", "layer_index", "layer_id", "hook_point", "hook_name", "hookpoint")
+_LISTED = ("layers", "layer_ids", "layer_indices", "layer_idxs", "target_layers")
 _MODELS = ("base_model", "model_name", "model", "model_id")
 # What says how a vector is applied. Only an addition of the vector as it is can be read without knowing the program.
-_FACTORS = ("steering_coefficient", "coefficient", "coeff", "scale", "strength", "multiplier", "alpha")
+_FACTORS = ("steering_coefficient", "coefficient", "coeff", "coef", "scale", "strength", "multiplier", "alpha")
 _ACTIONS = ("action", "mode", "operation", "operator", "intervention")
 _ADDED = ("add", "addition", "additive", "steer", "actadd")
 _INNER = ("directions", "vectors", "steering_vectors", "layer_activations", "layers")  # mappings of layers to vectors
@@ -67,7 +68,7 @@ def read_vector(path: Path, *, layer: int | None = None, convention: LayerConven
         InputError: one vector, and neither the file nor `layer` says at which layer; no vector at `layer`.
     """
     require_convention("vector", convention)
-    if layer is not None and not 0 <= layer <= MOST_LAYERS:
+    if layer is not None and not (type(layer) is int and 0 <= layer <= MOST_LAYERS):
         raise InputError(f"layer={layer}: expected 0 .. {MOST_LAYERS}")
     content, facts = _content(path)
     shift = 1 if convention == "hidden-states" else 0
@@ -142,13 +143,20 @@ def _vectors(
             raise FormatError(f"{path}: a list of tensors of different shapes, expected one vector per layer")
         content = torch.stack(content)
     if isinstance(content, dict) and content:
-        return _picked({_required_layer(key, shift, path): _of_layer(value, path) for key, value in content.items()},
-                       path, layer), False  # fmt: skip
+        keys = {key: _required_layer(key, shift, path) for key in content}
+        if twice := sorted(str(key) for key, at in keys.items() if list(keys.values()).count(at) > 1):
+            raise FormatError(f"{path}: {' and '.join(twice)[:80]} are one layer; save the vector that is meant alone")
+        return _picked({at: _of_layer(content[key], path) for key, at in keys.items()}, path, layer), False
     if not isinstance(content, Tensor):
         kind = "no tensors" if isinstance(content, dict) else type(content).__name__
         raise FormatError(f"{path}: holds {kind}; expected a vector, a stack of them, or vectors by layer")
     rows = _squeezed(content, path)
     if rows.ndim == 2:
+        if named := [key for key in _LISTED if facts.get(key) is not None]:
+            raise FormatError(
+                f"{path}: {named[0]} = {str(facts[named[0]])[:60]} beside a stack, whose rows are read as layers 0, 1 "
+                "...; save the vectors by layer, {layer: vector}"
+            )
         return _picked({number - shift: row for number, row in enumerate(rows)}, path, layer), True
     stated = next((found for key in _PLACES if (found := _layer_of(facts.get(key), shift)) is not None), None)
     at = layer if layer is not None else stated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable
 
@@ -55,20 +56,29 @@ def choose_layers(choice: LayerChoice | str | Iterable[int], n_layers: int) -> l
         InputError: an unknown name, or a layer that does not exist.
     """
     if isinstance(choice, str):
-        if depth := re.fullmatch(r"(\d+)%", choice):
-            choice = [min(n_layers - 1, n_layers * int(depth[1]) // 100)]
-        elif choice not in LAYER_CHOICES:
-            try:
-                choice = [int(part) for part in choice.split(",")]
-            except ValueError:
-                raise InputError(
-                    f"layers {choice!r}: expected layer numbers like '4,8,12', a depth like '60%' or one of "
-                    f"{', '.join(LAYER_CHOICES)}"
-                ) from None
-        else:
-            choice = LAYER_CHOICES[choice]
-    chosen = choice(n_layers) if callable(choice) else [int(layer) for layer in choice]
+        choice = LAYER_CHOICES[choice] if choice in LAYER_CHOICES else _in_words(choice, n_layers)
+    found = choice(n_layers) if callable(choice) else choice
+    try:
+        chosen = [operator.index(layer) for layer in found]
+        if any(isinstance(layer, bool) for layer in found):
+            raise TypeError
+    except TypeError:
+        names = ", ".join(LAYER_CHOICES)
+        raise InputError(f"layers {str(found)[:60]}: expected whole numbers, or one of {names}") from None
     outside = [layer for layer in chosen if not 0 <= layer < n_layers]
     if outside or not chosen:
         raise InputError(f"layers {outside or chosen}: expected some among 0 .. {n_layers - 1}")
     return sorted(set(chosen))
+
+
+def _in_words(choice: str, n_layers: int) -> list[int]:
+    """Return the layers of `"4,8,12"` or `"60%"`."""
+    if depth := re.fullmatch(r"([0-9]{1,2}|100)%", choice):
+        return [min(n_layers - 1, n_layers * int(depth[1]) // 100)]
+    parts = [part.strip() for part in choice.split(",")]
+    if not all(re.fullmatch(r"-?[0-9]{1,7}", part) for part in parts):
+        raise InputError(
+            f"layers {choice[:60]!r}: expected layer numbers like '4,8,12', a depth like '60%' or one of "
+            f"{', '.join(LAYER_CHOICES)}"
+        )
+    return list(map(int, parts))

@@ -76,7 +76,8 @@ def load_model(
     try:
         if Path(name).is_dir():
             for file in sorted(Path(name).glob("*.json")):
-                read_json(file, most=MOST_TEXT, digits=40)  # tokenizers of no stated length have one of 31 digits
+                # Tokenizers of no stated length have one of 31 digits.
+                read_json(file, most=MOST_TEXT, digits=40, once=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
         model = _load_weights(place, kind, device_map, options)
     except Exception as error:  # whatever files say, transformers and its parts build from it, and raise anything

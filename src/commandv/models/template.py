@@ -144,13 +144,16 @@ def stop_tokens(lm: LM) -> list[int]:
     """Return the tokens at which generation stops: the reply's end, the tokenizer's, the generation configuration's.
 
     Raises:
-        ModelError: the configuration's are no numbers.
+        ModelError: the configuration's are no numbers of tokens.
     """
     own = lm.model.generation_config.eos_token_id
     listed = own if isinstance(own, list | tuple) else [own]
     found = [end_of_turn(lm), lm.tokenizer.eos_token_id, *listed]
     try:
-        return list(dict.fromkeys(operator.index(one) for one in found if one is not None))
+        numbers = list(dict.fromkeys(operator.index(one) for one in found if one is not None))
+        if max(map(abs, numbers), default=0) >= 1 << 31:
+            raise TypeError("beyond every vocabulary")
+        return numbers
     except TypeError as error:
         raise ModelError(
             f"{lm.id}: the tokens at which it ends are {str(own)[:60]}: expected numbers of tokens; set "

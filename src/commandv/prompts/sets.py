@@ -196,22 +196,31 @@ def file_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _builtin_rows(str(source).removeprefix("builtin:"))
         return
     path = Path(source)
+    kind = path.suffix.lower()
+    if path.is_file() and kind not in FILES:  # a line of a .json or .tsv file would become a prompt
+        raise InputError(f"{path}: a file of type {path.suffix!r}, expected {', '.join(FILES)}; convert or rename it")
     text = read_text(path, error=InputError)
-    if path.suffix == ".jsonl":
+    if kind == ".jsonl":
         yield from _jsonl_rows(text, str(path))
-    elif path.suffix == ".csv":
+    elif kind == ".csv":
         yield from _csv_rows(text, str(path))
     else:
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(re.split(r"\r\n?|\n", text), start=1):
             if line.strip():
                 yield f"{path}, line {number}", {"prompt": line.strip()}
 
 
 def _csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        columns = list(reader.fieldnames or ())
+        if len(set(columns)) < len(columns):
+            raise InputError(f"{name}: two columns of one name among {', '.join(columns)}; rename one")
         for row in reader:
-            yield f"{name}, line {reader.line_num}", row  # of a row over several lines the last one
+            where = f"{name}, line {reader.line_num}"  # of a row over several lines the last one
+            if None in row:
+                raise InputError(f"{where}: more fields than the {len(columns)} columns; quote texts that hold commas")
+            yield where, row
     except csv.Error as error:
         raise InputError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error})") from error
 
@@ -259,6 +268,8 @@ def to_prompt(row: dict[str, Any], where: str, column: str | None = None) -> Pro
         raise InputError(f"{where}: no column {' / '.join(wanted)}; the row has {', '.join(map(str, row))}")
     value = row[key]
     response = next((row[name] for name in RESPONSE_COLUMNS if row.get(name) not in (None, "", [])), "")
+    if key == "instruction" and isinstance(value, str) and isinstance(row.get("input"), str) and row["input"].strip():
+        value = f"{value}\n\n{row['input']}"  # Alpaca keeps what an instruction is about beside it
     if isinstance(value, list) and value:  # LIMA keeps a conversation as a list of turns
         value, response = value[0], value[1] if len(value) > 1 else ""
     if not isinstance(value, str) or not value.strip():

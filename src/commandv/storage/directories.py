@@ -26,7 +26,7 @@ from commandv.errors import FormatError, InputError, StorageError
 from commandv.storage.files import LOCK, TRIES, is_temporary, put, real, sha256_of, storage_errors, sync
 from commandv.storage.foreign import BUILD, MOVING, undo
 from commandv.storage.lock import locked, require_writable
-from commandv.storage.reading import read_json
+from commandv.storage.reading import MOST_CONFIG, parse_json, read_json
 
 CONFIG = "config.json"
 VERSION = 2  # of directories of ours; 1 had data files of fixed names without hashes
@@ -124,6 +124,8 @@ def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: I
         StorageError: the disk is full or not writable; what was there is untouched.
     """
     require_place(target, kind)
+    stated = {"format": kind.format, "format_version": VERSION, **config}
+    _config_bytes(target, stated)  # before anything is made, and before an earlier artefact is touched
     with storage_errors(target), locked(target) as place:
         require_place(target, kind)
         try:
@@ -137,13 +139,32 @@ def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: I
                 if kind.large:
                     files[part]["crc32"] = zlib.crc32(data)
                 del data  # before the next is made
-            whole = {"format": kind.format, "format_version": VERSION, **config, "files": files}
-            put(place / CONFIG, (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+            put(place / CONFIG, _config_bytes(target, {**stated, "files": files}))
             sync(place)
             shutil.rmtree(place / PARTS, ignore_errors=True)
         finally:
             with contextlib.suppress(OSError, FormatError):
                 _sweep(place, kind)
+
+
+def _config_bytes(target: Path, config: Mapping[str, Any]) -> bytes:
+    """Return a configuration as it is written.
+
+    Raises:
+        FormatError: it is one that would not be read again.
+    """
+    try:
+        data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    except (ValueError, TypeError, RecursionError) as error:
+        said = f"{target}: what {CONFIG} would state is not plain JSON ({error}); nothing is written"
+        raise FormatError(said) from error
+    if len(data) > MOST_CONFIG:
+        raise FormatError(
+            f"{target}: {CONFIG} would have {len(data)} bytes, of which at most {MOST_CONFIG} are read again; nothing "
+            "is written. Save less in one directory"
+        )
+    parse_json(data, f"{target}: nothing is written: what {CONFIG} would state")
+    return data
 
 
 def read_artefact(target: Path, kind: Kind, build: Callable[[dict[str, Any], dict[str, Path]], T]) -> T:

@@ -122,15 +122,21 @@ def read_text(path: Path, *, most: int = MOST_TEXT, error: type[CommandVError] =
 # -- JSON and YAML -----------------------------------------------------------------------------------------------------
 
 
-def parse_json(text: str | bytes, where: str, *, digits: int = DIGITS, error: type[CommandVError] = FormatError) -> Any:
+def parse_json(
+    text: str | bytes, where: str, *, digits: int = DIGITS, once: bool = True, error: type[CommandVError] = FormatError
+) -> Any:
     """Parse JSON; `where` opens the messages.
 
     Raises:
         error: not JSON, nested deeper than `DEPTH`, a whole number of more than `digits` digits, a number beyond
-            float64, or a text with half of a surrogate pair, which no file can hold.
+            float64, with `once` a name twice in one object, or a text with half of a surrogate pair, which no file can
+            hold.
     """
+    hook = _once if once else None
     try:
-        value = json.loads(text, parse_int=functools.partial(_whole, most=digits), parse_float=_finite)
+        value = json.loads(
+            text, parse_int=functools.partial(_whole, most=digits), parse_float=_finite, object_pairs_hook=hook
+        )
         require_plain(value, digits=digits)
     except (ValueError, RecursionError) as problem:
         reason = "nested too deeply" if isinstance(problem, RecursionError) else first_line(problem)
@@ -139,10 +145,15 @@ def parse_json(text: str | bytes, where: str, *, digits: int = DIGITS, error: ty
 
 
 def read_json(
-    path: Path, *, most: int = MOST_CONFIG, digits: int = DIGITS, error: type[CommandVError] = FormatError
+    path: Path,
+    *,
+    most: int = MOST_CONFIG,
+    digits: int = DIGITS,
+    once: bool = True,
+    error: type[CommandVError] = FormatError,
 ) -> Any:
     """Read a JSON file; raises as `read_text` and `parse_json` do."""
-    return parse_json(read_text(path, most=most, error=error), str(path), digits=digits, error=error)
+    return parse_json(read_text(path, most=most, error=error), str(path), digits=digits, once=once, error=error)
 
 
 def read_yaml(path: Path, *, error: type[CommandVError] = FormatError) -> Any:
@@ -166,12 +177,20 @@ def read_yaml(path: Path, *, error: type[CommandVError] = FormatError) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without dates, and with bounded numbers."""
+    """PyYAML's safe loader without dates, with bounded numbers, and each key once."""
 
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
         first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):  # the parser would take the last
+            twice = next(key for key in keys if keys.count(key) > 1)[1]
+            raise yaml.MarkedYAMLError(problem=f"{twice[:40]!r} twice in one mapping", problem_mark=node.start_mark)
+        return node
 
 
 def require_plain(value: Any, *, digits: int = DIGITS, budget: int | None = None) -> None:
@@ -212,6 +231,14 @@ def _require_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a surrogate pair at character {error.start} of a text") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):  # which of the values is meant nobody can tell
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in made if names.count(name) > 1)[:40]!r} twice in one object")
+    return made
 
 
 def _whole(digits: str, most: int) -> int:
