@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class CommandVError(Exception):
@@ -42,6 +43,12 @@ class JudgeError(CommandVError, RuntimeError):
 
 class WorkerError(CommandVError, RuntimeError):
     """Workers elsewhere cannot be reached, do not start or are lost; what they finished before is kept."""
+
+
+def require_seed(seed: int) -> None:
+    """Raise `InputError` for a seed that is not a whole number from 0 to 2^32 - 1, which every generator takes."""
+    if not isinstance(seed, Integral) or not 0 <= seed < 1 << 32:
+        raise InputError(f"seed={seed!s:.40}: expected a whole number from 0 to 2^32 - 1")
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

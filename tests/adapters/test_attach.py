@@ -403,3 +403,9 @@ def test_a_scale_that_makes_the_deltas_overflow_is_refused_before_anything_is_at
     assert "attached" not in repr(lm)
     with cv.attach(lm, loud, scale=0.0):
         pass
+
+
+@pytest.mark.parametrize("n_prompt", [-1, 1.5, "3", 10**9])
+def test_columns_of_the_prompt_that_are_none(lm, n_prompt):
+    with pytest.raises(InputError, match="expected columns of the prompt"):
+        cv.attach(lm, tiny.random_adapter(lm), n_prompt=n_prompt)

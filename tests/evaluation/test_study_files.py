@@ -53,6 +53,8 @@ def test_names_that_cannot_go_into_file_names(name, message, content, tmp_path):
         ({"leave_out": ["pasted"]}, "'pasted'.* cannot be left out"),
         ({"layers": ["top"]}, r"layers: .*'top'"),
         ({"scales": [-1]}, "scales.0: Input should be greater than 0"),
+        ({"scales": [float("inf")]}, "scales.0: "),
+        ({"seeds": [0, -1]}, "seeds.1: .*seed=-1: expected a whole number"),
         ({"methods": {"published": {}}}, "names of arms"),
         ({"methods": {"mine": {"fit": "magic"}}}, "methods.mine.fit: 'magic': expected one of ridge"),
         ({"name": "a/b"}, "name: "),

@@ -285,3 +285,18 @@ def test_layers_that_the_model_does_not_have_are_refused(n_layers):
     made = cv.profile(tiny.tiny_lm(), ["one", "two"], cache=False, text=None)
     with pytest.raises(FormatError, match=f"of a model of {n_layers} layers"):
         dataclasses.replace(made, model=dataclasses.replace(made.model, n_layers=n_layers))
+
+
+def test_passages_may_be_texts_and_a_path_a_text(lm, tmp_path):
+    text = ["One line.\nAnother line of words.\nA third one."]
+    named = PromptSet((Prompt(text[0]),))
+    kept = cv.profile(lm, (one for one in PROMPTS), text=text, cache=str(tmp_path / "p"))
+    assert kept.path == tmp_path / "p"
+    whole = cv.profile(lm, PROMPTS, text=named, cache=False)
+    assert torch.equal(kept.layer(1), whole.layer(1))
+
+
+@pytest.mark.parametrize("wrong", [{"padding": "middle"}, {"places": "letters"}, {"rows_per_text": 0}])
+def test_choices_that_are_none(lm, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        cv.profile(lm, PROMPTS, cache=False, **wrong)

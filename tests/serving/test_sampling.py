@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from commandv.errors import InputError
 from commandv.models.sampling import Sampling, choose
 from commandv.serving.logprobs import tell
 
@@ -49,3 +50,9 @@ def test_what_is_told_of_a_token():
     assert told.logprob == pytest.approx(float(P[2].log()))
     assert [token for token, _ in told.top] == [0, 1]
     assert tell(P.log(), 2, 0).top == ()
+
+
+@pytest.mark.parametrize("seed", [-5, 2**32, 1.5, "5"])  # -5 would draw what 5 draws
+def test_seeds_that_are_none(seed):
+    with pytest.raises(InputError, match="expected a whole number from 0"):
+        Sampling(1.0, seed=seed)

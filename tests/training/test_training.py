@@ -312,7 +312,8 @@ def test_impossible_requests(lm):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"held_out": 1.0}, {"learning_rate": 0.0}, {"warmup": -0.1}]
+    "wrong",
+    [{"epochs": 0}, {"batch_size": 0}, {"held_out": 1.0}, {"learning_rate": 0.0}, {"warmup": -0.1}, {"seed": 2**64}],
 )
 def test_impossible_settings(wrong):
     with pytest.raises(InputError, match="expected"):

@@ -10,9 +10,11 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.edit import Edit
 from commandv.adapters.outline import require_scale, require_shape
+from commandv.errors import InputError
 from commandv.models.live import Attachment, attach_change
 from commandv.models.lm import LM
 from commandv.models.passes import Addend, Additions
+from commandv.positions import MOST
 
 
 def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None = None) -> Attachment:
@@ -38,13 +40,15 @@ def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None
 
     Raises:
         MismatchError: the adapter is for another model, width or depth.
-        InputError: the scale is not a finite number, or another thread is running the model or has something attached
-            to it; while attached, a pass in which the positions cannot be known.
+        InputError: the scale is not a finite number, `n_prompt` no number of columns, or another thread is running the
+            model or has something attached to it; while attached, a pass in which the positions cannot be known.
         ModelError: the model is compiled.
     """
     adapter.model.require(lm.ref, f"adapter {adapter.name}")
     require_shape(adapter, lm.d_model, lm.n_layers, lm.id)
     require_scale(scale)
+    if n_prompt is not None and not (isinstance(n_prompt, int) and 0 <= n_prompt <= MOST):
+        raise InputError(f"n_prompt={n_prompt!s:.40}: expected columns of the prompt, a whole number up to {MOST}")
     addends = {layer: _joined(many, scale) for layer, many in adapter.interventions.items()}
     return attach_change(lm, Additions(adapter.name, addends, scale, n_prompt))
 

@@ -137,8 +137,8 @@ def require_match(text: str) -> None:
     layers = {int(pair[1]) for pair in pairs if pair}
     if text not in MATCHERS and len(layers) < len(pairs):  # a part that is no pair, or a layer of the donor twice
         raise InputError(
-            f"match={text[:60]!r}{did_you_mean(text, MATCHERS)}: expected one of {', '.join(MATCHERS)}, or a map of each "
-            "donor layer like 2:1,4:3"
+            f"match={text[:60]!r}{did_you_mean(text, MATCHERS)}: expected one of {', '.join(MATCHERS)}, or a map of "
+            "each donor layer like 2:1,4:3"
         )
 
 

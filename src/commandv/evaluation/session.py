@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from commandv.adapters.adapter import Adapter
-from commandv.errors import FormatError
+from commandv.errors import FormatError, require_seed
 from commandv.evaluation.arms import ARMS, PASTED, UNMODIFIED, Made, make_arm
 from commandv.evaluation.catalogue import load_task
 from commandv.evaluation.judges import load_judge
@@ -90,6 +90,7 @@ def evaluate(
         batch_size: prompts per batch.
         out: directory for a JSONL file per arm and judge: prompt, label and, where the task keeps them, answer.
     """
+    require_seed(seed)
     asked = load_task(task) if isinstance(task, str) else task
     panel = [load_judge(one) if isinstance(one, str) else one for one in judges] or [asked.judge]
     made: dict[str, Made] = {UNMODIFIED: Made()}

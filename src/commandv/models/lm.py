@@ -43,6 +43,10 @@ class ChatFormat:
     date: datetime = field(default_factory=datetime.now, compare=False)
 
     def __post_init__(self) -> None:
+        try:
+            (self.system or "").encode()
+        except (AttributeError, TypeError, UnicodeEncodeError):
+            raise InputError(f"system prompt {self.system!r:.60}: expected a text") from None
         for name in self.options:
             if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
                 raise InputError(f"template option {name!r}: expected the name of one of the template's own variables")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from commandv.errors import InputError
+from commandv.errors import InputError, require_seed
 
 _NUCLEUS = 1024  # most likely tokens among which a nucleus is looked for, before the whole vocabulary is sorted
 _STEP = 1_000_003  # between the seeds of prompts
@@ -26,7 +26,7 @@ class Sampling:
         seed: of the random numbers; None for fresh ones.
 
     Raises:
-        InputError: a temperature outside 0 to 2, or a top-p outside 0 to 1.
+        InputError: a temperature outside 0 to 2, a top-p outside 0 to 1, or a seed that is none.
     """
 
     temperature: float = 0.0
@@ -34,6 +34,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        if self.seed is not None:
+            require_seed(self.seed)
         if not 0 <= self.temperature <= 2:
             raise InputError(f"temperature={self.temperature}: expected 0 to 2")
         if not 0 < self.top_p <= 1:

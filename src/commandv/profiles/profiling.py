@@ -39,13 +39,13 @@ def profile(
     lm: LM,
     prompts: PromptSet | Sequence[str],
     *,
-    text: PromptSet | str | None = "builtin:text",
+    text: PromptSet | Sequence[str] | str | None = "builtin:text",
     places: Places = "lines",
     rows_per_text: int = 24,
     batch_size: int = 16,
     max_length: int | None = None,
     padding: Literal["left", "right"] = "right",
-    cache: bool | Path = True,
+    cache: bool | str | Path = True,
 ) -> Profile:
     """Run prompts through a model and keep the residual stream where another model's can be compared.
 
@@ -84,6 +84,7 @@ def profile(
         prompts, text, places=places, rows_per_text=rows_per_text, batch_size=batch_size, max_length=max_length,
         padding=padding,
     )  # fmt: skip
+    cache = Path(cache) if isinstance(cache, str) else cache
     model = None if cache is False else _described(lm, refuse=isinstance(cache, Path))
     if model is None:
         return _in_memory(Work(lm, wanted), wanted.hash)
@@ -102,7 +103,7 @@ def profile_on(
     load: Callable[[], LM],
     prompts: PromptSet | Sequence[str],
     *,
-    text: PromptSet | str | None = "builtin:text",
+    text: PromptSet | Sequence[str] | str | None = "builtin:text",
     places: Places = "lines",
     rows_per_text: int = 24,
     batch_size: int = 16,

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Wanted:
     def of(
         cls,
         prompts: PromptSet | Sequence[str],
-        text: PromptSet | str | None,
+        text: PromptSet | Sequence[str] | str | None,
         *,
         places: Places = "lines",
         rows_per_text: int = 24,
@@ -64,7 +64,12 @@ class Wanted:
     ) -> Wanted:
         """Put prompts and passages together, the latter or where `load_prompts` finds them."""
         ends = as_prompts(prompts)
-        text = load_prompts(text) if isinstance(text, str) else text
+        text = load_prompts(text) if isinstance(text, str) else None if text is None else as_prompts(text)
+        if padding not in ("left", "right") or places not in get_args(Places) or rows_per_text < 1:
+            raise InputError(
+                f"padding={padding!r}, places={places!r}, rows_per_text={rows_per_text}: expected 'left' or 'right', "
+                f"one of {get_args(Places)}, and 1 or more"
+            )
         used = [ends] if text is None else [ends, text]
         hashes = [one.hash for one in used]
         hashed = digest(hashes, [places, rows_per_text] if text is not None else [])

@@ -88,10 +88,11 @@ def as_prompts(prompts: PromptSet | Sequence[str]) -> PromptSet:
         return prompts
     if isinstance(prompts, str):
         raise InputError("got one string where a list of prompts was expected; write [prompt]")
-    for number, text in enumerate(prompts, start=1):
+    texts = tuple(prompts)  # which may be read once only
+    for number, text in enumerate(texts, start=1):
         if not isinstance(text, str):
             raise InputError(f"prompt {number} is a {type(text).__name__}; expected a string")
-    return PromptSet(tuple(Prompt(text) for text in prompts))
+    return PromptSet(tuple(map(Prompt, texts)))
 
 
 def mixed_forms(prompts: PromptSet) -> PromptSet:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from commandv.errors import InputError
+from commandv.errors import InputError, require_seed
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts
 from commandv.storage.files import digest
 
@@ -51,6 +51,7 @@ class Contrast:
         Raises:
             InputError: a side has fewer.
         """
+        require_seed(seed)
         smaller = min(len(self.positive), len(self.negative))
         if not 1 <= n <= smaller:
             raise InputError(f"{self.name}: {n} prompts of either side are wanted, there are {smaller}")

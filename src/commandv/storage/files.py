@@ -182,10 +182,11 @@ def real(target: Path) -> Path:
     """Return where a path leads, links followed.
 
     Raises:
-        InputError: it holds a NUL character.
+        InputError: it holds a NUL character, or bytes that are no UTF-8, which safetensors cannot open again.
     """
-    if "\0" in str(target):
-        raise InputError(f"{str(target)!r}: a path cannot hold a NUL character")
+    name = str(target)
+    if "\0" in name or name != name.encode("utf-8", "ignore").decode():
+        raise InputError(f"{name!r}: a path can hold neither a NUL character nor bytes that are no UTF-8; rename it")
     return Path(os.path.realpath(target))
 
 

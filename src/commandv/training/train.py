@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind
-from commandv.errors import InputError
+from commandv.errors import InputError, require_seed
 from commandv.models.encoding import pad
 from commandv.models.layers import LayerChoice, choose_layers, every_other
 from commandv.models.lm import LM
@@ -91,6 +91,7 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         if self.epochs < 1 or self.batch_size < 1 or self.max_response < 1:
             raise InputError("epochs, batch_size and max_response: expected 1 or more")
         if not (0 <= self.held_out < 1 and 0 <= self.warmup < 1 and self.learning_rate > 0):
@@ -104,7 +105,7 @@ def train(
     settings: TrainSettings = TrainSettings(),
     *,
     name: str = "adapter",
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Adapter:
     """Train an adapter so that the model answers prompts as the examples do.
 
@@ -137,7 +138,10 @@ def train(
     stamp = digest(identity(lm).key, examples.hash, _plain(kind, lm), asdict(settings))
     with _frozen(lm):
         found = _descent(lm, modules, learned, held_out, settings).run(
-            settings.epochs, f"training {name} on {lm.id}", stamp=stamp, checkpoint=checkpoint
+            settings.epochs,
+            f"training {name} on {lm.id}",
+            stamp=stamp,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
         )
     provenance = {
         "made_by": "train",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from commandv.errors import InputError
+from commandv.errors import InputError, require_seed
 from commandv.evaluation.arms import ARMS, DIRECT, Arm, arms_without
 from commandv.evaluation.catalogue import NO_TASKS, load_task
 from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, Workers, layer_choice
@@ -30,6 +30,11 @@ class CellSpec(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.donor}-{self.recipient}-{self.behaviour}-{self.seed}"
+
+
+def _seed(seed: int) -> int:
+    require_seed(seed)
+    return seed
 
 
 class Study(Strict):
@@ -70,8 +75,8 @@ class Study(Strict):
     pairs: tuple[tuple[str, str], ...]
     behaviours: dict[Name, Behaviour]
     methods: dict[Name, Method] = pydantic.Field(default={})
-    seeds: tuple[int, ...] = (0,)
-    scales: tuple[Annotated[float, pydantic.Field(gt=0)], ...] = (0.6, 1.0)
+    seeds: tuple[Annotated[int, pydantic.AfterValidator(_seed)], ...] = (0,)
+    scales: tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...] = (0.6, 1.0)
     layers: tuple[str, ...] = ("last_third", "all_layers")
     rows: tuple[Literal["end", "text", "both"] | None, ...] = (None,)
     budget: Annotated[float, pydantic.Field(gt=0)] | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from commandv.adapters.adapter import Adapter
-from commandv.errors import InputError, MismatchError
+from commandv.errors import InputError, MismatchError, require_seed
 from commandv.evaluation.arms import ARMS, AUTO, methods
 from commandv.evaluation.catalogue import load_task
 from commandv.evaluation.graders import refusal
@@ -70,6 +70,7 @@ class TransferSettings:
     passages: PromptSet | None = None
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         if not self.layers or not self.scales or min(self.scales) <= 0:
             raise InputError(f"layers={self.layers}, scales={self.scales}: expected one or more, scales above 0")
         if min(self.n_dev, self.n_test, self.n_asked, self.batch_size) < 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from commandv.adapters.network import Network
-from commandv.errors import InputError
+from commandv.errors import InputError, require_seed
 from commandv.storage.files import digest
 from commandv.training.loop import Descent, Learned
 from commandv.transfer.convert.fitters import check_pairs
@@ -65,6 +65,7 @@ class Autoencoder:
     checkpoint: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         for name in ("hidden", "epochs", "batch_size", "accumulate", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.network import Network
-from commandv.errors import InputError
+from commandv.errors import InputError, require_seed
 from commandv.transfer.convert.factor import Factor, Solver
 from commandv.transfer.convert.fitters import Ridge
 from commandv.transfer.convert.kept import Kept
@@ -55,6 +55,7 @@ class FourierRidge:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         if self.features < 1:
             raise InputError(f"features={self.features}: expected 1 or more")
         for name in ("bandwidth", "strength"):

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from commandv.adapters.adapter import Adapter
-from commandv.errors import InputError
+from commandv.errors import InputError, require_seed
 from commandv.models.lm import LM
 from commandv.models.state import require_own
 from commandv.transfer.distil.context import Context
@@ -53,6 +53,7 @@ def distil(
             tokens or have a head for the vocabulary, or something attached to the recipient.
     """
     require_own(recipient, "distilling")
+    require_seed(seed)
     if rank < 1 or rank > recipient.d_model or batch_size < 1:
         raise InputError(f"rank={rank}, batch_size={batch_size}: expected 1 or more, a rank up to {recipient.d_model}")
     if isinstance(by, str) and by not in (AUTO, *METHODS):
