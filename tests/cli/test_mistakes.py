@@ -106,7 +106,7 @@ MISTAKES = {
         "generate @model hi --template-option a=1 --template-option a=2", INPUT, ("a is given twice",)
     ),
     "a layer map with a layer twice": Mistake(
-        "paste @wide @empty @empty -o @out --match 2:1,2:3", INPUT, ("2:1,2:3", "each donor layer")
+        "paste @wide @profile @profile -o @out --match 2:1,2:3", INPUT, ("2:1,2:3", "each donor layer")
     ),
     "prompts that are no lines": Mistake("profile @model --prompts @model/config.json", INPUT, ("'.json'", ".jsonl")),
     "a report of nothing": Mistake("report @nowhere", FORMAT, ("nowhere", "no such file")),
