@@ -52,7 +52,7 @@ def test_chat_reads_questions_and_commands_from_a_pipe(said, monkeypatch):
     found = said("Hi", "/scale pirate 0.5", "And then?", "/sclae pirate 1", "/quit", "never asked")
     assert (found.code, found.err) == (0, "")
     assert found.out.index("> Hi") < found.out.index("base+pirate@0.5") < found.out.index("> And then?")
-    assert "commandv: /sclae: no such command" in found.out
+    assert "commandv: /sclae: no such command (did you mean /scale?)" in found.out
     assert "never asked" not in found.out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import InMemoryHistory
 from rich.console import Console
 from rich.live import Live
+from rich.segment import SegmentLines
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +19,11 @@ from commandv.cli.options import printable
 from commandv.errors import CommandVError
 from commandv.serving.requests import Answer
 from commandv.serving.talk import Talk, completions
+
+try:
+    import termios
+except ImportError:  # Windows, whose console does not echo what is typed meanwhile
+    termios = None  # type: ignore[assignment]
 
 _NARROW = 60  # columns of a terminal in which two answers do not fit side by side
 
@@ -60,27 +67,49 @@ def _piped() -> Iterator[str]:
 
 def _ask(talk: Talk, question: str, console: Console) -> None:
     answers = talk.ask(question)
-    texts = ["", ""]
+    texts, cut, note = ["", ""], set[int](), ""
     try:
         if console.is_terminal:
-            with Live(console=console, refresh_per_second=12, vertical_overflow="visible") as live:
-                for _ in _growing(answers, texts):
-                    live.update(_columns(talk, texts, console.width))
+            with _without_echo(), Live(console=console, refresh_per_second=12, transient=True) as live:
+                for _ in _growing(answers, texts, cut):
+                    live.update(_last_lines(_columns(talk, texts, console.width), console))
         else:
-            for _ in _growing(answers, texts):
+            for _ in _growing(answers, texts, cut):
                 pass
             console.print(f"> {question}", markup=False)
-            console.print(_columns(talk, texts, console.width))
     except KeyboardInterrupt:
-        console.print("(stopped)", style="dim")
+        note = "(stopped)"
     finally:
         for one in answers:
             one.cancel()
+    console.print(_columns(talk, texts, console.width))
+    if note or cut:
+        console.print(note or f"(cut at {talk.max_tokens} tokens; /max N allows more)", style="dim")
     talk.heard(question, (texts[0], texts[1]))
 
 
-def _growing(answers: tuple[Answer, Answer], texts: list[str]) -> Iterator[None]:
-    """Yield whenever a text has grown, both to their ends."""
+def _last_lines(table: Table, console: Console) -> SegmentLines:
+    """Return what of a table fits on the screen; the whole is printed at the end."""
+    return SegmentLines(console.render_lines(table)[1 - console.height :], new_lines=True)
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """Keep what is typed while answers are drawn out of the drawing; it is there at the next prompt."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def _growing(answers: tuple[Answer, Answer], texts: list[str], cut: set[int]) -> Iterator[None]:
+    """Yield whenever a text has grown, both to their ends; `cut` gets the sides that came to the longest answer."""
     sides = {i: iter(one) for i, one in enumerate(answers)}
     while sides:
         for i, pieces in list(sides.items()):
@@ -89,11 +118,13 @@ def _growing(answers: tuple[Answer, Answer], texts: list[str]) -> Iterator[None]
                 del sides[i]
                 continue
             texts[i] += piece.text
+            if piece.finish == "length":
+                cut.add(i)
             yield
 
 
 def _columns(talk: Talk, texts: list[str], width: int) -> Table:
-    shown = [Text(printable(text)) for text in texts]
+    shown = [Text(printable(text.rstrip())) for text in texts]
     if width < _NARROW:
         stacked = Table(show_header=False, expand=True)
         for name, text in zip(talk.names, shown, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from commandv.errors import InputError
+from commandv.errors import InputError, did_you_mean
 from commandv.models.sampling import Sampling
 from commandv.serving.behaviours import BASE, Behaviour, Part, behaviour_name
 from commandv.serving.conversation import conversation_ids, plain_stops
@@ -87,7 +87,7 @@ class Talk:
         """
         name, _, rest = line.removeprefix("/").strip().partition(" ")
         if name not in COMMANDS:
-            raise InputError(f"/{name}: no such command; /help lists them")
+            raise InputError(f"/{name}: no such command{did_you_mean(name, COMMANDS, '/')}; /help lists them")
         return COMMANDS[name].run(self, rest.strip())
 
     def state(self) -> str:
@@ -108,7 +108,8 @@ class Talk:
             InputError: there is none.
         """
         if name not in self.scales:
-            raise InputError(f"no adapter {name!r}; there are: {', '.join(self.scales) or 'none'}")
+            what = f"no adapter {name!r}{did_you_mean(name, self.scales)}" if name else "name an adapter"
+            raise InputError(f"{what}; there are: {', '.join(self.scales) or 'none'}")
         return name
 
 
