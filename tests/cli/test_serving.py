@@ -16,7 +16,7 @@ import command_line
 import commandv as cv
 import tiny
 from command_line import fails
-from commandv.serving.server import listen
+from commandv.serving.listening import listen
 
 run = command_line.run
 

@@ -15,7 +15,7 @@ import commandv as cv
 import tiny
 from commandv.errors import InputError
 from commandv.models.encoding import encode
-from commandv.serving.server import listen
+from commandv.serving.listening import listen
 from served import serving, until
 
 ASKED = [{"role": "user", "content": "How do I make a good cup of tea?"}]
@@ -253,6 +253,23 @@ def test_a_request_that_a_web_page_could_send_unasked_is_refused(served):
     body = {"model": "base", "messages": ASKED, "max_tokens": 1}
     assert post(served, body)[0] == 200
     assert post(served, body, **{"Content-Type": "text/plain"})[0] == 400
+
+
+def test_what_is_wrong_with_a_body_is_said(served):
+    assert "not JSON" in post(served, b'{"model": "base",')[2]["error"]["message"]
+    body = {"model": "base", "messages": ASKED, "max_tokens": 1}
+    assert (
+        "Content-Type: application/json" in post(served, body, **{"Content-Type": "text/plain"})[2]["error"]["message"]
+    )
+    assert "/v1" in post(served, body, "/chat/completions")[2]["error"]["message"]
+
+
+def test_a_server_that_stops_ends_what_it_streams_with_an_error(own):
+    with pytest.raises(openai.APIError, match="closed before the answer was complete"):  # noqa: PT012
+        with serving(own, {}, patience=0) as served:
+            pieces = iter(chat(served.client(), stream=True, max_tokens=400))
+            next(pieces)
+        list(pieces)
 
 
 def test_unknown_paths_and_methods_answer_in_the_same_form(served):

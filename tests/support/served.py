@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import openai
-import uvicorn
 
 from commandv.serving.app import create_app
 from commandv.serving.engine import Engine
-from commandv.serving.server import address, listen
+from commandv.serving.listening import address, listen
+from commandv.serving.server import Server
 
 
 class Served(NamedTuple):
@@ -25,14 +25,16 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(lm: Any, adapters: Any, *, max_rows: int = 8, max_waiting: int = 64, **options: Any) -> Iterator[Served]:
+def serving(
+    lm: Any, adapters: Any, *, max_rows: int = 8, max_waiting: int = 64, patience: float = 1.0, **options: Any
+) -> Iterator[Served]:
     """Serve until the block ends."""
     with (
         listen("127.0.0.1", 0) as listening,
         Engine(lm, adapters, max_rows=max_rows, max_waiting=max_waiting) as engine,
     ):
         app = create_app(engine, **options)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+        server = Server(app, engine.close, patience=patience)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:

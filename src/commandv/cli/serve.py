@@ -59,20 +59,21 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients and to a browser; the model's name picks the behaviour: base+pirate@0.6."""
     from commandv.errors import InputError
+    from commandv.serving.listening import address, listen
 
     places = named_places(adapter, reading, model)
-    try:
-        from commandv.serving.app import create_app
-        from commandv.serving.server import address, listen, run
-    except ImportError as error:
-        raise InputError(
-            f"serve needs a package that is missing ({error.name}): pip install 'commandv[serve]'"
-        ) from error
-    from commandv.serving.engine import Engine
-
-    adapters = {name: reading.load(place) for name, place in places.items()}
-    require_fits(list(adapters.values()), model, 1.0)
     with listen(host, port) as listening:
+        try:
+            from commandv.serving.app import create_app
+            from commandv.serving.server import run
+        except ImportError as error:
+            raise InputError(
+                f"serve needs a package that is missing ({error.name}): pip install 'commandv[serve]'"
+            ) from error
+        from commandv.serving.engine import Engine
+
+        adapters = {name: reading.load(place) for name, place in places.items()}
+        require_fits(list(adapters.values()), model, 1.0)
         lm = how.load(model)
         with Engine(lm, adapters, max_rows=max_rows, max_waiting=max_waiting) as engine:
             names = ["base", *(f"base+{name}" for name in adapters)]
@@ -82,4 +83,4 @@ def serve(
                 sys.stdout.flush()  # whoever started it waits for this
             else:
                 output(f"{facts['address']} serves {lm.id}: {', '.join(names)}")
-            run(create_app(engine, api_key=api_key, max_tokens=max_tokens, max_body=max_body), listening)
+            run(create_app(engine, api_key=api_key, max_tokens=max_tokens, max_body=max_body), listening, engine.close)

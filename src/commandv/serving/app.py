@@ -185,15 +185,23 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None, **m
     return JSONResponse(error_body(message, kind, **more), status, headers)
 
 
-async def _malformed(_request: Request, error: Any) -> JSONResponse:
-    first = error.errors()[0]
+async def _malformed(request: Request, error: Any) -> JSONResponse:
+    first, *others = error.errors()
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return _error(400, f"the body is not JSON: {reason} at character {first['loc'][-1]}")
     where = ".".join(str(one) for one in first["loc"] if one != "body")
-    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    if not where and "json" not in request.headers.get("content-type", ""):
+        return _error(400, "expected a JSON object, sent with the header Content-Type: application/json")
+    more = f" (and {len(others)} more)" if others else ""
     return _error(400, f"{where or 'body'}: {first['msg']}{more}", param=where or None)
 
 
-async def _refused(_request: Request, error: Any) -> JSONResponse:
-    return _error(error.status_code, str(error.detail), error.headers)
+async def _refused(request: Request, error: Any) -> JSONResponse:
+    said = str(error.detail)
+    if error.status_code == 404:
+        said = f"no page {request.url.path}; clients are given the address with /v1 at its end"
+    return _error(error.status_code, said, error.headers)
 
 
 async def _failed(engine: Engine, _request: Request, error: Exception) -> JSONResponse:

@@ -2,59 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import errno
-import ipaddress
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
-from commandv.errors import InputError
+_PATIENCE = 10.0  # seconds that answers under way have to end when the server is told to stop
+_MARGIN = 20  # more that their clients have to hear that they are ended
 
-_PATIENCE = 10  # seconds that answers under way have to end when the server is told to stop
 
+class Server(uvicorn.Server):
+    """uvicorn's server, in which the answers that are not complete in time are ended and not torn off.
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, before anything slow is loaded; port 0 takes a free one.
-
-    Raises:
-        InputError: the port is taken, or the address is none of this machine's.
+    Args:
+        app: what is served.
+        end: ends every answer with an error; may block for the length of a step of the model.
+        patience: seconds that answers under way have when the server is told to stop.
     """
-    if not 0 <= port <= 65535:
-        raise InputError(f"port {port}: expected 0 to 65535")
-    try:
-        return socket.create_server((host, port), family=_family(host), backlog=2048)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(
-                f"port {port} of {host} is taken, by another server perhaps; stop that one, or choose another --port"
-            ) from error
-        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror or error}; check --host") from error
+
+    def __init__(self, app: FastAPI, end: Callable[[], None], *, patience: float = _PATIENCE) -> None:
+        wait = int(patience) + _MARGIN
+        super().__init__(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=wait, lifespan="off")
+        )
+        self._end, self._patience = end, patience
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, and wait for those under way."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._patience, lambda: loop.run_in_executor(None, self._end))
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
-def run(app: FastAPI, listening: socket.socket) -> None:
-    """Serve until interrupted or terminated; answers under way have some seconds to end."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE, lifespan="off")
-    )
+def run(app: FastAPI, listening: socket.socket, end: Callable[[], None]) -> None:
+    """Serve until interrupted or terminated; answers under way have some seconds before `end` ends them."""
     with _stopped_cleanly(), contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listening])
-
-
-def address(listening: socket.socket) -> str:
-    """Return where a listening server is reached."""
-    host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _family(host: str) -> socket.AddressFamily:
-    try:
-        return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-    except ValueError:
-        return socket.AF_INET
+        Server(app, end).run(sockets=[listening])
 
 
 @contextlib.contextmanager
