@@ -239,6 +239,30 @@ def test_detaching_restores_the_model(models, arch):
     assert all(torch.equal(value, weights[name]) for name, value in lm.model.state_dict().items())
 
 
+def test_the_scale_is_one_unless_it_is_given(lm):
+    ids = torch.tensor([[1, 20, 21]])
+    adapter = tiny.random_adapter(lm, positions="all")
+    h = streams(lm, 1, input_ids=ids)
+    with cv.attach(lm, adapter):
+        assert_close(streams(lm, 1, input_ids=ids), h + adapter.interventions[1][0].delta(h), **CLOSE)
+
+
+def test_an_edit_goes_where_the_stream_is(lm, monkeypatch):
+    """A block on another device; the one that there is without any hardware holds shapes alone."""
+    moved: list[str] = []
+    monkeypatch.setattr(cv.Intervention, "to", lambda self, device: moved.append(str(device)) or self)
+    monkeypatch.setattr(cv.Intervention, "delta", lambda self, h: h)
+    h = torch.zeros(1, 3, tiny.D)
+    attachment = cv.attach(lm, tiny.random_adapter(lm, positions="all"))
+    (addend,) = attachment.change.addends[1]
+    assert addend.delta(h).device.type == "cpu"
+    assert moved == []
+    for _ in range(2):
+        assert addend.delta(h.to("meta")).device.type == "meta"
+    assert moved == ["meta"]
+    attachment.detach()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_delta_is_bit_identical(dtype):
     lm = tiny.tiny_lm(dtype=dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import commandv as cv
-from commandv.errors import InputError
+from commandv.errors import InputError, ModelError
 from commandv.evaluation import (
     Question,
     as_letters,
@@ -23,7 +23,7 @@ from commandv.evaluation import (
     perplexity_values,
 )
 from commandv.evaluation.meter import price_scores
-from commandv.evaluation.price import MEASURES, prices, reply_log_probs
+from commandv.evaluation.price import MEASURES, prices, reply_log_probs, token_log_probs
 from commandv.models.encoding import encode
 from commandv.prompts.sets import Prompt, PromptSet
 from tiny import SENTENCES, random_adapter, tiny_lm
@@ -166,6 +166,59 @@ def test_passages_longer_than_the_context_are_cut():
     assert math.isfinite(perplexity(lm, [" ".join(SENTENCES)] * 2, tokens=500).value)
 
 
+def test_what_is_left_to_count_must_be_a_token(lm):
+    tokens = len(lm.tokenizer(SENTENCES[0], add_special_tokens=False).input_ids)
+    assert math.isfinite(perplexity_values(lm, SENTENCES[:1], context=tokens - 1)[0])
+    assert math.isfinite(perplexity_values(lm, SENTENCES[:1], tokens=1)[0])
+    with pytest.raises(InputError, match="nothing is left to count after"):
+        perplexity_values(lm, SENTENCES[:1], context=tokens)
+    with pytest.raises(InputError, match="tokens=0"):
+        perplexity_values(lm, SENTENCES, tokens=0)
+
+
+def test_what_is_not_said_is_as_documented(lm, adapter):
+    """Scale 1; 16 tokens of a reply; 128 tokens of plain text after 16 of context."""
+    long = [" ".join(SENTENCES)] * 2
+    assert len(lm.tokenizer(long[0]).input_ids) > 160
+    pairs = [
+        (perplexity_values(lm, long, adapter), perplexity_values(lm, long, adapter, scale=1.0, context=16, tokens=128)),
+        (perplexity(lm, long, adapter), perplexity(lm, long, adapter, scale=1.0, context=16, tokens=128)),
+    ]
+    replies = PromptSet(tuple(Prompt("Go on.", text) for text in long))
+    pairs += [
+        (drift_values(lm, replies, adapter), drift_values(lm, replies, adapter, scale=1.0, tokens=16)),
+        (drift(lm, replies, adapter), drift(lm, replies, adapter, scale=1.0, tokens=16)),
+    ]
+    for unsaid, said in pairs:
+        assert unsaid == said
+    plain, said = reply_log_probs(lm, replies, adapter), reply_log_probs(lm, replies, adapter, scale=1.0, tokens=16)
+    assert [one.shape[0] for one in plain] == [16, 16]
+    assert all(torch.equal(a, b) for a, b in zip(plain, said, strict=True))
+    row = [encode(lm, "Go on.", SENTENCES[0])]
+    ((_, unsaid),), ((_, told),) = token_log_probs(lm, row, adapter), token_log_probs(lm, row, adapter, scale=1.0)
+    assert torch.equal(unsaid, told)
+
+
+def test_what_breaks_is_told_by_its_number():
+    lm = tiny_lm()
+    rows = [encode(lm, "Go on.", text) for text in SENTENCES[:3]]
+    alone_in_it = set(rows[1].ids) - set(rows[0].ids) - set(rows[2].ids)
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[min(alone_in_it)] = math.nan
+    with pytest.raises(ModelError, match="for prompt 2"):
+        list(token_log_probs(lm, rows, batch_size=1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_recurrent_models_are_priced_without_padding_their_prompts(batch_size):
+    lm = tiny_lm("lfm2")
+    passages = PromptSet(tuple(Prompt(text[:n], text[30:]) for text, n in zip(SENTENCES, (12, 30, 20), strict=False)))
+    rows = [encode(lm, one.text, one.response) for one in passages]
+    found = dict(token_log_probs(lm, rows, batch_size=batch_size))
+    for number, row in enumerate(rows):
+        assert found[number].numpy() == pytest.approx(alone(lm, row.ids, row.n_prompt).numpy(), abs=1e-4)
+
+
 # -- multiple choice --------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +336,11 @@ def test_an_adapter_of_nothing_costs_nothing_and_another_does(lm, adapter, price
     assert PRICES[price](lm, nothing(adapter), 4) == pytest.approx(plain, abs=1e-5)
     assert PRICES[price](lm, adapter, 4) != pytest.approx(plain, abs=1e-3)
     assert PRICES[price](lm, None, 4) == plain  # nothing stays attached
+
+
+def test_drift_is_from_the_reference_that_is_given(lm, adapter):
+    changed = reply_log_probs(lm, PASSAGES, adapter)
+    assert drift_values(lm, PASSAGES, adapter, reference=changed) == [0.0] * len(PASSAGES)
 
 
 def test_drift_is_the_mean_of_its_values(lm, adapter):

@@ -9,7 +9,7 @@ from scipy import stats
 from statsmodels.stats import proportion
 
 from commandv.evaluation import mean, pooled, rate
-from commandv.evaluation.scores import wilson
+from commandv.evaluation.scores import geometric_mean, wilson
 from labels import BITS, NAN, REPEATS, grids, inside, quick
 
 VALUES = st.integers(-200, 200).map(lambda n: n / 4)
@@ -104,6 +104,49 @@ def test_answers_without_judgment_count_less() -> None:
     a, b = (pooled("arm", one.tolist(), "rate") for one in (full, holed))
     assert b.high - b.low > a.high - a.low
     assert b.value == pytest.approx(np.nanmean(holed))
+
+
+def effective(labels: np.ndarray) -> float:
+    """How many labels a rate over seeds is worth, from the two-way table by hand (see the module's words)."""
+    seeds, prompts = labels.shape
+    whole, by_seed, by_prompt = labels.mean(), labels.mean(1, keepdims=True), labels.mean(0, keepdims=True)
+    of_prompts = seeds * float(((by_prompt - whole) ** 2).sum()) / (prompts - 1)
+    of_seeds = prompts * float(((by_seed - whole) ** 2).sum()) / (seeds - 1)
+    of_noise = float(((labels - by_seed - by_prompt + whole) ** 2).sum()) / ((prompts - 1) * (seeds - 1))
+    ratio = stats.t.ppf(0.975, seeds - 1) / stats.norm.ppf(0.975)
+    spread = (of_prompts + max(of_seeds - 0.75 * of_noise, 0) * ratio**2) / labels.size
+    return min(whole * (1 - whole) / spread, labels.size)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 9), (3, 2), (4, 30)])
+def test_rates_over_seeds_are_wilsons_for_the_labels_they_are_worth(shape: tuple[int, int]) -> None:
+    rng, unlike = np.random.default_rng(1), 0
+    for _ in range(12):
+        labels = (rng.random(shape) + 0.3 * rng.normal(size=(shape[0], 1)) < 0.5).astype(float)
+        if labels.mean(0).std() > 0:
+            unlike += 1
+            score = pooled("arm", labels.tolist(), "rate")
+            assert (score.low, score.high) == pytest.approx(wilson(labels.mean(), effective(labels)))
+    assert unlike > 6
+
+
+def test_one_prompt_is_one_label_of_a_rate_and_no_interval_of_a_mean() -> None:
+    one = pooled("arm", [[1.0], [0.0], [1.0]], "rate")
+    assert (one.low, one.high) == pytest.approx(wilson(2 / 3, 1))
+    alone = mean("arm", [3.0], "words")
+    assert alone.value == 3
+    assert np.isnan([alone.low, alone.high]).all()
+    pair = stats.ttest_1samp([3.0, 5.0], 0).confidence_interval(0.95)
+    score = mean("arm", [3.0, 5.0], "words")
+    assert (score.low, score.high) == pytest.approx((pair.low, pair.high))
+
+
+def test_geometric_means_are_exp_of_means_and_may_be_infinite() -> None:
+    logs = [1.0, 2.0, 4.0]
+    score, plain = geometric_mean("it", logs, "perplexity"), mean("it", logs, "")
+    assert score[1:4] == pytest.approx(np.exp(plain[1:4]))
+    assert (score.name, score.unit, score.n) == ("it", "perplexity", 3)
+    assert geometric_mean("it", [1.0, 2000.0], "perplexity").high == float("inf")
 
 
 # -- coverage; benchmarks/coverage.py has the whole of it -------------------------------------------------------------

@@ -52,7 +52,12 @@ def test_p_is_below_the_level_where_the_interval_leaves_out_nothing(grid: list[l
 def test_what_differs_on_no_prompt_differs_not() -> None:
     assert paired_p([[1.0, 0.0]], [[1.0, 0.0]], "rate") == 1
     assert paired_p([[1.0]], [[3.0]], "words") == 1  # one prompt tells nothing
-    assert paired_p([[2.0, 2.0]], [[1.0, 1.0]], "words") < 1e-9  # the same difference everywhere
+    for a, b in ((2.0, 1.0), (1.0, 2.0), (1.25, 1.0), (9.0, 1.0)):  # the same difference everywhere
+        assert paired_p([[a, a]], [[b, b]], "words") == pytest.approx(1e-12)
+
+
+def test_the_p_value_of_two_prompts_is_the_paired_t() -> None:
+    assert paired_p([[1.0, 3.0]], [[0.5, 1.0]], "words") == pytest.approx(stats.ttest_rel([1, 3], [0.5, 1]).pvalue)
 
 
 @pytest.mark.parametrize("cells", [(9, 1, 5, 5), (30, 18, 2, 0), (12, 0, 20, 16)])
@@ -155,6 +160,38 @@ def test_the_difference_of_correlated_rates_is_newcombes_method_10() -> None:
     assert difference("d", a, b, "rate")[1:4] == pytest.approx((0.08, low, high))
 
 
+def test_an_arm_that_is_all_alike_goes_with_no_other() -> None:
+    b = [[0.0] * 18]
+    for hits in (6, 12):
+        expected = proportion.confint_proportions_2indep(hits, 18, 0, 18, method="newcomb", compare="diff")
+        score = difference("d", [[1.0] * hits + [0.0] * (18 - hits)], b, "rate")
+        assert (score.low, score.high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_difference_of_rates_over_seeds_joins_their_own_intervals(seed: int) -> None:
+    """By hand: each arm's interval, and the correlation of their errors from the mean products of the two-way table."""
+    rng = np.random.default_rng(seed)
+    level = rng.normal(size=(1, 24)) + rng.normal(size=(3, 1)) * (seed % 2)
+    labels = np.array([(level + shift + rng.normal(size=(3, 24)) > 0) for shift in (0.5, 0.0)]).astype(float)
+    means = labels.mean((1, 2))
+    by_prompt, by_seed = labels.mean(1) - means[:, None], labels.mean(2) - means[:, None]
+    rest = labels - means[:, None, None] - by_prompt[:, None] - by_seed[:, :, None]
+    prompts, seeds = 3 * by_prompt @ by_prompt.T / 23, 24 * by_seed @ by_seed.T / 2
+    own, directions = np.linalg.eigh(seeds - np.einsum("isp,jsp->ij", rest, rest) / 46)
+    joint = prompts + directions @ np.diag(own.clip(0)) @ directions.T  # no direction has less than no variance
+    r = joint[0, 1] / math.sqrt(joint[0, 0] * joint[1, 1])
+    if r > 0:
+        r = max(r - 0.5 / 24 / math.prod(math.sqrt(one * (1 - one)) for one in means), 0)
+    a, b = (pooled("", one.tolist(), "rate") for one in labels)
+    gap = a.value - b.value
+    x, y = a.value - a.low, b.high - b.value
+    low = gap - math.sqrt(x * x - 2 * r * x * y + y * y)
+    x, y = a.high - a.value, b.value - b.low
+    high = gap + math.sqrt(x * x - 2 * r * x * y + y * y)
+    assert difference("d", *labels.tolist(), "rate")[1:4] == pytest.approx((gap, low, high))
+
+
 @given(grids(BITS, 2))
 @quick
 def test_differences_of_rates_keep_their_width(grid: list[list[list[float]]]) -> None:
@@ -175,8 +212,10 @@ def test_no_judgment_leaves_the_pair_out() -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
-    with pytest.raises(InputError, match="leave out"):
-        holm([0.1, NAN])
+    assert holm([0.0, 1.0, 0.9]) == [0.0, 1.0, 1.0]
+    for wrong in (NAN, -0.1, 1.1):
+        with pytest.raises(InputError, match="leave out"):
+            holm([0.1, wrong])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -217,6 +256,18 @@ def test_nothing_to_recover() -> None:
     base, direct = [[0.0] * 30], [[1.0] * 30]
     assert recovered_fraction(direct, base, direct, "rate", "less") is None  # the wrong direction
     assert recovered_fraction([[1.0]], [[0.0]], [[5.0]], "words", "more") is None  # one prompt: interval unknown
+    for success in ("more", "less"):  # nothing that is more than its interval
+        assert recovered_fraction([[0.5, 0.0]], [[0.0, 0.0]], [[0.5, -0.5]], "words", success) is None
+
+
+def test_the_same_effect_everywhere_leaves_no_width() -> None:
+    base = np.random.default_rng(3).normal(size=20)
+    for part, whole in ((0.3, 0.7), (0.1, 0.3), (-0.2, 0.9), (14.0, 0.7)):
+        score = recovered_fraction(
+            [(base + part).tolist()], [base.tolist()], [(base + whole).tolist()], "words", "more"
+        )
+        assert score is not None
+        assert score[1:4] == pytest.approx((part / whole,) * 3, rel=1e-6)  # the root of a rounding error
 
 
 def test_all_recovered_still_has_an_interval() -> None:
@@ -288,7 +339,7 @@ def test_compare_makes_the_table() -> None:
         ({"unmodified": [[]]}, "unmodified: no labels"),
         ({"unmodified": [[1.0, 0.0], [1.0]]}, "seeds with \\[1, 2\\] labels"),
         ({"unmodified": [[NAN, NAN]]}, "no judgment on any of 2"),
-        ({"unmodified": [[0.5]]}, "label 0.5 in a rate"),
+        ({"unmodified": [[0.0, 1.0, 0.5]]}, "label 0.5 in a rate"),
         ({"unmodified": [[math.inf]]}, "an infinite label"),
         ({"unmodified": [[1.0]], "pasted": [[1.0, 0.0]]}, "pasted 2, unmodified 1.*same prompts"),
         ({"unmodified": [[1.0]] * 2, "pasted": [[1.0]] * 3}, "different numbers of seeds"),

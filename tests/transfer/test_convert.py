@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from commandv.errors import InputError
 from commandv.transfer.convert import FITTERS, Affine, AffineMap, FourierRidge, Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.factor import Cholesky, Factor, Spectral
+from commandv.transfer.convert.fitters import fitted, fitter_settings
 from commandv.transfer.convert.kept import Kept
 from commandv.transfer.fidelity import r2
 from rows import SHAPES, normal, related, relative
@@ -56,6 +58,9 @@ def test_pull_push_call_and_matrix_are_one_affine_map(fit, shape):
     torch.testing.assert_close(converter.push(write), write @ weight, rtol=1e-3, atol=1e-4 * size)
     torch.testing.assert_close(converter(states), states @ weight + bias, rtol=1e-3, atol=1e-3 * size)
     assert converter(states.float()).dtype == torch.float32
+    network = converter.network()  # for what is carried beside a converter that is not affine
+    torch.testing.assert_close(network(states), states @ weight + bias, rtol=1e-3, atol=1e-3 * size)
+    assert (network.encode.numel(), network.decode.numel(), network.facts) == (0, 0, converter.facts)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -156,6 +161,47 @@ def test_outlier_dimensions_of_scale_1e4_do_no_harm(fit, shape):
     assert torch.isfinite(out).all()
     if getattr(fit, "standardise", True):  # a ridge that does not standardise may see nothing but the outlier
         assert r2(out.double(), y.double()) > r2(tame.double(), y.double()) - 0.02
+
+
+# -- fitters of one's own ---------------------------------------------------------------------------------------------
+
+
+def test_a_function_is_given_what_it_names_and_no_more():
+    x, y = related(10, 6, 5)
+    groups, kept = np.arange(10), Kept()
+
+    def plain(x, y):
+        return ()
+
+    def grouped(x, y, groups):
+        return (groups,)
+
+    def anything(x, y, **more):
+        return (more["groups"], more["kept"])
+
+    assert fitted(plain, x, y, groups, kept) == ()
+    assert fitted(grouped, x, y, groups, kept)[0] is groups
+    assert [a is b for a, b in zip(fitted(anything, x, y, groups, kept), (groups, kept), strict=True)] == [True, True]
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A fitter without a name, with a setting and something that decides nothing."""
+
+    by: float = 0.5
+    told: list[str] = field(default_factory=list, compare=False)
+
+    def __call__(self, x, y):
+        return Ridge(strength=self.by)(x, y)
+
+
+def test_settings_are_a_fitter_s_name_and_what_decides_its_result():
+    assert fitter_settings(Ridge(strength=0.5)) == {
+        "name": "ridge", "strength": 0.5, "select": "loo", "standardise": True,
+    }  # fmt: skip
+    assert fitter_settings(Shrunk(by=2.0)) == {"name": "Shrunk", "by": 2.0}
+    assert fitter_settings(Shrunk) == {"name": "Shrunk"}  # the class is no configuration
+    assert fitter_settings(related) == {"name": "related"}
 
 
 # -- what is kept for the next adapter --------------------------------------------------------------------------------

@@ -103,6 +103,11 @@ def test_affine_is_least_squares_with_an_intercept():
     torch.testing.assert_close(bias, expected[-1], rtol=1e-8, atol=1e-9)
 
 
+def test_nothing_is_the_pseudo_inverse_of_nothing():
+    for exact in (False, True):
+        assert not Pinv(exact=exact)(torch.zeros(5, 3), normal(5, 2)).matrix()[0].any()
+
+
 # -- reduced rank, Procrustes -----------------------------------------------------------------------------------------
 
 
@@ -117,6 +122,15 @@ def test_reduced_rank_has_the_rank_and_is_ridge_at_full_rank(shape):
     assert singular[3] > 1e-3 * singular[0]
     assert singular[4] < 1e-5 * singular[0]
     assert relative(ReducedRank(500, ridge)(x, y).matrix()[0], whole) < 2e-3
+
+
+def test_reduced_rank_is_capped_at_what_the_rows_allow():
+    """Centred rows span one dimension less than they are."""
+    for n, d_y, rank, expected in ((6, 10, 8, 5), (40, 3, 8, 3), (40, 10, 1, 1)):
+        x, y = related(n, 12, d_y)
+        assert ReducedRank(rank, Ridge(strength=0.1))(x, y).facts["rank"] == expected
+    x, y = related(140, 135, 132)
+    assert ReducedRank(ridge=Ridge(strength=0.1))(x, y).facts["rank"] == 128
 
 
 def test_reduced_rank_keeps_the_directions_that_explain_most():

@@ -203,6 +203,63 @@ def test_the_best_strength_is_chosen_and_float64_not_asked_for_strong_ones(shape
     assert (np.float64 in asked) == (chosen < 1e-3)
 
 
+def test_strengths_are_half_decades_from_1e_6_and_quarters_from_1e_3_to_10_to_the_2_75():
+    powers = [-6, -5.5, -5, -4.5, -4, -3.5, *(-3 + quarter / 4 for quarter in range(24))]
+    np.testing.assert_allclose(STRENGTHS, [10**power for power in powers], rtol=1e-12)
+    assert len(STRENGTHS) == 30
+
+
+@pytest.mark.parametrize("method", ["loo", "gcv"])
+def test_strengths_that_drown_in_float32_are_tried_only_where_the_weakest_other_seems_best(monkeypatch, method):
+    """Below 1e-4 of the greatest eigenvalue; then all are tried anew in float64."""
+    x, y = related(60, 14, 18)
+    rows, targets = Rows.of(x * 10, centre=True, standardise=False), Rows.of(y, centre=True, standardise=True)
+    factor = Factor.of(rows, np.float32)
+    weakest = 1e-4 * factor.bound / factor.unit
+    tried: list[tuple[type, np.ndarray]] = []
+
+    def scores(best: int):
+        def told(factor, t, strengths, **_):
+            tried.append((factor.dtype.type, strengths))
+            return np.abs(np.arange(len(strengths)) - best % len(strengths))
+
+        return told
+
+    for best, dtypes in ((0, [np.float32, np.float64]), (1, [np.float32]), (-1, [np.float32])):
+        tried.clear()
+        monkeypatch.setattr(strength_module, method, scores(best))
+        chosen = choose_strength(lambda dtype: Factor.of(rows, dtype), targets, np.arange(60), method)
+        assert [dtype for dtype, _ in tried] == dtypes
+        np.testing.assert_array_equal(tried[0][1], STRENGTHS[weakest <= STRENGTHS])
+        assert len(tried[0][1]) < len(STRENGTHS)
+        np.testing.assert_array_equal(tried[-1][1], STRENGTHS if best == 0 else tried[0][1])
+        assert chosen == tried[-1][1][best]
+
+
+def test_a_given_strength_is_solved_in_float64_from_1e_4_of_the_greatest_eigenvalue_down():
+    x, y = related(60, 14, 18)
+    rows = Rows.of(x * 10, centre=True, standardise=False)
+    factor = Factor.of(rows, np.float32)
+    for share, dtype in ((1.5e-4, np.float32), (0.9e-4, np.float64)):
+        ridge = Ridge(strength=share * factor.bound / factor.unit, standardise=False)
+        assert ridge.solve(x * 10, y, groups=None, kept=None)[0].dtype == dtype
+
+
+def test_about_512_rows_of_whole_prompts_choose():
+    assert [len(part) for part in _sample(np.arange(4096))] == [512, 512]
+    index, sizes = _sample(np.zeros(2000, np.int64))  # all of one prompt, which cannot be cut
+    assert (len(index), sizes.tolist()) == (2000, [2000])
+    index, sizes = _sample(np.repeat(np.arange(2), 2000))
+    assert (len(index), sizes.tolist()) == (2000, [2000])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gcv_of_targets_a_thousandth_the_size_is_a_millionth(shape):
+    x, y = related(*SHAPES[shape], noise=1.0)
+    factor, t = predictors(x)[0], centred(y)
+    np.testing.assert_allclose(gcv(factor, 1e-3 * t, STRENGTHS), 1e-6 * gcv(factor, t, STRENGTHS), rtol=1e-5)
+
+
 def test_nearly_exact_relations_get_weak_strengths():
     """As between a model and a rotated twin of it, kept in bfloat16."""
     x = normal(200, 40)
@@ -296,3 +353,5 @@ def test_sketch_keeps_the_proportions_of_sums_of_squares():
     projected = sketch(Rows.of(y, centre=True, standardise=False), np.float64)
     thirds = [(projected[i : i + 100] ** 2).sum() / float(y[i : i + 100].square().sum()) for i in (0, 100, 200)]
     assert max(thirds) / min(thirds) < 1.15
+    assert 0.8 < min(thirds) < max(thirds) < 1.25
+    assert projected.shape == (300, 24)

@@ -117,7 +117,7 @@ def _by_token(plain: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) ->
 def _apart(by_token: Sequence[torch.Tensor]) -> dict[str, list[float]]:
     return {
         "first": [float(one[0]) for one in by_token],
-        "after": [float(one[1:].mean()) if len(one) > 1 else math.nan for one in by_token],
+        "after": [float(one[1:].mean()) for one in by_token],  # NaN where there is none
     }
 
 

@@ -168,9 +168,10 @@ def cross(arms: Mapping[str, Labels], unit: str) -> Table:
 
 def inflated(table: Table, weights: Array, level: float = LEVEL) -> float:
     """Return the variance of the weighted sum of the arms' means, each part times (its t / z)² at the level."""
-    prompts, seeds, noise = (float(weights @ one @ weights) for one in table.squares)
+    # Squares, which rounding takes below 0 where the arms differ by the same on every prompt.
+    prompts, seeds, noise = (max(float(weights @ one @ weights), 0.0) for one in table.squares)
     z, exact = stats.norm.ppf(0.5 + level / 2), table.unit == "rate"  # of rates the prompts' part follows from the rate
-    total = prompts * (1 if exact else (stats.t.ppf(0.5 + level / 2, max(table.prompts - 1, 1)) / z) ** 2)
+    total = prompts * (1 if exact else (stats.t.ppf(0.5 + level / 2, table.prompts - 1) / z) ** 2)
     if table.seeds > 1:
         total += max(seeds - NOISE_SHARE * noise, 0.0) * (stats.t.ppf(0.5 + level / 2, table.seeds - 1) / z) ** 2
     return float(total / table.labels)
@@ -205,9 +206,7 @@ def sides(table: Table, c: Array, level: float = LEVEL) -> tuple[float, float]:
 
 
 def _wilson_sides(table: Table, arm: int, level: float, z: float) -> tuple[float, float]:
-    share = float(np.clip(table.means[arm], 0, 1))
-    if z == 0:
-        return 0.0, 0.0
+    share = float(table.means[arm])
     spread = inflated(table, np.eye(len(table.means))[arm], level)
     # Labels all alike, or of one prompt, do not show how prompts vary: they count as one label per prompt.
     known = spread > 0 and table.prompts > 1 and table.seeds > 1

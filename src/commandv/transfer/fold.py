@@ -47,7 +47,6 @@ def carried(
     Raises:
         InputError: what is written comes out as nothing, so that the fit found no relation at all.
     """
-    nothing = torch.zeros(0)
     through = None
     pulled: list[tuple[Tensor, Tensor] | None]
     if any(one.read.any() for one in many):
@@ -57,7 +56,7 @@ def carried(
             through = reading.network()
         del reading  # frees its factorisation before the next is made
     else:
-        pulled, read_facts = [(nothing.new_zeros(one.rank, d_model), nothing.new_zeros(one.rank)) for one in many], {}
+        pulled, read_facts = [(torch.zeros(one.rank, d_model), torch.zeros(one.rank)) for one in many], {}
     writing = back()
     pushed = [writing.push(one.write) for one in many]
     folded = [
