@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from commandv.adapters.kinds import steering_vector
 from commandv.cli import checks, core, inspection, steering, words
 from commandv.cli.options import show
 from commandv.cli.tables import arms_table, fidelity_table
+from commandv.errors import StorageError
 from commandv.evaluation import Comparison, Score
 from commandv.evaluation.arms import METHODS as TRANSFERRED
 from commandv.models.identity import ModelRef
@@ -488,3 +490,29 @@ def test_names_in_files_cannot_steer_the_terminal(run, tmp_path):
     told = run("inspect", tmp_path / "a").out
     assert not set("\x1b\x07") & set(told)
     assert "red" in told
+
+
+def program(*arguments: object, **how: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run the program in a process of its own, which has streams of its own."""
+    command = [sys.executable, "-m", "commandv.cli", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, check=False, **how)
+
+
+def test_output_holds_every_character_whatever_the_terminal_can_show(tmp_path):
+    place = cv.save(dataclasses.replace(tiny.random_adapter(tiny.tiny_lm()), name="thé 茶"), tmp_path / "a")
+    poor = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    told = program("inspect", place, stdout=subprocess.PIPE, env=poor)
+    assert (told.returncode, told.stderr) == (0, b"")
+    assert rb"th\xe9 \u8336" in told.stdout
+    told = program("inspect", place, "--json", stdout=subprocess.PIPE, env=poor)
+    assert json.loads(told.stdout.decode("utf-8"))["name"] == "thé 茶"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_told(tmp_path):
+    place = cv.save(tiny.random_adapter(tiny.tiny_lm()), tmp_path / "a")
+    with open("/dev/full", "wb") as full:
+        told = program("inspect", place, "--json", stdout=full)
+    assert told.returncode == cli.EXIT_CODES[StorageError]
+    assert told.stderr.startswith(b"commandv: the output cannot be written: ")
+    assert told.stderr.count(b"\n") == 1

@@ -115,6 +115,7 @@ def test_a_vector_and_examples_exclude_each_other(content, folder, tmp_path):
     [
         ("TASKS = 1", "expected a dictionary TASKS"),
         ("raise RuntimeError('no')", "RuntimeError while it ran: no"),
+        ("raise SystemExit(0)", "SystemExit while it ran"),
         (TAKEN, "pirate are names of built-in tasks"),
     ],
 )

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from commandv.errors import InputError
-from commandv.evaluation import TASKS, Outcome, arithmetic_prompts, load_splits, load_task, measure
+from commandv.evaluation import TASKS, Outcome, Task, arithmetic_prompts, load_splits, load_task, measure
 from commandv.evaluation.arithmetic import LEVELS, is_dev
 from commandv.evaluation.catalogue import arithmetic, expecting, opening
 from commandv.evaluation.likeness import likeness
@@ -419,3 +419,16 @@ def test_an_outcome_of_zeros_and_ones_is_a_rate_and_any_other_a_mean():
     assert words.unit == "words"
     assert rate.low >= 0
     assert rate.high <= 1 < words.high
+
+
+@pytest.mark.parametrize("labels", [None, ["yes", "no"], [1.0]])
+def test_labels_that_are_none_name_their_judge(labels):
+    class Odd:
+        name, unit = "odd", "rate"
+
+        def __call__(self, prompts, answers):
+            return labels
+
+    asked = load_prompts("builtin:drift")
+    with pytest.raises(InputError, match="judge odd"):
+        judged(Task("mine", asked[:2], asked[2:5], Odd()), ["one", "two"])

@@ -87,7 +87,9 @@ def test_an_address_where_nothing_answers():
             Ray(f"127.0.0.1:{port}", wait=2).pool(dict).__enter__()
 
 
-@pytest.mark.parametrize("options", [{"workers": 0}, {"cpus": 0}, {"gpus": -1}])
+@pytest.mark.parametrize(
+    "options", [{"workers": 0}, {"cpus": 0}, {"gpus": -1}, {"cpus": float("nan")}, {"gpus": float("inf")}]
+)
 def test_workers_that_cannot_be(options):
     with pytest.raises(InputError, match="expected"):
         Ray(**options)

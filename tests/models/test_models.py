@@ -13,6 +13,7 @@ from commandv.errors import InputError, MismatchError, ModelError
 from commandv.models.blocks import find_blocks
 from commandv.models.encoding import encode, opening, pad
 from commandv.models.identity import ModelRef
+from commandv.models.names import shape_of
 from commandv.models.template import PLAIN_FORMAT
 from commandv.prompts.sets import Prompt, PromptSet
 
@@ -337,3 +338,24 @@ def test_a_tokenizer_whose_settings_have_wrong_types_is_told_when_wrapped():
     tokenizer.model_max_length = "512"
     with pytest.raises(ModelError, match="cannot read a word"):
         cv.wrap_model(tiny.tiny_model(), tokenizer, "odd")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_tokenizer_that_panics_is_told_when_wrapped(special, monkeypatch):
+    class PanicException(BaseException):  # as the tokenizers package raises for files that contradict themselves
+        pass
+
+    def panic(self, text, add_special_tokens=True, **options):
+        if add_special_tokens == special:
+            raise PanicException("no entry found for key")
+
+    tokenizer = tiny.tiny_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "__call__", panic)
+    with pytest.raises(ModelError, match="cannot read a word: no entry found"):
+        cv.wrap_model(tiny.tiny_model(), tokenizer, "broken")
+
+
+@pytest.mark.parametrize("width", ["1e999", '"wide"', "[32]"])
+def test_a_configuration_without_a_usable_width_tells_no_shape(width, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"hidden_size": {width}, "num_hidden_layers": 4}}')
+    assert shape_of(str(tmp_path)) is None

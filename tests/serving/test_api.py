@@ -15,6 +15,8 @@ import commandv as cv
 import tiny
 from commandv.errors import InputError
 from commandv.models.encoding import encode
+from commandv.serving.app import create_app
+from commandv.serving.engine import Engine
 from commandv.serving.listening import listen
 from served import serving, until
 
@@ -287,6 +289,12 @@ def test_the_key_is_asked_for(own):
         sent = {"Authorization": "Bearer s3cret-ü".encode()}
         assert post(served, {"model": "base", "messages": ASKED, "max_tokens": 1}, **sent)[0] == 200
         assert json.loads(get(f"{served.url}/health"))["status"] == "ok"
+
+
+@pytest.mark.parametrize("key", ["", "  ", "\udcff"])
+def test_a_key_that_everybody_has_or_nobody_can_send_is_refused(own, key):
+    with Engine(own, {}) as engine, pytest.raises(InputError, match="api_key"):
+        create_app(engine, api_key=key)
 
 
 # -- load, clients that leave, the end ----------------------------------------------

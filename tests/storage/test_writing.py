@@ -19,7 +19,7 @@ from commandv.interop.control_vectors import write_control_vector
 from commandv.interop.sae import SAE, save_sae
 from commandv.positions import EVERYWHERE
 from commandv.storage.directories import read_artefact
-from commandv.storage.files import write_text, writing
+from commandv.storage.files import cache_dir, write_text, writing
 from commandv.storage.foreign import new_directory
 from commandv.storage.kinds import ADAPTER
 from stored import data_file
@@ -296,3 +296,9 @@ def test_a_reader_that_missed_two_replacements_reads_again(tmp_path):
 
     assert read_artefact(place, ADAPTER, build) == "read"
     assert len(calls) == 2
+
+
+def test_a_cache_in_the_home_of_nobody(monkeypatch):
+    monkeypatch.setenv("COMMANDV_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(InputError, match="COMMANDV_CACHE='~nobody-of-this-name/cache': no such user"):
+        cache_dir()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import commandv as cv
-from commandv.errors import FormatError
+from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
 from commandv.transfer.distil.demonstrations import Changes
 
@@ -88,3 +88,30 @@ def test_an_adapter_is_not_overwritten(tmp_path):
     with pytest.raises(FormatError, match="left alone"):
         cv.save_demonstrations(MADE, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"answers": ("Arr", " ")},
+        {"answers": ("Arr", "\ud800")},
+        {"answers": ("Arr", 5)},
+        {"prompts": ("", "Who?")},
+        {"dropped": {"looping": -2}},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_what_is_no_demonstration(wrong):
+    with pytest.raises(InputError, match=r"texts that are not empty|expected counts"):
+        replace(MADE, **wrong)
+
+
+@pytest.mark.parametrize("answers", ["ab", {"What?": "a", "Who?": "b"}, [None, "b"], [1, 2], ["a", "\ud800"]])
+def test_answers_that_are_none(answers):
+    with pytest.raises(InputError, match="answers: expected a list of texts"):
+        cv.demonstrate(None, None, ["What?", "Who?"], answers=answers)
+
+
+def test_answers_may_come_one_by_one():
+    made = cv.demonstrate(None, None, ["What?", "Who?"], answers=(f"answer {i}" for i in range(2)))
+    assert made.answers == ("answer 0", "answer 1")

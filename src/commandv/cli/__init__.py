@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -55,6 +56,7 @@ def main() -> None:
 
     With `--json` it is an object on standard output as well: `{"error": {"kind", "message", "exit_code"}}`.
     """
+    _ready_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("commandv").setLevel(logging.INFO)
     _quiet_libraries()
@@ -65,11 +67,25 @@ def main() -> None:
     except typer.Abort:
         code = 130
     except OSError as error:
-        if error.errno != errno.EPIPE:  # who read our output has gone, such as `head`
+        if error.filename is not None:  # not of our output
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it ends
         code = 1
+        if error.errno != errno.EPIPE:  # whose reader has gone, such as `head`
+            code = _report(StorageError(f"the output cannot be written: {error.strerror}; free some space"))
     sys.exit(code)
+
+
+def _ready_streams() -> None:
+    """Let output hold every character, whatever the terminal's encoding, and give closed streams an empty end."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (for as long as we run)
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if "--json" in sys.argv and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as JSON is
 
 
 def _report(error: Exception) -> int:

@@ -66,7 +66,7 @@ def tasks_of(file: str | Path) -> dict[str, Task]:
         raise InputError(f"{file}: {no_such_file(Path(file))}; expected Python code that defines TASKS")
     try:
         found = runpy.run_path(str(file)).get("TASKS")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{file}: {type(error).__name__} while it ran: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(task, Task) for task in found.values()):
         raise InputError(f"{file}: expected a dictionary TASKS of Task objects by name, got {found!r:.80}")

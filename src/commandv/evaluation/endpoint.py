@@ -100,7 +100,10 @@ class Endpoint:
             raise InputError(f"endpoint {self.base_url!r}: expected the model's name behind #")
         if len(self.words) < 2 or not all(re.fullmatch(r"[\w-]+", word) for word in self.words):
             raise InputError(f"words {list(self.words)}: expected two or more single words")
-        labels_ = [float(label) for label in self.words.values()]
+        try:
+            labels_ = [float(label) for label in self.words.values()]
+        except (TypeError, ValueError):
+            raise InputError(f"words {dict(self.words)}: expected a number for each word") from None
         if len({word.lower() for word in self.words}) < len(self.words) or not all(map(math.isfinite, labels_)):
             raise InputError(f"words {dict(self.words)}: expected words that differ in more than case, finite labels")
         if not 0 < self.timeout <= 86400 or not 0 <= self.backoff <= 3600 or not 0 <= self.patience <= 86400:
@@ -132,9 +135,12 @@ class Endpoint:
         except ValueError:
             parts = urllib.parse.urlsplit("")
         host = parts.netloc.rpartition("@")[2]
-        if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", host):
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or re.search(r"\s", host):
             shown = f"{parts.scheme}://{host}" if parts.scheme and host else "an address"
-            raise InputError(f"endpoint: got {shown!r}, expected one that starts with http:// or https:// and a host")
+            raise InputError(
+                f"endpoint: got {shown!r}, expected an address that starts with http:// or https:// and a host, and "
+                "has one # at most, before the model"
+            )
         if parts.username is not None:
             own = (urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or ""))
             object.__setattr__(self, "_auth", own)

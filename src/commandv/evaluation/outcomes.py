@@ -113,10 +113,10 @@ def answered(
 def judged(task: Task, answers: Sequence[str], *, arm: str = "unmodified", split: Split = "test") -> Outcome:
     """Let a task's judge label answers to the first prompts of a split; errors as in `measure`."""
     try:
-        labels = task.judge(task.prompts(split).prompts[: len(answers)], answers)
+        labels = [float(label) for label in task.judge(task.prompts(split).prompts[: len(answers)], answers)]
     except CommandVError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"judge {task.judge.name} of task {task.name} failed on {len(answers)} answers: "
             f"{type(error).__name__}: {error}; mend the judge, or take another"

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 from commandv.errors import InputError, WorkerError
+from commandv.storage.reading import first_line, number_of
 
 
 @contextlib.contextmanager
@@ -24,7 +25,15 @@ def connected(address: str | None, wait: float) -> Iterator[None]:
         return
     if address is not None:
         _require_answer(address, wait)
-    ray.init(address=address or "local", log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        ray.init(
+            address=address or "local", log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING
+        )
+    except Exception as error:  # a bare one where its processes do not start in time
+        raise WorkerError(
+            f"Ray does not start here ({first_line(error)}); run the same again when the machine is less busy, or "
+            "without Ray"
+        ) from error
     try:
         yield
     finally:
@@ -39,7 +48,7 @@ def _require_answer(address: str, wait: float) -> None:
     """
     problem = ""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
+    if colon and number_of(port, most=10**6) is not None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=wait).close()
         except (OSError, OverflowError) as error:

@@ -69,7 +69,7 @@ class Ray:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers={self.workers}: expected 1 or more")
-        if self.cpus <= 0 or (self.gpus or 0) < 0:
+        if not (0 < self.cpus < math.inf and 0 <= (self.gpus or 0) < math.inf):
             raise InputError(f"cpus={self.cpus}, gpus={self.gpus}: expected more than 0 cpus and no fewer than 0 gpus")
 
     @contextlib.contextmanager

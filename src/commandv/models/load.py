@@ -121,8 +121,11 @@ def wrap_model(
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{id}: the tokenizer has no fast version, which is needed for character offsets")
     try:
+        tokenizer("tea?")
         tokenizer("tea?", add_special_tokens=False, return_offsets_mapping=True)
-    except Exception as error:  # whatever its files hold
+    except BaseException as error:  # whatever its files hold; a panic of Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(
             f"{id}: the tokenizer cannot read a word: {first_line(error)}; its files are damaged"
         ) from error

@@ -81,7 +81,7 @@ def shape_of(name: str) -> tuple[int, int] | None:
         config = json.loads(place.read_bytes())
         text = config.get("text_config") or config
         width, depth = (next(int(text[key]) for key in keys if key in text) for keys in (_WIDTH, _DEPTH))
-    except (OSError, ValueError, TypeError, AttributeError, StopIteration, RuntimeError):
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, StopIteration, RuntimeError):
         return None  # what is wrong with it loading says
     return width, depth
 

@@ -25,6 +25,14 @@ FILES = (".txt", ".csv", ".jsonl")
 RESPONSE_COLUMNS = ("expect", "response", "output", "answer", "target", "completion")
 
 
+def is_text(value: object) -> bool:
+    """Tell whether a value is a text that a file can hold: a string without half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 class Prompt(NamedTuple):
     """One user turn, with the reply to it where the set has one."""
 
@@ -51,13 +59,11 @@ class PromptSet:
         for number, prompt in enumerate(self.prompts, start=1):
             if not prompt.text.strip():
                 raise InputError(f"{self.name}: prompt {number} is empty. Remove it or give it a text.")
-            try:
-                f"{prompt.text}{prompt.response}".encode()
-            except UnicodeEncodeError:
+            if not (is_text(prompt.text) and is_text(prompt.response)):
                 raise InputError(
                     f"{self.name}: prompt {number} or its reply holds half of a surrogate pair, which is no text; "
                     "decode it again from where it comes from"
-                ) from None
+                )
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -22,6 +22,7 @@ from commandv.errors import CommandVError, InputError
 from commandv.models.encoding import opening
 from commandv.models.lm import LM
 from commandv.models.sampling import Sampling
+from commandv.prompts.sets import is_text
 from commandv.serving.answering import Answering, Kind, Stream
 from commandv.serving.behaviours import BASE, UnknownBehaviour, behaviour_name, parse_behaviour
 from commandv.serving.conversation import conversation_ids, plain_stops
@@ -46,7 +47,12 @@ def create_app(
         api_key: what clients must send to `/v1/...`; None asks for nothing.
         max_tokens: longest answer that a client may ask for, and gets when a chat request does not say.
         max_body: bytes of the longest request.
+
+    Raises:
+        InputError: a key that is empty, which everybody has, or no text.
     """
+    if api_key is not None and not (is_text(api_key) and api_key.strip()):
+        raise InputError("api_key: expected a text that is not empty; leave it out to let everybody in")
     app = FastAPI(title="commandv", docs_url=None, redoc_url=None)  # their pages load from elsewhere
     metrics = Metrics(engine)
     routes = _Routes(engine, metrics, max_tokens)

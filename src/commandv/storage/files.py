@@ -29,9 +29,16 @@ _held = threading.local()
 
 
 def cache_dir() -> Path:
-    """Return the cache directory: `$COMMANDV_CACHE`, or the platform's cache directory for commandv."""
+    """Return the cache directory: `$COMMANDV_CACHE`, or the platform's cache directory for commandv.
+
+    Raises:
+        InputError: the variable begins with the name of a user that there is not.
+    """
     override = os.environ.get(CACHE_VARIABLE)
-    return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("commandv"))
+    try:
+        return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("commandv"))
+    except RuntimeError as error:
+        raise InputError(f"{CACHE_VARIABLE}={override!r}: no such user; name a directory") from error
 
 
 def digest(*parts: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from commandv.models.lm import LM
 from commandv.models.state import require_own
 from commandv.progress import track
 from commandv.prompts.loops import loops
-from commandv.prompts.sets import Prompt, PromptSet, as_prompts
+from commandv.prompts.sets import Prompt, PromptSet, as_prompts, is_text
 from commandv.transfer.distil.demonstrations import MOST, Changes, Demonstrations
 from commandv.transfer.distil.texts import token_texts
 
@@ -102,6 +102,8 @@ def demonstrate(
 def _sorted_out(
     prompts: PromptSet, answers: Sequence[str], keep: Keep | None
 ) -> tuple[list[tuple[Prompt, str]], dict[str, int]]:
+    if isinstance(answers, (str, Mapping)) or not all(map(is_text, answers := list(answers))):
+        raise InputError("answers: expected a list of texts, one a prompt")
     if len(answers) != len(prompts):
         raise InputError(f"{len(answers)} answers to {len(prompts)} prompts; expected one each")
     dropped: Counter[str] = Counter()

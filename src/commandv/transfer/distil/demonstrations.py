@@ -18,6 +18,7 @@ from torch import Tensor
 
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
+from commandv.prompts.sets import is_text
 from commandv.storage.directories import read_artefact, write_artefact
 from commandv.storage.files import digest
 from commandv.storage.hub import opened
@@ -77,6 +78,13 @@ class Demonstrations:
         if len(self.prompts) != len(self.answers) or not self.prompts:
             raise InputError(
                 f"{len(self.prompts)} prompts and {len(self.answers)} answers; expected pairs, at least one"
+            )
+        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True), start=1):
+            if not (is_text(prompt) and is_text(answer) and prompt.strip() and answer.strip()):
+                raise InputError(f"demonstration {number}: expected a prompt and an answer, texts that are not empty")
+        if min(self.dropped.values(), default=0) < 0 or self.max_new_tokens < 1:
+            raise InputError(
+                f"dropped={dict(self.dropped)}, max_new_tokens={self.max_new_tokens}: expected counts, and 1 or more"
             )
         if self.changes is not None:
             _check(self.changes, len(self.prompts), len(self.vocabulary))
