@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from commandv.models.encoding import encode
 from commandv.serving.app import create_app
 from commandv.serving.engine import Engine
 from commandv.serving.listening import listen
+from places import ROOT
 from served import serving, until
 
 ASKED = [{"role": "user", "content": "How do I make a good cup of tea?"}]
@@ -397,3 +399,21 @@ def test_the_page_loads_nothing_from_elsewhere(served):
     assert "//" not in page.replace("// ", "").replace("http://www.w3.org", "")
     assert "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
+
+
+def test_the_page_on_serving_runs(own, monkeypatch, capsys):
+    """A tiny model stands in for the page's, and this test's server for the one it says to start."""
+    adapters = {"list": tiny.random_adapter(own, (2,), "all"), "pirate": tiny.random_adapter(own, (1,))}
+    monkeypatch.setattr(cv, "load_model", lambda _name: tiny.tiny_lm(chat=True))
+    monkeypatch.setattr(cv, "load_adapter", lambda _name: adapters["list"])
+    page = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    client, library = re.findall(r"```python\n(.*?)```", page, re.S)
+    with serving(own, adapters) as served:
+        exec(client.replace("http://127.0.0.1:8000", served.url), {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("base")] == [
+        "base",
+        "base+list",
+        "base+pirate@0.6+list",
+    ]
+    exec(library, {})
+    assert capsys.readouterr().out.strip()
