@@ -516,3 +516,17 @@ def test_output_that_cannot_be_written_is_told(tmp_path):
     assert told.returncode == cli.EXIT_CODES[StorageError]
     assert told.stderr.startswith(b"commandv: the output cannot be written: ")
     assert told.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(("words", "run_it"), [((), False), (("--trust-remote-code",), True)])
+def test_code_of_a_model_is_run_only_where_it_is_asked_for(run, monkeypatch, tmp_path, words, run_it):
+    tiny.tiny_model().save_pretrained(tmp_path / "model")
+    asked = []
+
+    def load(_model, **how):
+        asked.append(how["trust_remote_code"])
+        raise cv.errors.ModelError("loaded")
+
+    monkeypatch.setattr(cv, "load_model", load)
+    fails(run("generate", tmp_path / "model", "hi", *words), "loaded")
+    assert asked == [run_it]

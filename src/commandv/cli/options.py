@@ -89,6 +89,9 @@ class Loading:
     same_as: Annotated[
         str, typer.Option(metavar="NAME", help="Take the model for the one of this name (a copy, another precision).")
     ] = ""
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
+    ] = False
 
     def __post_init__(self) -> None:
         from commandv.errors import InputError
@@ -104,6 +107,7 @@ class Loading:
         return cv.load_model(
             model, dtype=self.dtype, device_map=self.device_map, template=self.template, system=self.system,
             template_options=_template_options(self.template_option), same_as=self.same_as,
+            trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 
 
