@@ -212,3 +212,12 @@ def test_ends_that_are_no_tokens_are_told(ends):
     lm.model.generation_config.eos_token_id = ends
     with pytest.raises(ModelError, match="expected numbers of tokens"):
         cv.generate(lm, ["tea?"], max_new_tokens=2)
+
+
+def test_what_makes_no_token_or_is_no_text_is_refused():
+    empty = chat("{# nothing #}")
+    empty.tokenizer.backend_tokenizer.post_processor = None  # no beginning of its own either
+    with pytest.raises(InputError, match="makes no token"):
+        encode(empty, "Hello")
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        encode_conversation(chat(SWITCH), [{"role": "user", "content": "\ud83d"}])

@@ -253,6 +253,22 @@ def test_bodies_that_are_no_request(own, body, status):
         assert chunked.getresponse().status == 413
 
 
+def test_half_of_a_surrogate_pair_is_no_text(served):
+    half = "\ud83d"
+    for path, body in (
+        ("chat/completions", {"messages": [{"role": "user", "content": half}]}),
+        ("completions", {"prompt": half}),
+    ):
+        status, _, answer = post(served, {"model": "base", **body}, f"/v1/{path}")
+        assert (status, "surrogate" in answer["error"]["message"]) == (400, True)
+
+
+def test_a_seed_may_be_any_whole_number(client):
+    one, same = (chat(client, n=2, temperature=1.5, seed=seed).choices for seed in (-1, 2**32 - 1))
+    assert [a.message.content for a in one] == [b.message.content for b in same]
+    assert one[0].message.content != one[1].message.content
+
+
 def test_a_request_that_a_web_page_could_send_unasked_is_refused(served):
     body = {"model": "base", "messages": ASKED, "max_tokens": 1}
     assert post(served, body)[0] == 200

@@ -13,6 +13,7 @@ from commandv.errors import InputError
 from commandv.models.lm import LM
 from commandv.models.running import own_pass
 from commandv.models.template import MARK, render, stop_tokens
+from commandv.prompts.sets import require_text
 
 Turns: TypeAlias = Sequence[tuple[str, str]]
 """Earlier turns of a conversation: (what the user said, what was answered)."""
@@ -128,6 +129,8 @@ def _encode(lm: LM, prompt: str, response: str, turns: Turns) -> Encoded:
     missing = _missing_opening(lm, ids)
     ids, ends = [*missing, *ids], [*[-1] * len(missing), *ends]
     known = lm.model.get_input_embeddings().weight.shape[0]
+    if not ids:
+        raise InputError(f"{lm.id}: its prompt format makes no token of {prompt[:40]!r}; use template='plain'")
     if max(ids) >= known:
         raise InputError(
             f"the tokenizer of {lm.id} makes token {max(ids)} ({lm.tokenizer.decode([max(ids)])!r}) of {prompt[:40]!r} "
@@ -137,6 +140,7 @@ def _encode(lm: LM, prompt: str, response: str, turns: Turns) -> Encoded:
 
 
 def _tokens(lm: LM, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    require_text(text)
     found = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return list(found.input_ids), list(found["offset_mapping"])
 

@@ -33,6 +33,12 @@ def is_text(value: object) -> bool:
         return False
 
 
+def require_text(text: str) -> None:
+    """Raise `InputError` for what is no text that a tokenizer can read."""
+    if not is_text(text):
+        raise InputError("a text holds half of a surrogate pair, which no tokenizer can read; decode it again")
+
+
 class Prompt(NamedTuple):
     """One user turn, with the reply to it where the set has one."""
 

@@ -22,7 +22,7 @@ from commandv.errors import CommandVError, InputError
 from commandv.models.encoding import opening
 from commandv.models.lm import LM
 from commandv.models.sampling import Sampling
-from commandv.prompts.sets import is_text
+from commandv.prompts.sets import is_text, require_text
 from commandv.serving.answering import Answering, Kind, Stream
 from commandv.serving.behaviours import BASE, UnknownBehaviour, behaviour_name, parse_behaviour
 from commandv.serving.conversation import conversation_ids, plain_stops
@@ -155,11 +155,12 @@ def behaviour_of(asked: Asked, engine: Engine) -> Any:
 
 
 def _sampling(asked: Asked, i: int) -> Sampling:
-    return Sampling(asked.temperature, asked.top_p, None if asked.seed is None else asked.seed + i)
+    return Sampling(asked.temperature, asked.top_p, None if asked.seed is None else (asked.seed + i) % (1 << 32))
 
 
 def _text_ids(lm: LM, prompt: str | list[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
+        require_text(prompt)
         return tuple(lm.tokenizer(prompt).input_ids) if prompt else tuple(opening(lm))
     known = lm.model.get_input_embeddings().weight.shape[0]
     if not all(0 <= one < known for one in prompt):
