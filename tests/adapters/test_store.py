@@ -7,6 +7,7 @@ import errno
 import functools
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import commandv as cv
 from commandv.adapters import store
 from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
 from commandv.adapters.kinds import KINDS, ablation, steering_vector
+from commandv.adapters.outline import outline_of
 from commandv.errors import FormatError, StorageError
 from commandv.models.identity import ModelRef
 from commandv.positions import Positions
@@ -407,3 +409,17 @@ def test_a_configuration_larger_than_is_read_is_not_written(tmp_path, monkeypatc
     with pytest.raises(FormatError, match="at most 1000 are read again"):
         cv.save(Adapter({0: constructed("direft")}, REF, "n", {"log": "x" * 1000}), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("number", ["1e999", "Infinity", "NaN", '"wide"', "null"])
+@pytest.mark.parametrize("name", ["d_model", "layer"])
+def test_an_outline_without_usable_numbers_is_left_to_the_reader(name, number, saved):
+    config = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(re.sub(rf'"{name}": \d+', f'"{name}": {number}', config))
+    if number == "1e999":
+        with pytest.raises(FormatError, match="beyond float64"):
+            outline_of(str(saved))
+    else:
+        assert outline_of(str(saved)) is None
+    with pytest.raises(FormatError, match=r"config\.json"):
+        cv.load_adapter(saved)

@@ -242,7 +242,7 @@ def test_a_key_that_no_header_can_hold_is_refused_without_quoting_it(key, monkey
      {"per_minute": float("nan")}, {"concurrency": 10**6}, {"max_tokens": 0}, {"words": {"A": 1, "a": 0}},
      {"words": {"yes": float("nan"), "no": 0}}, {"base_url": "http://host:99999/v1"}, {"base_url": "file:///etc"},
      {"base_url": "http://[::1/v1"}, {"base_url": "http://"}, {"base_url": "http://host/v1#a"},
-     {"words": {"yes": "x", "no": 0}}],
+     {"words": {"yes": "x", "no": 0}}, {"words": {"yes": 10**400, "no": 0}}],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused_at_once(changes):
     with pytest.raises(InputError):

@@ -56,7 +56,7 @@ def outline_of(source: str) -> Outline | None:
     try:
         layers = sorted({int(one["layer"]) for one in config["interventions"]})
         return Outline(str(config["name"]), int(config["model"]["d_model"]), layers) if layers else None
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, ArithmeticError):
         return None  # what is wrong with it reading it says
 
 

@@ -102,7 +102,7 @@ class Endpoint:
             raise InputError(f"words {list(self.words)}: expected two or more single words")
         try:
             labels_ = [float(label) for label in self.words.values()]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"words {dict(self.words)}: expected a number for each word") from None
         if len({word.lower() for word in self.words}) < len(self.words) or not all(map(math.isfinite, labels_)):
             raise InputError(f"words {dict(self.words)}: expected words that differ in more than case, finite labels")
