@@ -74,7 +74,7 @@ MISTAKES = {
     "layers that are not there": Mistake("train @model @rows.jsonl -o @out --layers 9", INPUT, ("[9]", "0 .. 3")),
     "positions that are none": Mistake("steer @model builtin:sentiment -o @out --at z1", INPUT, ("z1", "'l1'")),
     "a graphics card that is not there": Mistake(
-        "generate @model hi --device-map cuda", INPUT, ("--device-map cuda",), True
+        "generate @model hi --device-map cuda:7", INPUT, ("--device-map cuda:7",), True
     ),
     "a place that is taken": Mistake("train @model @rows.jsonl -o @model", FORMAT, ("choose another place",)),
     "a place below a file": Mistake("train @model @rows.jsonl -o @rows.jsonl/out", STORAGE, ("rows.jsonl",)),

@@ -95,7 +95,9 @@ class Loading:
 
     def __post_init__(self) -> None:
         from commandv.errors import InputError
+        from commandv.models.devices import require_device
 
+        require_device(self.device_map)
         options = _template_options(self.template_option)
         if self.template == "plain" and (self.system is not None or options):
             raise InputError("--template plain has no system prompt and no options; leave out one or the other")

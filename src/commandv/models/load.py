@@ -13,6 +13,7 @@ from torch import nn
 
 from commandv.errors import InputError, ModelError
 from commandv.models.blocks import find_blocks
+from commandv.models.devices import require_device
 from commandv.models.lm import LM, ChatFormat
 from commandv.models.names import PACKAGED, require_model_name
 from commandv.models.running import compiled
@@ -20,7 +21,6 @@ from commandv.models.template import check_format
 from commandv.storage.reading import MOST_TEXT, first_line, read_json
 
 Template = Literal["auto", "chat", "plain"]
-_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that transformers makes
 
 
 def load_model(
@@ -62,7 +62,7 @@ def load_model(
     from commandv.models.gguf import converted
 
     kind = resolve_dtype(dtype)
-    _require_device(device_map)
+    require_device(device_map)
     name = str(id)
     require_model_name(name)
     place: str = name
@@ -207,24 +207,6 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if resolved not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise InputError(f"dtype={dtype!r}: expected 'float32', 'bfloat16' or 'float16'")
     return resolved
-
-
-def _require_device(device_map: Any) -> None:
-    """Raise `InputError` unless transformers can put a model there."""
-    if device_map is None or not isinstance(device_map, str) or device_map in _SPREAD:
-        return
-    try:
-        device = torch.device(device_map)
-    except RuntimeError:
-        raise InputError(
-            f"device_map={device_map!r}: expected {', '.join(_SPREAD)}, cpu, cuda, cuda:1 or mps"
-        ) from None
-    here = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
-    if device.type in ("cuda", "mps") and (device.index or 0) >= here:
-        raise InputError(
-            f"device_map={device_map!r}: PyTorch sees {here or 'no'} such device{'s' if here > 1 else ''} here; leave "
-            "it out for the CPU"
-        )
 
 
 @functools.cache
