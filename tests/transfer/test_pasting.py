@@ -22,7 +22,7 @@ from commandv.profiles.profile import END
 from commandv.transfer.convert import FITTERS, Dense, Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.factor import Cholesky, Factor
 from commandv.transfer.match import LayerPair, explicit, nearest, proportional
-from commandv.transfer.paste import paste, random_like
+from commandv.transfer.paste import paste, published, random_like
 from made_up import (
     D_DONOR,
     D_RECIPIENT,
@@ -160,6 +160,16 @@ def test_layers_and_matcher_say_where_it_acts():
     assert paste(adapter, donor, recipient, layers="all_layers").layers == [0, 1, 3, 4, 6, 7]
     assert paste(adapter, donor, recipient, layers=[1, 2, 3]).layers == [1, 3]
     assert paste(adapter, donor, recipient, match=nearest, layers="7,8").layers == [7]
+
+
+def test_as_published_is_pinv_on_all_last_rows_into_the_nearest_layers_everywhere():
+    donor, recipient = both()
+    adapter = adapter_of(0, 1, 4, 5)
+    whole = {"layers": "all_layers", "match": nearest, "write_rows": "end"}
+    assert same_tensors(
+        published(adapter, donor, recipient), paste(adapter, donor, recipient, fit=Pinv(), holdout=0.0, **whole)
+    )
+    assert not same_tensors(published(adapter, donor, recipient), paste(adapter, donor, recipient, fit=Pinv(), **whole))
 
 
 def test_scale_multiplies_what_is_added():
