@@ -88,3 +88,9 @@ def test_covering_gives_every_recipient_layer_one_donor_layer_at_its_depth(donor
     assert all(abs(pair.donor / donor - pair.recipient / recipient) < 1 / donor for pair in pairs)
     some = covering(deep(donor), deep(recipient), [0, 1])
     assert {pair.donor for pair in some} <= {0, 1}
+
+
+@pytest.mark.parametrize("pairs", [{1: 1.5}, {"1": 2}, {1: None}])
+def test_a_layer_map_of_other_than_whole_numbers(pairs):
+    with pytest.raises(InputError, match=r"the layer map .*: expected whole numbers"):
+        explicit(pairs)

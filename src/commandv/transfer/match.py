@@ -92,8 +92,11 @@ def explicit(pairs: Mapping[int, int]) -> Matcher:
     """Return a matcher that follows a given map from donor layer to recipient layer.
 
     Raises:
-        InputError: when used, if an adapter's layer is not in the map or a layer does not exist.
+        InputError: a layer that is no whole number; when used, if an adapter's layer is not in the map or a layer does
+            not exist.
     """
+    if not all(isinstance(layer, int) for pair in pairs.items() for layer in pair):
+        raise InputError(f"the layer map {dict(pairs)!s:.60}: expected whole numbers, {{donor layer: recipient layer}}")
 
     def matcher(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
         found = []
