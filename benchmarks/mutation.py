@@ -224,6 +224,8 @@ def page() -> str:
         nothing = sum(bool(reason) for (name, _), reason in zip(missed, why, strict=True) if module in (name, "all"))
         rest = hits / max(len(rows) - nothing, 1)
         lines.append(f"| {module} | {len(rows)} | {hits} | {hits / len(rows):.2f} | {nothing} | {rest:.2f} |")
+    if waiting := [name for name in MODULES if name not in found]:
+        lines.append(f"\nNot run with this seed yet: {', '.join(waiting)}.")
     told = [
         f"- {name}, line {row['line']}: `{row['fault']}`" + (f" ({reason})" if reason else "")
         for (name, row), reason in zip(missed, why, strict=True)
