@@ -35,7 +35,7 @@ import transformers
 
 import commandv as cv
 from commandv.errors import CommandVError
-from commandv.transfer.convert import Ridge
+from commandv.transfer.convert.fitters import Ridge
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {

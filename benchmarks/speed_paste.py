@@ -16,7 +16,7 @@ import torch
 import commandv as cv
 from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END, Profile, load_profile, save_profile
-from commandv.transfer.convert import Pinv, Ridge
+from commandv.transfer.convert.fitters import Pinv, Ridge
 from commandv.transfer.fold import fold
 from commandv.transfer.match import explicit
 from commandv.transfer.workers import parallel

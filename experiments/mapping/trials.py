@@ -3,7 +3,7 @@
 Three trials, each beside the same controls: along given texts every token's state is replaced, and the predictions are
 compared with the recipient's own; a prompt's states are replaced, and the recipient writes the reply; and the states of
 multiple-choice questions and their choices, whose log-probabilities then say which is chosen. Which tokens that are,
-and how those of two vocabularies are paired, says `commandv.mapping.pairing`.
+and how those of two vocabularies are paired, says `commandv.mapping.tokens`.
 
 Source: arXiv 2503.04429, for the trials and the metrics TvS and MvA; its judges give a mark for similarity where here
 two texts are compared by their words. Mean-ablation apart for last prompt tokens, the rotation and the shuffled pairs

@@ -82,17 +82,16 @@ from .training.train import (
     TrainSettings as TrainSettings,
     train as train,
 )
-from .transfer.convert import (
+from .transfer.convert.autoencoder import Autoencoder as Autoencoder
+from .transfer.convert.fitters import (
     Affine as Affine,
-    AffineMap as AffineMap,
-    Autoencoder as Autoencoder,
-    Dense as Dense,
-    FourierRidge as FourierRidge,
     Pinv as Pinv,
     Procrustes as Procrustes,
     ReducedRank as ReducedRank,
     Ridge as Ridge,
 )
+from .transfer.convert.fourier import FourierRidge as FourierRidge
+from .transfer.convert.linear import AffineMap as AffineMap, Dense as Dense
 from .transfer.distil.context import Context as Context
 from .transfer.distil.demonstrate import demonstrate as demonstrate
 from .transfer.distil.demonstrations import (
@@ -111,4 +110,4 @@ from .transfer.match import (
     nearest as nearest,
     proportional as proportional,
 )
-from .transfer.paste import fidelity as fidelity, paste as paste, published as published, random_like as random_like
+from .transfer.paste import paste as paste, published as published, random_like as random_like

@@ -62,3 +62,12 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     names = {one.lower(): one for one in known}
     near = [names[one] for one in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.6)]
     return f" (did you mean {' or '.join(prefix + one for one in near)}?)" if near else ""
+
+
+def require_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise `InputError` unless a name is one of those known, with those that are near it."""
+    names = list(known)
+    if name not in names:
+        raise InputError(
+            f"{what} {name!r}{did_you_mean(str(name), names)}: expected one of {', '.join(names)}".lstrip()
+        )

@@ -14,6 +14,7 @@ import commandv as cv
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
 from commandv.adapters.kinds import steering_vector
+from commandv.adapters.network import Network
 from commandv.cli.inspection import describe
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.interop.control_vectors import write_control_vector
@@ -21,7 +22,8 @@ from commandv.models.encoding import pad
 from commandv.models.identity import ModelRef
 from commandv.positions import Positions
 from commandv.profiles.work import read_rows
-from commandv.transfer.convert import FourierRidge, Network, Ridge
+from commandv.transfer.convert.fitters import Ridge
+from commandv.transfer.convert.fourier import FourierRidge
 from commandv.transfer.fidelity import written
 from commandv.transfer.match import LayerPair
 from commandv.transfer.paste import paste, random_like

@@ -9,7 +9,7 @@ import commandv as cv
 from commandv.adapters.kinds import steering_vector
 from commandv.adapters.store import EDITS
 from commandv.models.identity import ModelRef
-from commandv.transfer.convert import FITTERS
+from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.match import MATCHERS
 from made_up import D_RECIPIENT, adapter_of, both, intervention, same_tensors
 from rows import normal

@@ -33,7 +33,7 @@ from commandv.models.identity import ModelRef
 from commandv.steering.making import APPLICATIONS
 from commandv.steering.methods import METHODS
 from commandv.training.train import TRAINABLE
-from commandv.transfer.convert import FITTERS
+from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.distil.distil import METHODS as DISTILLED
 from commandv.transfer.match import MATCHERS
 from stored import data_file

@@ -9,7 +9,7 @@ import pytest
 
 import runs
 from commandv.errors import FormatError, InputError
-from commandv.evaluation import rate
+from commandv.evaluation import rate, verdicts
 from commandv.evaluation.catalogue import TASKS, meaning
 from commandv.evaluation.report import findings, tables, write_report
 from commandv.evaluation.results import Arm, Cell, Sample, load_run, save_cell, save_head
@@ -245,16 +245,16 @@ BASE = {"unmodified": 0.05, "pasted": 0.95, "random": 0.05, "direct": 1.0}
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, findings.CROSSES),
-        ({"pasted": 0.5}, findings.PARTLY),
-        ({"pasted": 0.05}, findings.DOES_NOT),
-        ({"random": 0.95}, findings.DOES_NOT),
-        ({"unmodified": 0.9, "pasted": 0.1, "random": 0.5}, findings.DOES_NOT),  # the other way
-        ({"direct": 0.05}, findings.NOT_EXAMINABLE),
-        ({"direct": None}, findings.CROSSES),
-        ({"random": None}, findings.NOT_ESTABLISHED),
-        ({"unmodified": None}, findings.NOT_MEASURED),
-        ({"pasted": None}, findings.NOT_MEASURED),
+        ({}, verdicts.CROSSES),
+        ({"pasted": 0.5}, verdicts.PARTLY),
+        ({"pasted": 0.05}, verdicts.DOES_NOT),
+        ({"random": 0.95}, verdicts.DOES_NOT),
+        ({"unmodified": 0.9, "pasted": 0.1, "random": 0.5}, verdicts.DOES_NOT),  # the other way
+        ({"direct": 0.05}, verdicts.NOT_EXAMINABLE),
+        ({"direct": None}, verdicts.CROSSES),
+        ({"random": None}, verdicts.NOT_ESTABLISHED),
+        ({"unmodified": None}, verdicts.NOT_MEASURED),
+        ({"pasted": None}, verdicts.NOT_MEASURED),
     ],
 )
 def test_verdict_rules(change, expected):
@@ -264,8 +264,8 @@ def test_verdict_rules(change, expected):
 
 def test_verdict_where_less_is_the_aim_and_labels_count_words():
     rates = {"unmodified": 1.0, "pasted": 0.5, "random": 1.0, "direct": 0.4}
-    assert verdict(rates, unit="words", success="less") == findings.CROSSES
-    assert verdict(rates, unit="words", success="more") == findings.NOT_EXAMINABLE
+    assert verdict(rates, unit="words", success="less") == verdicts.CROSSES
+    assert verdict(rates, unit="words", success="more") == verdicts.NOT_EXAMINABLE
 
 
 def test_unknown_aim_is_said(tmp_path):
@@ -292,7 +292,7 @@ def test_arm_missing_in_some_seeds():
     table = one_table(cells)
     assert table.score("direct").n == runs.N_TEST  # prompts; the third seed has none of it
     assert table.score("pasted").n == runs.N_TEST
-    assert table.verdict.word == findings.CROSSES
+    assert table.verdict.word == verdicts.CROSSES
     assert "Measured with some seeds only: direct." in table.notes
 
 

@@ -51,7 +51,7 @@ def test_names_that_cannot_go_into_file_names(name, message, content, tmp_path):
         ({"pairs": []}, "pairs: expected at least one"),
         ({"leave_out": ["luck"]}, "'luck'.* cannot be left out; expected some of published, random"),
         ({"leave_out": ["pasted"]}, "'pasted'.* cannot be left out"),
-        ({"layers": ["top"]}, r"layers: .*'top'"),
+        ({"layers": ["top"]}, "layers.0: layers 'top': expected"),
         ({"scales": [-1]}, "scales.0: Input should be greater than 0"),
         ({"scales": [float("inf")]}, "scales.0: "),
         ({"seeds": [0, -1]}, "seeds.1: .*seed=-1: expected a whole number"),

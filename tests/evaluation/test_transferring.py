@@ -128,7 +128,7 @@ def test_the_test_prompts_are_asked_of_nothing_that_is_chosen(pair, behaviour, c
 
     answer = cv.generate
     monkeypatch.setattr(running, "choose", watching)
-    for place in ("evaluation.tasks", "transfer.distil.demonstrate", "evaluation.transferring.planning"):
+    for place in ("evaluation.outcomes", "transfer.distil.demonstrate", "evaluation.transferring.planning"):
         monkeypatch.setattr(f"commandv.{place}.generate", seen)
     cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), SETTINGS)
     assert asked.index("chosen") == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -185,3 +187,8 @@ def test_what_cannot_be_done_is_a_typed_error(tmp_path):
         get_model("commandv/gemma-3-270m", api_key="secret", memoize=False)
     with pytest.raises(cv.CommandVError, match="cannot be loaded"):
         get_model(f"commandv/{tmp_path}", memoize=False)
+
+
+def test_looking_for_a_provider_does_not_load_torch():
+    code = "import sys, commandv.interop.inspect_ai; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

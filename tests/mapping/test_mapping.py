@@ -31,7 +31,7 @@ from commandv.mapping import (
 from commandv.models.encoding import encode, pad
 from commandv.profiles.profile import END
 from commandv.prompts.sets import Prompt, PromptSet
-from commandv.transfer.convert import FITTERS
+from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.link import HOLDOUT, held_out_prompts
 from commandv.transfer.match import LayerPair
 from mapped import PASSAGES, PROMPTS, QUESTIONS, TEXTS, constant, identity, profiled

@@ -19,7 +19,7 @@ import foreign
 import tiny
 from commandv.errors import CommandVError, FormatError, InputError
 from commandv.evaluation.study import load_study
-from commandv.evaluation.task_files import load_splits
+from commandv.evaluation.tasks import load_splits
 from commandv.interop.sae import SAE, load_sae, save_sae
 from commandv.profiles.profile import load_profile
 from commandv.storage.reading import DEPTH, parse_json, read_json, read_text, read_yaml

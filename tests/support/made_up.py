@@ -12,7 +12,8 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END, Profile
-from commandv.transfer.convert import FITTERS, Pinv, ReducedRank
+from commandv.transfer.convert.fitters import Pinv, ReducedRank
+from commandv.transfer.convert.table import FITTERS
 from rows import normal
 
 N, D_DONOR, D_RECIPIENT, LATENT, RANK = 80, 10, 14, 6, 3

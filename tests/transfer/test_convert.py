@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from commandv.errors import InputError
-from commandv.transfer.convert import FITTERS, Affine, AffineMap, FourierRidge, Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.factor import Cholesky, Factor, Spectral
-from commandv.transfer.convert.fitters import fitted, fitter_settings
+from commandv.transfer.convert.fitters import Affine, Pinv, ReducedRank, Ridge, fitted, fitter_settings
+from commandv.transfer.convert.fourier import FourierRidge
 from commandv.transfer.convert.kept import Kept
+from commandv.transfer.convert.linear import AffineMap
+from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.fidelity import r2
 from rows import SHAPES, normal, related, relative
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from commandv.transfer.convert import Pinv
 from commandv.transfer.convert.factor import Cholesky, Factor, Spectral
+from commandv.transfer.convert.fitters import Pinv
 from commandv.transfer.convert.rows import Rows
 from rows import normal
 

@@ -11,7 +11,7 @@ import torch
 import commandv as cv
 from commandv.errors import InputError, MismatchError
 from commandv.profiles.profile import Profile
-from commandv.transfer.convert import Pinv
+from commandv.transfer.convert.fitters import Pinv
 from commandv.transfer.fidelity import cosine, r2
 from commandv.transfer.link import held_out_prompts
 from commandv.transfer.paste import paste
@@ -97,7 +97,7 @@ def test_held_out_prompts_are_the_share_asked_for_and_grow_with_it(share):
 
 def test_fidelity_is_near_one_where_the_streams_are_related():
     donor, recipient = both(300)
-    (told,) = cv.fidelity(adapter_of(4), donor, recipient)
+    (told,) = cv.link(donor, recipient).fidelity(adapter_of(4))
     assert (told.donor, told.recipient, told.n) == (4, 6, int(held_out_prompts(np.arange(300), 0.1).sum()))
     for name in ("read_r2", "write_r2", "read_cosine", "write_cosine", "adapter_read_r2", "adapter_write_r2"):
         assert 0.98 < getattr(told, name) <= 1.0, name
@@ -108,7 +108,7 @@ def test_fidelity_is_near_zero_where_they_are_not():
     donor, _ = both(300)
     # Of the same prompts, and nothing in common.
     alien = profile_of({layer: normal(300, D_RECIPIENT, seed=900 + layer) for layer in range(9)}, RECIPIENT)
-    (told,) = cv.fidelity(adapter_of(4), donor, alien)
+    (told,) = cv.link(donor, alien).fidelity(adapter_of(4))
     for name in ("read_r2", "write_r2", "adapter_read_r2", "adapter_write_r2"):
         assert -0.35 < getattr(told, name) < 0.1, name
     assert abs(told.read_cosine) < 0.3
@@ -120,7 +120,7 @@ def test_shuffled_pairs_destroy_fidelity():
     adapter = adapter_of(4)
     link = cv.link(donor, recipient, shuffle=0)
     shuffled = link.paste(adapter)
-    (plain,) = cv.fidelity(adapter, donor, recipient)
+    (plain,) = cv.link(donor, recipient).fidelity(adapter)
     (told,) = link.fidelity(adapter)
     assert plain.read_r2 > 0.98
     assert plain.write_r2 > 0.98
@@ -132,7 +132,7 @@ def test_shuffled_pairs_destroy_fidelity():
 def test_fidelity_measures_held_out_rows_not_fitted_ones():
     """Least squares through as many rows as dimensions fits its own rows exactly and others not at all."""
     donor, recipient = both(17, noise=1.0)
-    (told,) = cv.fidelity(adapter_of(4), donor, recipient, fit=Pinv(exact=True), holdout=0.2)
+    (told,) = cv.link(donor, recipient, fit=Pinv(exact=True), holdout=0.2).fidelity(adapter_of(4))
     fitted = ~held_out_prompts(np.arange(17), 0.2)
     x, y = recipient.layer(6)[torch.from_numpy(fitted)], donor.layer(4)[torch.from_numpy(fitted)]
     assert len(x) <= D_RECIPIENT
@@ -149,17 +149,17 @@ def test_fidelity_is_that_of_the_fits_pasted_through_and_the_same_in_one_go(fit)
     link.paste(adapter)
     told = link.fidelity(adapter)
     assert all(link.into(pair) is one[0] for pair, one in zip(link.layer_pairs(adapter.layers), made, strict=True))
-    again = cv.fidelity(adapter, donor, recipient, fit=fit)
+    again = cv.link(donor, recipient, fit=fit).fidelity(adapter)
     assert [tuple(one) for one in again] == [pytest.approx(tuple(one), rel=1e-3, abs=1e-6) for one in told]
 
 
 def test_fidelity_leaves_out_dimensions_that_do_not_vary():
     donor, recipient = both(300)
-    (plain,) = cv.fidelity(adapter_of(4), donor, recipient)
+    (plain,) = cv.link(donor, recipient).fidelity(adapter_of(4))
     for profile in (donor, recipient):
         for rows in profile.activations.values():
             rows[:, 3], rows[:, 5] = 0.0, 1234.567
-    (told,) = cv.fidelity(adapter_of(4), donor, recipient)
+    (told,) = cv.link(donor, recipient).fidelity(adapter_of(4))
     for name in ("read_r2", "write_r2", "read_cosine", "write_cosine", "cycle_error"):
         assert getattr(told, name) == pytest.approx(getattr(plain, name), abs=0.02), name
 
@@ -178,15 +178,15 @@ def test_r2_and_cosine_of_known_predictions():
 def test_fidelity_without_rows_to_measure_on_is_refused():
     donor, recipient = both()
     with pytest.raises(InputError, match="holdout=0: no prompts are left"):
-        cv.fidelity(adapter_of(4), donor, recipient, holdout=0)
+        cv.link(donor, recipient, holdout=0).fidelity(adapter_of(4))
     donor, recipient = both(4)
     with pytest.raises(InputError, match=r"keeps 1 rows from the fit, expected at least 2"):
-        cv.fidelity(adapter_of(4), donor, recipient)
+        cv.link(donor, recipient).fidelity(adapter_of(4))
 
 
 def test_fidelity_of_another_model_s_adapter_is_refused():
     donor, recipient = both()
     with pytest.raises(MismatchError, match="made for donor"):
-        cv.fidelity(adapter_of(4), recipient, donor)
+        cv.link(recipient, donor).fidelity(adapter_of(4))
     with pytest.raises(MismatchError, match="adapter test: made for recipient"):
-        cv.fidelity(paste(adapter_of(4), donor, recipient), donor, recipient)
+        cv.link(donor, recipient).fidelity(paste(adapter_of(4), donor, recipient))

@@ -11,7 +11,7 @@ from torch import Tensor
 from commandv.adapters.adapter import Intervention
 from commandv.adapters.carried import Carried
 from commandv.adapters.kinds import steering_vector
-from commandv.transfer.convert import Dense
+from commandv.transfer.convert.linear import Dense
 from commandv.transfer.fold import carried
 from made_up import D_DONOR, D_RECIPIENT, intervention
 from rows import normal, relative

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from commandv.transfer.convert import Affine, Pinv, Procrustes, ReducedRank, Ridge
+from commandv.transfer.convert.fitters import Affine, Pinv, Procrustes, ReducedRank, Ridge
 from rows import SHAPES, normal, rank_of_condition, related, relative
 
 

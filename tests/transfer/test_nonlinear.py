@@ -13,10 +13,13 @@ from torch import Tensor
 import commandv as cv
 from commandv.adapters.adapter import Intervention
 from commandv.errors import FormatError, InputError
-from commandv.transfer.convert import Autoencoder, FourierRidge, Ridge, autoencoder as module
+from commandv.transfer.convert import autoencoder as module
+from commandv.transfer.convert.autoencoder import Autoencoder
+from commandv.transfer.convert.fitters import Ridge
+from commandv.transfer.convert.fourier import FourierRidge
 from commandv.transfer.convert.linear import Dense
 from commandv.transfer.fidelity import r2
-from commandv.transfer.paste import fidelity, paste
+from commandv.transfer.paste import paste
 from made_up import adapter_of, both
 from rows import D_X, D_Y, N, normal, planted
 
@@ -116,7 +119,7 @@ def test_the_affine_twin_is_affine_and_folds():
 @pytest.mark.parametrize("fit", [FourierRidge(features=64), LEARNING], ids=["fourier", "autoencoder"])
 def test_fidelity_is_told_of_every_fitter_and_is_high_where_streams_are_related(fit):
     donor, recipient = both(300)
-    (told,) = fidelity(adapter_of(4), donor, recipient, fit=fit)
+    (told,) = cv.link(donor, recipient, fit=fit).fidelity(adapter_of(4))
     assert min(told.read_r2, told.write_r2, told.adapter_read_r2, told.adapter_write_r2) > 0.7
     assert told.cycle_error < 0.4
 

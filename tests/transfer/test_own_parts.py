@@ -78,7 +78,7 @@ def test_a_fitter_and_a_matcher_of_one_s_own_paste_measure_and_save(name, tmp_pa
     assert pasted.layers == [6, 7]
     told = link.fidelity(adapter, **where)
     assert [(one.donor, one.recipient) for one in told] == [(1, 7), (2, 6)]
-    again = cv.fidelity(adapter, donor, recipient, fit=OWN[name], **where)
+    again = cv.link(donor, recipient, fit=OWN[name]).fidelity(adapter, **where)
     assert [tuple(one) for one in again] == [pytest.approx(tuple(one), rel=1e-5) for one in told]
     loaded = cv.load_adapter(cv.save(pasted, tmp_path / "own"))
     assert same_tensors(loaded, pasted)

@@ -19,8 +19,10 @@ from commandv.errors import InputError, MismatchError
 from commandv.mapping import fit_mapper
 from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END
-from commandv.transfer.convert import FITTERS, Dense, Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.factor import Cholesky, Factor
+from commandv.transfer.convert.fitters import Pinv, ReducedRank, Ridge
+from commandv.transfer.convert.linear import Dense
+from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.match import LayerPair, explicit, nearest, proportional
 from commandv.transfer.paste import paste, published, random_like
 from made_up import (

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from commandv.errors import InputError
-from commandv.transfer.convert import Affine, Pinv, ReducedRank, Ridge, strength as strength_module
+from commandv.transfer.convert import strength as strength_module
 from commandv.transfer.convert.factor import Factor
+from commandv.transfer.convert.fitters import Affine, Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.rows import Rows
 from commandv.transfer.convert.strength import STRENGTHS, _sample, choose_strength, gcv, loo, sketch
 from commandv.transfer.fidelity import r2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from commandv.adapters.edit import Edit, Spec, require_numbers
 from commandv.adapters.outline import MOST_LAYERS, require_scale
-from commandv.errors import InputError
+from commandv.errors import InputError, require_known
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions
 
@@ -49,8 +49,7 @@ class Intervention(Edit):
     positions: Positions = LAST
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise InputError(f"activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        require_known("activation", self.activation, ACTIVATIONS)
         shapes = (tuple(self.read.shape), tuple(self.bias.shape), tuple(self.write.shape))
         if self.read.ndim != 2 or shapes != ((rank := len(self.bias), self.d_model), (rank,), (rank, self.d_model)):
             raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commandv.errors import InputError
+from commandv.errors import InputError, require_known
 
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"cos": torch.cos, "relu": torch.relu}
 
@@ -18,9 +18,9 @@ HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"cos": torch.cos, "relu": torch
 class Network:
     """y = (x - m) L + act((x - m) E + e) O + o, from one residual stream (x, width d_x) to another (y, width d_y).
 
-    It answers what a `commandv.transfer.convert.Converter` is asked; nothing folds through it, so an intervention is
-    carried by wrapping it (`commandv.adapters.carried`). Everything is float32, and so is the arithmetic. Without
-    hidden units it is an affine map, as which it stands in for one beside another that is not affine.
+    It answers what a `commandv.transfer.convert.linear.Converter` is asked; nothing folds through it, so an
+    intervention is carried by wrapping it (`commandv.adapters.carried`). Everything is float32, and so is the
+    arithmetic. Without hidden units it is an affine map, as which it stands in for one beside another that is not.
 
     Attributes:
         mean: m, [d_x]; taken off first, so that streams far from zero do not cost digits.
@@ -43,8 +43,7 @@ class Network:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.activation not in HIDDEN:
-            raise InputError(f"activation {self.activation!r} of a converter: expected one of {', '.join(HIDDEN)}")
+        require_known("activation of a converter", self.activation, HIDDEN)
         expected = shapes(self.d_x, self.d_y, len(self.shift), self.linear is not None)
         for name, value in self.tensors().items():
             if tuple(value.shape) != expected[name]:

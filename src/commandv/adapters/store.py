@@ -41,13 +41,6 @@ class _ModelSpec(_Strict):
     format: str = ""
 
 
-def _model_spec(model: ModelRef) -> _ModelSpec:
-    """Return what a file says of a model; what is not known of the newer fields is left out."""
-    return _ModelSpec(
-        **{name: value for name, value in asdict(model).items() if value or name not in ("weights", "format")}
-    )
-
-
 class _FileSpec(_Strict):
     file: str
     sha256: str
@@ -86,13 +79,15 @@ def save(adapter: Adapter, path: str | Path) -> Path:
                 tensors[f"{number}.{part}"] = torch.clone(
                     value.detach().float().cpu(), memory_format=torch.contiguous_format
                 )
+    model = asdict(adapter.model)
+    known = {name: value for name, value in model.items() if value or name not in ("weights", "format")}  # newer fields
     try:
         config = _Config(
             format=ADAPTER.format,
             format_version=VERSION,
             commandv=importlib.metadata.version("commandv"),
             name=adapter.name,
-            model=_model_spec(adapter.model),
+            model=_ModelSpec(**known),
             interventions=specs,
             provenance=dict(adapter.provenance),
         )

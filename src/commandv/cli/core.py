@@ -185,7 +185,7 @@ def paste(
     require_place(out, ADAPTER)
     reading.check(adapter, scale=scale)
 
-    from commandv.transfer.convert import FITTERS
+    from commandv.transfer.convert.table import FITTERS
 
     where = {"match": _matcher(match), "layers": layers}
     original = reading.load(adapter, same_as=same_as)

@@ -151,9 +151,7 @@ def tune(
     facts = {
         "task": asked.name,
         "unmodified": plain.score().value,
-        "tried": [
-            {**one.setting.__dict__, "value": one.value, "kl": one.kl, "loops": one.loops} for one in found.tried
-        ],
+        "tried": [one.as_dict() for one in found.tried],
         "within_budget": found.within_budget,
     }
     final = original.on_layers(choices[setting.layers]).scaled(setting.scale)

@@ -50,8 +50,14 @@ from .statistics import (
     paired_p as paired_p,
     recovered_fraction as recovered_fraction,
 )
-from .task_files import load_splits as load_splits
-from .tasks import ByPrompt as ByPrompt, ByText as ByText, Judge as Judge, Split as Split, Task as Task
+from .tasks import (
+    ByPrompt as ByPrompt,
+    ByText as ByText,
+    Judge as Judge,
+    Split as Split,
+    Task as Task,
+    load_splits as load_splits,
+)
 from .tuning import (
     Choice as Choice,
     Setting as Setting,

@@ -24,7 +24,7 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.adapters.kinds import steering_vector
-from commandv.errors import InputError
+from commandv.errors import InputError, require_known
 from commandv.evaluation.material import ANSWER_TOKENS, Material
 from commandv.models.encoding import Turns, encode
 from commandv.models.generation import generate
@@ -105,9 +105,8 @@ def make_arm(name: str, material: Material) -> Made:
     Raises:
         InputError: an unknown name, or the material lacks what the arm needs.
     """
-    arm = ARMS.get(name)
-    if arm is None:
-        raise InputError(f"arm {name!r}: expected one of {', '.join(ARMS)}")
+    require_known("arm", name, ARMS)
+    arm = ARMS[name]
     if lacking := material.lacks(arm.needs):
         raise InputError(
             f"arm {name} needs {', '.join(lacking)}, which the comparison lacks; give it, or leave {name} out"

@@ -17,8 +17,7 @@ from commandv.evaluation.graders import GRADERS, Grader, answered, refusal
 from commandv.evaluation.instructions import follows, instructed
 from commandv.evaluation.questions import Question, as_letters, load_questions
 from commandv.evaluation.reasoning import is_right, reasons_first
-from commandv.evaluation.task_files import load_splits
-from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Task
+from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Task, load_splits
 from commandv.evaluation.tone import formal, positive_sentiment
 from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts

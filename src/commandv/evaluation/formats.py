@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from commandv.evaluation.graders import Grader, unless_looping
 from commandv.prompts.loops import loops
-
-Labeller = Callable[[str], float]
 
 CAPITALS_SHARE = 0.9  # of the cased letters; leaves room for a unit or a name such as "km" or "iPhone"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from commandv.errors import InputError, did_you_mean
+from commandv.errors import InputError, did_you_mean, require_known
 from commandv.evaluation.endpoint import Endpoint
 from commandv.evaluation.graders import GRADERS
 from commandv.evaluation.judgments import Cached, CostlyJudge
@@ -68,8 +68,7 @@ def refusal_phrases(name: str) -> Phrases:
     """
     text = (importlib.resources.files("commandv.evaluation") / "data" / _PHRASE_FILE).read_text("utf-8")
     lists = json.loads(text)
-    if name not in lists:
-        raise InputError(f"phrase list {name!r}: expected one of {', '.join(lists)}")
+    require_known("phrase list", name, lists)
     chosen = lists[name]
     return Phrases(name, tuple(chosen["phrases"]), chosen["match"], chosen["ignore_case"])
 

@@ -55,23 +55,24 @@ class CostlyJudge(Protocol):
             JudgeError: the judge gives up.
         """
 
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """Return a label per answer, NaN where there is no judgment, and keep nothing.
 
-def labels(judge: CostlyJudge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-    """Ask a judge about every answer and keep nothing.
-
-    Raises:
-        JudgeError: the judge gives up.
-    """
-    found: dict[int, float] = {}
-    try:
-        for portion in judge.judgments(prompts, answers):
-            found.update((judgment.place, judgment.label) for judgment in portion)
-    except JudgeError as error:
-        raise JudgeError(
-            f"{error}. {len(found)} of {len(answers)} answers were judged; Cached(judge) would have kept them",
-            judged=len(found),
-        ) from error
-    return _reported(judge.name, [found[i] for i in range(len(answers))])
+        Raises:
+            JudgeError: the judge gives up.
+            ModelError: the judge's model cannot be loaded, or does not take an exchange.
+            InputError: the judge's model has no such label, or no chat template.
+        """
+        found: dict[int, float] = {}
+        try:
+            for portion in self.judgments(prompts, answers):
+                found.update((judgment.place, judgment.label) for judgment in portion)
+        except JudgeError as error:
+            raise JudgeError(
+                f"{error}. {len(found)} of {len(answers)} answers were judged; Cached(judge) would have kept them",
+                judged=len(found),
+            ) from error
+        return _reported(self.name, [found[i] for i in range(len(answers))])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pydantic
+
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.errors import InputError
@@ -73,14 +75,29 @@ def like_the_donor(
     Raises:
         InputError: the donor's answers with its adapter cannot be told from those without it.
     """
+    found = answers(donor, adapter, recipient, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return likeness(found.changed, found.plain, found.own, adapter.name)
+
+
+class Answers(pydantic.BaseModel):
+    """The donor's answers with its adapter and without, and the recipient's."""
+
+    changed: list[str]
+    plain: list[str]
+    own: list[str]
+
+
+def answers(
+    donor: LM, adapter: Adapter, recipient: LM, prompts: PromptSet, *, max_new_tokens: int, batch_size: int
+) -> Answers:
+    """Have both models answer the prompts; arguments as in `like_the_donor`."""
 
     def answered(lm: LM) -> list[str]:
         return generate(lm, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     plain, own = answered(donor), answered(recipient)
     with attach(donor, adapter):
-        changed = answered(donor)
-    return likeness(changed, plain, own, adapter.name)
+        return Answers(changed=answered(donor), plain=plain, own=own)
 
 
 def likeness(changed: Sequence[str], plain: Sequence[str], own: Sequence[str], name: str) -> Likeness:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from commandv.errors import InputError, ModelError
-from commandv.evaluation.judgments import Judgment, labels
+from commandv.evaluation.judgments import CostlyJudge, Judgment
 from commandv.models.encoding import pad
 from commandv.models.generation import batches, greedy
 from commandv.models.lm import LM
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(CostlyJudge):
     """Asks a sequence-classification model whether one of its labels is the most likely one for an answer.
 
     Attributes:
@@ -62,15 +62,6 @@ class Classifier:
         """Everything that a label depends on."""
         asked = [None if self.label is None else str(self.label), self.template]
         return {"kind": "classifier", "model": self.model, "revision": _revision(self.model), "asked": asked}
-
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """Return 1 where the label is the most likely one, else 0.
-
-        Raises:
-            ModelError: the model cannot be loaded.
-            InputError: it has no such label.
-        """
-        return labels(self, prompts, answers)
 
     @torch.inference_mode()
     def judgments(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Iterator[list[Judgment]]:
@@ -120,7 +111,7 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class Guard:
+class Guard(CostlyJudge):
     """Asks a generative guard model through its own chat template and reads the first word of its reply.
 
     Attributes:
@@ -151,15 +142,6 @@ class Guard:
         """Everything that a label depends on."""
         asked = [self.unsafe, self.safe, self.lead, self.max_new_tokens]
         return {"kind": "guard", "model": self.model, "revision": _revision(self.model), "asked": asked}
-
-    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """Return 1 for unsafe, 0 for safe, NaN where the reply is neither.
-
-        Raises:
-            ModelError: the model cannot be loaded, or its template does not take an exchange.
-            InputError: it has no chat template.
-        """
-        return labels(self, prompts, answers)
 
     def judgments(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Iterator[list[Judgment]]:
         """Yield the judgments batch by batch; an exchange longer than the context gets none."""

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from commandv.errors import InputError
+from commandv.errors import InputError, require_known
 from commandv.prompts.loops import loops
 
 # In the same clause with at most one word between: "not good", "never a joy". "Not only good" is praise.
@@ -80,8 +80,7 @@ def load_lexicon(name: str) -> Lexicon:
     Raises:
         InputError: no such lexicon.
     """
-    if name not in LEXICONS:
-        raise InputError(f"lexicon {name!r}: expected one of {', '.join(LEXICONS)}")
+    require_known("lexicon", name, LEXICONS)
     text = (importlib.resources.files("commandv.evaluation") / "data" / f"{name}.json").read_text("utf-8")
     lists = json.loads(text)
     return Lexicon(name, tuple(lists["positive"]), tuple(lists["negative"]), lists["negations"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -56,6 +56,11 @@ class Tried(NamedTuple):
     kl: float
     side: float | None = None
     loops: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return setting, effect, price and loops as plain values."""
+        where = {"layers": self.setting.layers, "scale": self.setting.scale}
+        return {**where, "value": self.value, "kl": self.kl, "loops": self.loops}
 
 
 @dataclass(frozen=True, eq=False)

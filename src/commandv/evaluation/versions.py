@@ -30,7 +30,6 @@ CODE: dict[str, tuple[str, ...]] = {
                 "reasoning",
                 "arithmetic",
                 "catalogue",
-                "task_files",
                 "questions",
                 "outcomes",
                 "instructions",

@@ -79,7 +79,7 @@ def _reasonable(count: int, what: str) -> None:
         raise ValueError(f"it announces {count} {what}; a model, perhaps, which load_model opens")
 
 
-def read_control_vector(path: Path, *, layer: int | None = None, convention: Convention | None = None) -> Adapter:
+def read_control_vector(path: Path, *, layer: int | None = None, convention: str | None = None) -> Adapter:
     """Read a control vector as a steering adapter that acts on every token, `direction.N` at layer N.
 
     Args:

@@ -41,7 +41,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from commandv.adapters.adapter import Adapter
     from commandv.models.lm import LM
-from commandv.models.load import Template
+    from commandv.models.load import Template
 
 MAX_TOKENS = 2048  # of an answer where neither task nor user says; what Inspect's own local provider does
 GATHER_SECONDS = 0.05  # how long the first request of a batch waits for company

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.shipped import builtin_path
 from commandv.adapters.store import read
 from commandv.interop.control_vectors import read_control_vector
-from commandv.interop.detect import SUFFIXES, Convention, LayerConvention, require_adapter_kind
+from commandv.interop.detect import SUFFIXES, require_adapter_kind
 from commandv.interop.pyreft import read_pyreft
 from commandv.interop.vectors import read_vector
 from commandv.storage.directories import CONFIG
@@ -70,7 +69,7 @@ def _loaded(source: str | Path, layer: int | None, convention: str | None) -> Ad
     if kind == "pyreft":
         return read_pyreft(Path(source))
     if kind == "vector":
-        return read_vector(Path(source), layer=layer, convention=cast(LayerConvention | None, convention))
+        return read_vector(Path(source), layer=layer, convention=convention)
     if kind == "control-vector":
-        return read_control_vector(Path(source), layer=layer, convention=cast(Convention | None, convention))
+        return read_control_vector(Path(source), layer=layer, convention=convention)
     return read(source)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
-from commandv.errors import FormatError, InputError, MismatchError
+from commandv.errors import FormatError, InputError, MismatchError, require_known
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 from commandv.storage.foreign import new_directory, require_new
@@ -68,8 +68,7 @@ class SAE:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise InputError(f"SAE architecture {self.architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
+        require_known("SAE architecture", self.architecture, ARCHITECTURES)
         if (self.threshold is not None) != (self.architecture == "jumprelu"):
             raise InputError(
                 f"a {self.architecture} SAE {'with' if self.threshold is not None else 'without'} thresholds"

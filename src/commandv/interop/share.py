@@ -98,6 +98,7 @@ def push(
         config = read_config(folder, how.kind)
         names = [CONFIG, *(part["file"] for part in config["files"].values())]
         card = card_of(one, repo_id, license=license, licenses=_licenses(one, how), record=config)
+        name = f"profile of {one.model.id}" if isinstance(one, Profile) else one.name
         api = HfApi()
         with hub_errors(repo_id, how.repo_type, doing="write"):
             url = str(api.create_repo(repo_id, repo_type=how.repo_type, private=private, exist_ok=True))
@@ -111,7 +112,7 @@ def push(
         with hub_errors(repo_id, how.repo_type, doing="write"):
             done = api.create_commit(
                 repo_id, operations, repo_type=how.repo_type, parent_commit=there.commit,
-                commit_message=message or f"{_name(one)}, by commandv {config.get('commandv', '')}".strip(),
+                commit_message=message or f"{name}, by commandv {config.get('commandv', '')}".strip(),
             )  # fmt: skip
         size = sum((folder / name).stat().st_size for name in names) + len(card.encode())
     return Pushed(url, str(done.oid), size)
@@ -197,10 +198,6 @@ def _how(artefact: Artefact) -> _Shared:
         if isinstance(artefact, how.type):
             return how
     raise InputError(f"a {type(artefact).__name__}: expected an adapter, a profile, demonstrations, or a path to one")
-
-
-def _name(one: Artefact) -> str:
-    return f"profile of {one.model.id}" if isinstance(one, Profile) else one.name
 
 
 def _stale(there: Listed, how: _Shared, names: list[str], repo_id: str, *, private: bool) -> list[str]:

@@ -27,7 +27,7 @@ from commandv.adapters.edit import require_numbers
 from commandv.adapters.kinds import steering_vector
 from commandv.adapters.outline import MOST_LAYERS
 from commandv.errors import FormatError, InputError
-from commandv.interop.detect import LayerConvention, require_convention
+from commandv.interop.detect import require_convention
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 from commandv.storage.reading import number_of, read_json
@@ -49,7 +49,7 @@ _INNER = ("directions", "vectors", "steering_vectors", "layer_activations", "lay
 _LM_EVAL = {"steering_vector", "steering_coefficient", "action", "bias", "head_index"}
 
 
-def read_vector(path: Path, *, layer: int | None = None, convention: LayerConvention | None = None) -> Adapter:
+def read_vector(path: Path, *, layer: int | None = None, convention: str | None = None) -> Adapter:
     """Read a vector file as a steering adapter that acts on every token.
 
     It may hold one vector [d_model] or [1, d_model] (whose layer the file's metadata or `layer` says), a stack

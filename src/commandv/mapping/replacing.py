@@ -1,6 +1,6 @@
 """Replacing a layer's states, token by token, by states that were mapped from another model at the same text.
 
-Which token takes which says `commandv.mapping.pairing`; a token without a counterpart, such as those of the prompt
+Which token takes which says `commandv.mapping.tokens`; a token without a counterpart, such as those of the prompt
 format but the last, keeps the recipient's own state.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from commandv.errors import InputError
 from commandv.mapping.mappers import Mapper
-from commandv.mapping.pairing import Pairing, Places, place
+from commandv.mapping.tokens import Pairing, Places, place
 from commandv.models.encoding import Batch, model_inputs, pad, run_blocks
 from commandv.models.generation import batches
 from commandv.models.live import attach_change, reading

@@ -55,13 +55,14 @@ class ModelRef:
             ("n_layers", f"another depth; {carry}{embeddings}"),
         ):
             self._differ(other, field, what, hint)
-        if not self._same_weights(other):
+        if not self.weights or self.weights != other.weights:
             same = (
                 "another model, or edited weights: make it again with the model in use. If they are the same model "
                 f"(another precision, a fine-tuned copy), say so: load_model(..., same_as={self.id!r}), or --same-as "
                 f"{self.id!r} on the command line"
             )
-            if _comparable(self.weights, other.weights):
+            # At the same precision the same model has the same hash.
+            if self.weights.rpartition(":")[0] == other.weights.rpartition(":")[0]:
                 self._differ(other, "weights", what, same)
             self._differ(other, "revision", what, same)
             if not (self.revision and other.revision) and _name(self.id) != _name(other.id):
@@ -70,9 +71,6 @@ class ModelRef:
         if self.format != other.format:
             log.info("%s: made with %s, used with %s", what, self.format or "no system prompt", other.format or "none")
 
-    def _same_weights(self, other: ModelRef) -> bool:
-        return bool(self.weights) and self.weights == other.weights
-
     def _differ(self, other: ModelRef, field: str, what: str, hint: str) -> None:
         mine, theirs = getattr(self, field), getattr(other, field)
         if mine and theirs and mine != theirs:
@@ -80,11 +78,6 @@ class ModelRef:
             raise MismatchError(
                 f"{what}: made for {self.id or 'a model'}{one}, got {other.id or 'a model'}{two}; {hint}"
             )
-
-
-def _comparable(mine: str, theirs: str) -> bool:
-    """True when both were hashed at a precision at which the same model has the same hash."""
-    return mine.rpartition(":")[0] == theirs.rpartition(":")[0]
 
 
 def _name(id: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import ablation, steering_vector
-from commandv.errors import InputError
+from commandv.errors import InputError, require_known
 from commandv.models.identity import ModelRef
 from commandv.models.layers import LayerChoice, choose_layers
 from commandv.models.lm import LM
@@ -106,8 +106,7 @@ def from_directions(
     Raises:
         InputError: an unknown kind, a direction of zeros, `relative` for an ablation, or nothing to go by.
     """
-    if kind not in APPLICATIONS:
-        raise InputError(f"kind {kind!r}: expected one of {', '.join(APPLICATIONS)}")
+    require_known("kind", kind, APPLICATIONS)
     if not math.isfinite(strength):
         raise InputError(f"strength={strength}: expected a finite number")
     if relative and kind not in BY_LENGTH:
@@ -203,8 +202,7 @@ def steer(
     """
     require_own(lm, "steering")
     chosen, where = _method(method, contrast), choose_layers(layers, lm.n_layers)
-    if kind not in APPLICATIONS:
-        raise InputError(f"kind {kind!r}: expected one of {', '.join(APPLICATIONS)}")
+    require_known("kind", kind, APPLICATIONS)
     place = as_positions(positions)
     reading = read_contrast(lm, contrast, place, trigger=trigger, keep_rows=chosen.keeps_rows, batch_size=batch_size)
     found = chosen.find(reading)
@@ -266,7 +264,6 @@ def probes(
 
 
 def _method(name: str, contrast: Contrast) -> Method:
-    if name not in METHODS:
-        raise InputError(f"method {name!r}: expected one of {', '.join(METHODS)}")
+    require_known("method", name, METHODS)
     METHODS[name].require(contrast, name)
     return METHODS[name]

@@ -23,9 +23,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from commandv.errors import FormatError, InputError, StorageError
-from commandv.storage.files import LOCK, TRIES, is_temporary, put, real, sha256_of, storage_errors, sync
+from commandv.storage.files import (
+    LOCK,
+    TRIES,
+    is_temporary,
+    locked,
+    put,
+    real,
+    require_writable,
+    sha256_of,
+    storage_errors,
+    sync,
+)
 from commandv.storage.foreign import BUILD, MOVING, undo
-from commandv.storage.lock import locked, require_writable
 from commandv.storage.reading import MOST_CONFIG, parse_json, read_json
 
 CONFIG = "config.json"

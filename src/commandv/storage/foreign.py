@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from commandv.errors import FormatError
-from commandv.storage.files import LOCK, put, real, storage_errors, sync
-from commandv.storage.lock import locked, require_writable
+from commandv.storage.files import LOCK, locked, put, real, require_writable, storage_errors, sync
 
 BUILD, MOVING = ".build", ".moving"
 

@@ -155,6 +155,7 @@ def hub_errors(repo_id: str, repo_type: RepoType = "model", *, doing: str = "rea
     import httpx2
     from huggingface_hub import errors
 
+    other = "model repository" if repo_type == "dataset" else "data set"
     where = f"the hub's {'data set' if repo_type == 'dataset' else 'repository'} {repo_id}"
     log_in = "log in with `hf auth login`, or set HF_TOKEN to a token that may " + doing
     try:
@@ -167,7 +168,7 @@ def hub_errors(repo_id: str, repo_type: RepoType = "model", *, doing: str = "rea
         )
     except errors.RepositoryNotFoundError as error:  # what an anonymous reader of a private one is told as well
         raise HubError(
-            f"{where} is not there, or is private: check the name (a {_other(repo_type)} of this name would be "
+            f"{where} is not there, or is private: check the name (a {other} of this name would be "
             f"another repository), and {log_in} it"
         ) from error
     except errors.HfHubHTTPError as error:
@@ -216,32 +217,23 @@ def _page(repo_id: str, repo_type: RepoType) -> str:
     return f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
 
 
-def _other(repo_type: RepoType) -> str:
-    return "model repository" if repo_type == "dataset" else "data set"
-
-
-def _fetch(repo_id: str, repo_type: RepoType, revision: str | None, *, force: bool = False) -> Path:
+def _fetch(
+    repo_id: str, repo_type: RepoType, revision: str | None, *, force: bool = False, cached: bool = False
+) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     with storage_errors(Path(constants.HF_HUB_CACHE)), hub_errors(repo_id, repo_type):
-        return Path(
-            snapshot_download(
-                repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(FILES), force_download=force
-            )
-        )
+        found = snapshot_download(
+            repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(FILES), force_download=force,
+            local_files_only=cached,
+        )  # fmt: skip
+    return Path(found)
 
 
 def _cached(repo_id: str, repo_type: RepoType, revision: str | None, reason: HubError) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
-        return Path(
-            snapshot_download(
-                repo_id, repo_type=repo_type, revision=revision, allow_patterns=list(FILES), local_files_only=True
-            )
-        )
-    except LocalEntryNotFoundError:
+        return _fetch(repo_id, repo_type, revision, cached=True)
+    except _UnreachableError:
         raise reason from None
 
 

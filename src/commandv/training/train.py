@@ -151,7 +151,12 @@ def train(
         "held_out_loss": [round(loss, 5) for loss in found.losses],
     }
     with torch.no_grad():
-        trained = {layer: tuple(map(_detached, module())) for layer, module in modules.items()}
+        trained = {
+            layer: tuple(
+                replace(one, read=one.read.clone(), bias=one.bias.clone(), write=one.write.clone()) for one in module()
+            )
+            for layer, module in modules.items()
+        }
     return Adapter(trained, lm.ref, name, provenance)
 
 
@@ -176,10 +181,6 @@ def _plain(kind: ReFT, lm: LM) -> dict[str, Any]:
         "positions": str(as_positions(kind.positions)),
         "activation": kind.activation,
     }
-
-
-def _detached(one: Intervention) -> Intervention:
-    return replace(one, read=one.read.clone(), bias=one.bias.clone(), write=one.write.clone())
 
 
 class _Module(nn.Module):

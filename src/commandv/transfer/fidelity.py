@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import ACTIVATIONS, Intervention
-from commandv.transfer.convert import Converter
+from commandv.transfer.convert.linear import Converter
 from commandv.transfer.match import LayerPair
 
 

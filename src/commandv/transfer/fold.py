@@ -20,7 +20,7 @@ from commandv.adapters.adapter import Intervention
 from commandv.adapters.carried import Carried
 from commandv.adapters.edit import Edit
 from commandv.errors import InputError
-from commandv.transfer.convert import Converter
+from commandv.transfer.convert.linear import Converter
 
 
 class Passage(NamedTuple):

@@ -18,9 +18,9 @@ from commandv.adapters.outline import require_scale
 from commandv.errors import InputError
 from commandv.models.layers import AUTO_LAYERS, LayerChoice, all_layers, choose_layers, last_third
 from commandv.profiles.profile import END, Profile, Rows, paired_rows
-from commandv.transfer.convert import Converter, Ridge
-from commandv.transfer.convert.fitters import AnyFitter, fitted, fitter_settings
+from commandv.transfer.convert.fitters import AnyFitter, Ridge, fitted, fitter_settings
 from commandv.transfer.convert.kept import Kept
+from commandv.transfer.convert.linear import Converter
 from commandv.transfer.fidelity import Fidelity, layer_fidelity
 from commandv.transfer.fold import Passage, carried
 from commandv.transfer.match import LayerPair, Matcher, proportional
@@ -232,7 +232,7 @@ class Link:
         match: Matcher = proportional,
         layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
     ) -> list[Fidelity]:
-        """Measure the converters on the prompts that they were not fitted on, per layer pair; see `commandv.fidelity`.
+        """Measure the converters on the prompts that they were not fitted on, per layer pair.
 
         Args:
             adapter: the donor's adapter, as given to `paste`.
@@ -278,7 +278,7 @@ def link(
         donor: profile of the model that things are carried from.
         recipient: profile of the model to carry them into, over the same prompts.
         fit: how converters are fitted; `Pinv()` is the published way, and any callable of (x, y) that returns a
-            converter serves, see `commandv.transfer.convert.Fitter`.
+            converter serves, see `commandv.transfer.convert.fitters.Fitter`.
         read_rows: rows for the reading converter (recipient -> donor).
         write_rows: rows for the writing converter (donor -> recipient); None takes text rows where both profiles
             have them, else last-token rows, with a warning.

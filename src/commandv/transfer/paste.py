@@ -12,9 +12,7 @@ from commandv.adapters.adapter import Adapter
 from commandv.adapters.edit import Edit
 from commandv.models.layers import AUTO_LAYERS, LayerChoice, all_layers
 from commandv.profiles.profile import Profile, Rows
-from commandv.transfer.convert import Pinv, Ridge
-from commandv.transfer.convert.fitters import AnyFitter
-from commandv.transfer.fidelity import Fidelity
+from commandv.transfer.convert.fitters import AnyFitter, Pinv, Ridge
 from commandv.transfer.link import HOLDOUT, Link
 from commandv.transfer.match import Matcher, nearest, proportional
 
@@ -70,41 +68,6 @@ def paste(
         kept=None,
     )
     return once.paste(adapter, match=match, layers=layers, scale=scale)
-
-
-def fidelity(
-    adapter: Adapter,
-    donor: Profile,
-    recipient: Profile,
-    *,
-    fit: AnyFitter = Ridge(),
-    match: Matcher = proportional,
-    layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
-    read_rows: Rows = "end",
-    write_rows: Rows | None = None,
-    holdout: float = HOLDOUT,
-) -> list[Fidelity]:
-    """Tell how well an adapter of the donor would be carried, on prompts that no converter has seen, per layer pair.
-
-    It fits; beside a paste make a `link`, which does both with one fit.
-
-    Args:
-        adapter: the donor's adapter.
-        donor: profile of the model the adapter is for.
-        recipient: profile of the model to carry it into, over the same prompts.
-        fit: as in `paste`.
-        match: as in `paste`.
-        layers: as in `paste`.
-        read_rows: as in `link`.
-        write_rows: as in `link`.
-        holdout: as in `link`.
-
-    Raises:
-        InputError: nothing is held out, or as in `paste`.
-        MismatchError: the adapter is not the donor profile's, or the profiles are of different prompts.
-    """
-    once = Link(donor, recipient, fit=fit, read_rows=read_rows, write_rows=write_rows, holdout=holdout, kept=None)
-    return once.fidelity(adapter, match=match, layers=layers)
 
 
 def as_published(link: Link) -> Link:

@@ -19,9 +19,10 @@ from commandv.evaluation.arms import PASTED, UNMODIFIED
 from commandv.evaluation.catalogue import meaning
 from commandv.evaluation.report import tables
 from commandv.evaluation.report.figure import effect_against_price, require_matplotlib
-from commandv.evaluation.report.findings import ALPHA, PLURAL, WHOLE, Group, Table, groups
+from commandv.evaluation.report.findings import Group, Table, groups
 from commandv.evaluation.report.tables import Grid
 from commandv.evaluation.results import Run
+from commandv.evaluation.verdicts import ALPHA, PLURAL, WHOLE
 from commandv.storage.files import require_file, write_text
 
 __all__ = ["markdown", "require_report_place", "write_report"]

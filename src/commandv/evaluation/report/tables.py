@@ -14,9 +14,10 @@ from commandv.adapters.outline import MOST_LAYERS
 from commandv.errors import FormatError
 from commandv.evaluation.arms import DIRECT, FEW_SHOT, PASTED, RANDOM, UNMODIFIED
 from commandv.evaluation.catalogue import meaning
-from commandv.evaluation.report.findings import DONOR, Group, Row, Table
+from commandv.evaluation.report.findings import Group, Row, Table
 from commandv.evaluation.results import Cell, Run
 from commandv.evaluation.scores import Score
+from commandv.evaluation.verdicts import DONOR
 from commandv.evaluation.versions import VERSIONS
 
 NONE = "–"

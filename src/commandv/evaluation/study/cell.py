@@ -18,14 +18,14 @@ from commandv.evaluation.study.parts import Method
 from commandv.evaluation.study.schema import CellSpec
 from commandv.evaluation.study.shared import Shared
 from commandv.evaluation.tuning import Setting, Tried
+from commandv.evaluation.verdicts import DONOR
 from commandv.models.generation import generate
 from commandv.positions import as_positions
 from commandv.prompts.sets import PromptSet, load_prompts
-from commandv.transfer.convert import FITTERS
+from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.link import link
 from commandv.transfer.match import MATCHERS
 
-DONOR = "donor"
 N_ASKED = 128  # prompts of the behaviour that the donor answers, for arms that learn from its answers
 N_SAMPLES, SAMPLE_TOKENS = 3, 40
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
 import pydantic
 
+from commandv.errors import require_known
 from commandv.models.layers import choose_layers
 from commandv.positions import as_positions
 from commandv.steering import APPLICATIONS, METHODS
 from commandv.training.train import TRAINABLE
-from commandv.transfer.convert import FITTERS
+from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.match import MATCHERS
 
 
@@ -27,8 +30,25 @@ def plain_name(name: str) -> str:
     return name
 
 
-Name = Annotated[str, pydantic.AfterValidator(plain_name)]
+def _readable(read: Callable[[str], Any]) -> pydantic.AfterValidator:
+    """Return what accepts a text that can be read."""
+
+    def checked(text: str) -> str:
+        read(text)
+        return text
+
+    return pydantic.AfterValidator(checked)
+
+
+def _among(known: Collection[str]) -> pydantic.AfterValidator:
+    """Return what accepts the names of a table."""
+    return _readable(lambda name: require_known("", name, known))
+
+
 ANY_DEPTH = 100  # layers against which a layer choice by name is checked before models are loaded
+Name = Annotated[str, pydantic.AfterValidator(plain_name)]
+Layers = Annotated[str, _readable(functools.partial(choose_layers, n_layers=ANY_DEPTH))]
+Places = Annotated[str, _readable(as_positions)]
 
 
 class Strict(pydantic.BaseModel):
@@ -88,25 +108,15 @@ class Workers(Strict):
 class Training(Strict):
     """How donors (and recipients, for the direct control) are trained; `rates` replaces the learning rate by model."""
 
-    kind: str = "direft"
+    kind: Annotated[str, _among(TRAINABLE)] = "direft"
     rank: int = 8
-    layers: str = "every_other"
+    layers: Layers = "every_other"
     positions: str = "l1"
     epochs: int = 3
     learning_rate: float = 4e-3
     max_response: int = 512
     batch_size: int = 16
     rates: dict[str, float] = {}
-
-    @pydantic.field_validator("kind")
-    @classmethod
-    def _known(cls, kind: str) -> str:
-        return one_of(kind, TRAINABLE)
-
-    @pydantic.field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: str) -> str:
-        return layer_choice(layers)
 
 
 class Vector(Strict):
@@ -129,30 +139,14 @@ class Vector(Strict):
     contrast: str
     negative: str | None = None
     pairs: Annotated[int, pydantic.Field(ge=2)] | None = None
-    method: str = "caa"
-    positions: str = "l1"
+    method: Annotated[str, _among(METHODS)] = "caa"
+    positions: Places = "l1"
     trigger: str | None = None
-    kind: str = "add"
+    kind: Annotated[str, _among(APPLICATIONS)] = "add"
     strength: float = 1.0
-    at: str = "all"
+    at: Places = "all"
     rows: Literal["end", "text", "both"] = "end"
     rescale: Literal["norm share"] | None = None
-
-    @pydantic.field_validator("method")
-    @classmethod
-    def _method(cls, name: str) -> str:
-        return one_of(name, METHODS)
-
-    @pydantic.field_validator("kind")
-    @classmethod
-    def _kind(cls, name: str) -> str:
-        return one_of(name, APPLICATIONS)
-
-    @pydantic.field_validator("positions", "at")
-    @classmethod
-    def _positions(cls, text: str) -> str:
-        as_positions(text)
-        return text
 
 
 class Behaviour(Strict):
@@ -193,40 +187,9 @@ class Method(Strict):
         prompts: use the first so many profile prompts only.
     """
 
-    fit: str = "ridge"
-    match: str | None = None
+    fit: Annotated[str, _among(FITTERS)] = "ridge"
+    match: Annotated[str, _among(MATCHERS)] | None = None
     layers: str | None = None
     read_rows: Literal["end", "text", "both"] = "end"
     write_rows: Literal["end", "text", "both"] | None = None
     prompts: int | None = None
-
-    @pydantic.field_validator("fit")
-    @classmethod
-    def _fit(cls, name: str) -> str:
-        return one_of(name, FITTERS)
-
-    @pydantic.field_validator("match")
-    @classmethod
-    def _match(cls, name: str | None) -> str | None:
-        return name if name is None else one_of(name, MATCHERS)
-
-
-def one_of(name: str, known: Any) -> str:
-    """Return a name that is among those known.
-
-    Raises:
-        ValueError: it is not; pydantic tells where.
-    """
-    if name not in known:
-        raise ValueError(f"{name!r}: expected one of {', '.join(known)}")
-    return name
-
-
-def layer_choice(layers: str) -> str:
-    """Return a layer choice that can be read.
-
-    Raises:
-        InputError: it cannot.
-    """
-    choose_layers(layers, ANY_DEPTH)
-    return layers

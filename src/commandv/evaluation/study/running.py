@@ -29,8 +29,7 @@ from commandv.profiles.work import Work
 from commandv.progress import Report, track
 from commandv.prompts.sets import load_prompts
 from commandv.steering import load_contrast
-from commandv.storage.files import LOCK, is_temporary, storage_errors, tidy
-from commandv.storage.lock import locked
+from commandv.storage.files import LOCK, is_temporary, locked, storage_errors, tidy
 
 log = logging.getLogger(__name__)
 

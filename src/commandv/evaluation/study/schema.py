@@ -12,7 +12,7 @@ import pydantic
 from commandv.errors import InputError, require_seed
 from commandv.evaluation.arms import ARMS, DIRECT, Arm, arms_without
 from commandv.evaluation.catalogue import NO_TASKS, load_task
-from commandv.evaluation.study.parts import Behaviour, Method, ModelSpec, Name, Strict, Training, Workers, layer_choice
+from commandv.evaluation.study.parts import Behaviour, Layers, Method, ModelSpec, Name, Strict, Training, Workers
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.tuning import Setting, grid
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
@@ -77,7 +77,7 @@ class Study(Strict):
     methods: dict[Name, Method] = pydantic.Field(default={})
     seeds: tuple[Annotated[int, pydantic.AfterValidator(_seed)], ...] = (0,)
     scales: tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...] = (0.6, 1.0)
-    layers: tuple[str, ...] = ("last_third", "all_layers")
+    layers: tuple[Layers, ...] = ("last_third", "all_layers")
     rows: tuple[Literal["end", "text", "both"] | None, ...] = (None,)
     budget: Annotated[float, pydantic.Field(gt=0)] | None = None
     n_dev: Annotated[int, pydantic.Field(ge=1)] = 48
@@ -91,11 +91,6 @@ class Study(Strict):
     @classmethod
     def _one_or_more(cls, prompts: Any) -> Any:
         return (prompts,) if isinstance(prompts, str) else prompts
-
-    @pydantic.field_validator("layers")
-    @classmethod
-    def _layers(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(layer_choice, layers))
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Study:

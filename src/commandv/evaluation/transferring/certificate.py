@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,6 @@ from commandv.adapters.adapter import Adapter
 from commandv.evaluation.arms import ARMS, FEW_SHOT, IN_SPAN, SHUFFLED, UNMODIFIED
 from commandv.evaluation.likeness import Likeness
 from commandv.evaluation.meter import price_scores
-from commandv.evaluation.report.findings import DOES_NOT, DONOR, Verdict, verdict
 from commandv.evaluation.report.tables import figure, number
 from commandv.evaluation.results import Arm, Attempt, Sample
 from commandv.evaluation.scores import Score, pooled
@@ -19,6 +18,7 @@ from commandv.evaluation.statistics import compare, difference
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.transferring.job import Job
 from commandv.evaluation.tuning import Tuned
+from commandv.evaluation.verdicts import DOES_NOT, DONOR, Verdict, verdict
 
 VERSION = 1
 CONTROLS = (IN_SPAN, SHUFFLED)
@@ -101,10 +101,10 @@ def certified(
     facts: dict[str, Any] = {
         arm: {
             "score": scores[arm]._asdict(),
-            "difference": _plain(found[arm].difference if arm in found else None),
+            "difference": gap._asdict() if arm in found and (gap := found[arm].difference) else None,
             "adjusted_p": found[arm].adjusted if arm in found else None,
             "loops": pooled("loops", [one.loops[task.name]], "rate")._asdict(),
-            "words": _mean(one.words[task.name]),
+            "words": statistics.fmean(one.words[task.name]),
             "price": {measure: score._asdict() for measure, score in price_scores(one.price).items()},
             "tokens_per_request": one.cost.tokens,
         }
@@ -130,7 +130,7 @@ def certified(
                                   for way, one in donors.items()}},
         "recipient": {"id": job.recipient.id, "weights": job.recipient.ref.weights},
         "arms": facts,
-        "tried": {ARMS[arm].by: [_tried(one) for one in many.tried] for arm, many in tried.items()},
+        "tried": {ARMS[arm].by: [one.as_dict() for one in many.tried] for arm, many in tried.items()},
         "missing": dict(missing),
         "samples": [one.model_dump() for one in samples],
         "prompts": {which: getattr(job, which).hash for which in ("prompts", "text", "asked", "passages")},
@@ -150,11 +150,6 @@ def _task(task: Task, job: Job) -> dict[str, Any]:
     if isinstance(task.judge, Likeness):
         facts |= {"accuracy_on_the_donor": round(task.judge.accuracy, 4), "learned_from": task.judge.n}
     return facts
-
-
-def _tried(one: Any) -> dict[str, Any]:
-    return {"layers": one.setting.layers, "scale": one.setting.scale, "value": one.value, "kl": one.kl,
-            "loops": one.loops}  # fmt: skip
 
 
 def _samples(task: Task, base: Attempt, after: Attempt) -> list[Sample]:
@@ -221,11 +216,3 @@ def _rival(
         f" A few-shot prompt of the donor's answers {does}: {figure(scores[FEW_SHOT])}, for "
         f"{facts[FEW_SHOT]['tokens_per_request']:.0f} tokens a request and {number(kl)} nats a token."
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _plain(score: Score | None) -> dict[str, Any] | None:
-    return None if score is None else score._asdict()

@@ -126,11 +126,6 @@ class Job:
         return methods(self.settings.by)
 
     @property
-    def needs_answers(self) -> bool:
-        """Whether a method learns from the donor's answers."""
-        return any("asked" in ARMS[name].needs for name in self.arms)
-
-    @property
     def content(self) -> dict[str, Any]:
         """All that every part of the work depends on; keys of kept parts are made of it."""
         judge = None if self.task is None else (self.task.judge.name, self.task.success, self.task.max_new_tokens)

@@ -8,18 +8,16 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-import pydantic
-
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.attach import attach
 from commandv.errors import CommandVError, InputError
 from commandv.evaluation import material
 from commandv.evaluation.arms import ARMS, PASTED, UNMODIFIED, Made, make_arm
-from commandv.evaluation.likeness import likeness
+from commandv.evaluation.likeness import Answers, answers, likeness
 from commandv.evaluation.material import Material
 from commandv.evaluation.meter import Meter
 from commandv.evaluation.outcomes import measure
 from commandv.evaluation.results import Arm, Attempt, recorded
+from commandv.evaluation.scores import pooled
 from commandv.evaluation.statistics import difference
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.transferring.certificate import Transferred, certified
@@ -28,20 +26,11 @@ from commandv.evaluation.transferring.parts import Parts
 from commandv.evaluation.transferring.planning import JUDGE, Plan, Stages, plan
 from commandv.evaluation.transferring.testing import tested
 from commandv.evaluation.tuning import Setting, Tried, Tuned, attempt, choose
-from commandv.models.generation import generate
 from commandv.models.lm import LM
 from commandv.profiles.profiling import profile
 from commandv.transfer.link import Link, link
 
 log = logging.getLogger(__name__)
-
-
-class _Answers(pydantic.BaseModel):
-    """The donor's answers with its adapter and without, and the recipient's."""
-
-    changed: list[str]
-    plain: list[str]
-    own: list[str]
 
 
 def transfer_adapter(
@@ -136,19 +125,16 @@ class _Run:
         if job.task is not None:
             return job.task
         with self.stages(JUDGE):
-            answers = self.parts.result(_Answers, self._answers, "answers")
-            judge = likeness(answers.changed, answers.plain, answers.own, job.adapter.name)
+            found = self.parts.result(Answers, self._answers, "answers")
+            judge = likeness(found.changed, found.plain, found.own, job.adapter.name)
         return Task("like the donor", job.dev, job.test, judge, max_new_tokens=material.ANSWER_TOKENS)
 
-    def _answers(self) -> _Answers:
+    def _answers(self) -> Answers:
         job = self.job
-
-        def answered(lm: LM) -> list[str]:
-            return generate(lm, job.asked, max_new_tokens=material.ANSWER_TOKENS, batch_size=job.settings.batch_size)
-
-        plain, own = answered(job.donor), answered(job.recipient)
-        with attach(job.donor, job.adapter):
-            return _Answers(changed=answered(job.donor), plain=plain, own=own)
+        return answers(
+            job.donor, job.adapter, job.recipient, job.asked, max_new_tokens=material.ANSWER_TOKENS,
+            batch_size=job.settings.batch_size,
+        )  # fmt: skip
 
     @functools.cached_property
     def meter(self) -> Meter:
@@ -202,7 +188,7 @@ class _Run:
         without, with_it = ([found[name].labels[task.name]] for name in ("without", "with"))
         gap = difference("gain", with_it, without, task.judge.unit)
         toward = 1 if task.success == "more" else -1
-        rates = [_mean(one[0]) for one in (with_it, without)]
+        rates = [pooled(name, one, task.judge.unit).value for name, one in (("with", with_it), ("without", without))]
         told = f"{rates[0]:.2f} with its adapter {job.adapter.name}, {rates[1]:.2f} without, on {gap.n} prompts"
         if toward * gap.value <= 0:
             raise InputError(
@@ -268,8 +254,3 @@ def _adapter(name: str, material: Material) -> Adapter:
     made = make_arm(name, material).adapter
     assert made is not None
     return made
-
-
-def _mean(labels: list[float | None]) -> float:
-    given = [one for one in labels if one is not None]
-    return sum(given) / len(given) if given else math.nan

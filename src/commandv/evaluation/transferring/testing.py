@@ -11,11 +11,11 @@ from commandv.errors import InputError
 from commandv.evaluation.arms import FEW_SHOT, IN_SPAN, PASTED, SHUFFLED, UNMODIFIED, Made, make_arm
 from commandv.evaluation.material import Material
 from commandv.evaluation.meter import Meter
-from commandv.evaluation.report.findings import DONOR
 from commandv.evaluation.results import Arm, recorded
 from commandv.evaluation.transferring.job import Job
 from commandv.evaluation.transferring.parts import Parts
 from commandv.evaluation.tuning import Setting
+from commandv.evaluation.verdicts import DONOR
 from commandv.prompts.sets import PromptSet
 
 DRAWS = 4  # of the random control: a single one may happen to do what is looked for
