@@ -12,9 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from commandv.evaluation import difference, pooled
-from commandv.evaluation.meter import price_scores
-from commandv.evaluation.results import Arm, load_run
+from commandv.evaluation.report.findings import Group, groups
+from commandv.evaluation.results import load_run
 from experiments.tables.cells import Pages, Sentence, at, shown, whole_column
 from experiments.tables.pages import RUNS
 from experiments.tables.vectors import CONCEPTS
@@ -34,10 +33,12 @@ def sentences(made: Pages) -> Iterator[Sentence]:
 
 # -- the README's first table -----------------------------------------------------------------------------------------
 
-INTO = (("smollm2", "gemma"), ("gemma", "smollm2"))
+INTO = ("smollm2 → gemma", "gemma → smollm2")
 ROWS = {
     "unmodified": "unmodified",
     "**pasted**, in under a second": "pasted",
+    "**by context**": "context",
+    "**by vocabulary**": "vocabulary",
     "as published": "published",
     "random, within the recipient's activations": "random-in-span",
     "wrongly paired prompts": "shuffled",
@@ -50,34 +51,30 @@ ROWS = {
 
 
 @functools.cache
-def arms(study: str, donor: str, recipient: str) -> dict[str, Arm]:
-    (cell,) = [one for one in load_run(RUNS / study).cells if (one.donor, one.recipient) == (donor, recipient)]
-    return {arm.method: arm for arm in cell.arms}
+def packaged_groups() -> dict[tuple[str, str], Group]:
+    """Return what the study of the packaged models found, by behaviour and pair."""
+    return {(one.behaviour, one.pair): one for one in groups(load_run(RUNS / "packaged"))}
 
 
 def packaged(page: str = "README.md") -> Iterator[Sentence]:
-    """Yield the rows of the README's first table, and what is said of the few-shot prompt."""
-    both = [arms("packaged", *way) for way in INTO]
-    for title, name in ROWS.items():
-        cells, figures = [], []
-        for own in both:
-            rate = pooled(name, list(own[name].labels.values()), "rate")
-            loops = pooled(name, list(own[name].loops.values()), "rate")
-            price = price_scores(own[name].price)
-            kl = {"unmodified": "0", "donor": ""}.get(name, "{}")
-            cells.append(f"{{}} [{{}}, {{}}] | {{}} | {kl}")
-            figures += [*(shown(one) for one in rate[1:4]), shown(loops.value)]
-            figures += [shown(price["kl_first"].value, 1)] if kl == "{}" else []
-        if name == "few-shot":
-            tokens = sorted(own[name].cost.tokens for own in both)
-            figures = [*(f"{one:.0f}" for one in tokens), *figures]
-            cells = [f"**{{}}**{cell.removeprefix('{}')}" for cell in cells]
-        yield Sentence(page, f"| {title} | {' | '.join(cells)} |".replace("|  |", "| |"), figures)
-    gaps = [
-        difference("", *(list(own[name].labels.values()) for name in ("few-shot", "pasted")), "rate") for own in both
-    ]
-    text = "(by {} [{}, {}] into Gemma, {} [{}, {}] into SmolLM2)"
-    yield Sentence(page, text, [shown(one) for gap in gaps for one in gap[1:4]])
+    """Yield the rows of the README's first tables, effect and price, both ways."""
+    for behaviour in dict.fromkeys(name for name, _ in packaged_groups()):
+        both = [packaged_groups()[behaviour, way] for way in INTO]
+        tokens = sorted(
+            arm.cost.tokens for one in both for cell in one.cells for arm in cell.arms if arm.method == "few-shot"
+        )
+        for title, name in ROWS.items():
+            cells, figures = [], []
+            for one in both:
+                row = next(row for row in one.tables[0].rows if row.arm == name)
+                assert row.found is not None
+                kl = {"unmodified": "0", "donor": ""}.get(name, "{}")
+                cells.append(f"{{}} [{{}}, {{}}] | {{}} | {kl}")
+                figures += [*(shown(figure) for figure in row.found.score[1:4]), shown(row.price["loops"].value)]
+                figures += [shown(row.price["kl_first"].value, 1)] if kl == "{}" else []
+            if name == "few-shot":
+                figures = [f"{tokens[0]:.0f}", f"{tokens[-1]:.0f}", *figures]
+            yield Sentence(page, f"| {title} | {' | '.join(cells)} |".replace("|  |", "| |"), figures)
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------
