@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from commandv.evaluation import difference
 from commandv.evaluation.report.findings import Group, groups
 from commandv.evaluation.results import load_run
 from experiments.tables.cells import Pages, Sentence, at, shown, whole_column
@@ -75,6 +76,21 @@ def packaged(page: str = "README.md") -> Iterator[Sentence]:
                 figures += [*(shown(figure) for figure in row.found.score[1:4]), shown(row.price["loops"].value)]
                 figures += [shown(row.price["kl_first"].value, 1)] if kl == "{}" else []
         yield Sentence(page, "\n".join(lines), figures)
+        said = "{} [{}, {}] into Gemma and {} [{}, {}] into SmolLM2"
+        for rival, text in COMPARED[behaviour].items():
+            gaps = [difference("", *(_labels(one, name) for name in ("context", rival)), "rate") for one in both]
+            yield Sentence(page, text.replace("{}", said), [shown(figure) for gap in gaps for figure in gap[1:4]])
+
+
+COMPARED = {  # of each behaviour: rival -> how the README says what the context does more
+    "numbered-list": {"donor-answers": "of lists no more that can be told, {}", "few-shot": "(lists by {},"},
+    "pirate": {"donor-answers": "best of three learning rates, {},", "few-shot": "openings by {})"},
+}
+
+
+def _labels(group: Group, arm: str) -> list[list[float | None]]:
+    """Return an arm's labels of a group's own task, seed by seed."""
+    return [one.labels[group.tables[0].task] for cell in group.cells for one in cell.arms if one.method == arm]
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------
