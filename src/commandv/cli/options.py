@@ -221,7 +221,19 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
-        output(f"[dim]{name.ljust(width)}[/dim]  {escaped(str(value))}")
+        for i, line in enumerate(_lines(value)):
+            output(f"[dim]{'' if i else name:{width}}[/dim]  {escaped(line)}")
+
+
+def _lines(value: Any) -> list[str]:
+    """Return what is shown of a fact: a line, or one for each of several objects."""
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return [", ".join(f"{name} {_short(part)}" for name, part in one.items()) for one in value]
+    return [_short(value)]
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def output(what: Any) -> None:
