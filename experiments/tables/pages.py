@@ -23,7 +23,7 @@ from commandv.evaluation.report import markdown
 from commandv.evaluation.results import load_run
 from experiments.mapping import table as validation
 from experiments.sae import features
-from experiments.tables import claims, mappers, vectors
+from experiments.tables import claims, forecast, mappers, vectors
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "studies" / "results"
@@ -45,6 +45,7 @@ def _report(run: Path) -> Callable[[], str]:
 PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks/batching.md": batching.page,
     "docs/benchmarks/claims.md": claims.page,
+    "docs/benchmarks/forecast.md": forecast.page,
     "docs/benchmarks/graders.md": _graders,
     "docs/benchmarks/judges.md": _kept(judges.RESULTS, judges.page),
     "docs/benchmarks/likeness.md": _kept(likeness.RESULTS, likeness.page),
@@ -58,5 +59,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks/validation.md": _kept(validation.RESULTS, validation.report),
     "docs/benchmarks/vectors.md": _kept(vectors.RESULTS, vectors.page),
     "docs/benchmarks/words.md": words.page,
+    "src/commandv/evaluation/data/forecast.json": forecast.coefficients,
     **{f"docs/studies/{run.name}/report.md": _report(run) for run in sorted(RUNS.iterdir())},
 }

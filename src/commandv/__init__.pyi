@@ -20,6 +20,7 @@ from .adapters.kinds import (
 from .adapters.network import Network as Network
 from .adapters.store import save as save
 from .errors import CommandVError as CommandVError
+from .evaluation.forecast import Forecast as Forecast, predict as predict
 from .evaluation.outcomes import measure as measure
 from .evaluation.price import drift as drift
 from .evaluation.scores import Score as Score

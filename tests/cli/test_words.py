@@ -61,3 +61,26 @@ def test_harmful_prompts_are_kept_where_they_are_refused_only(run, made, tmp_pat
     ran = run("demonstrate", *arguments, "--harmful", made / "harmful.txt", *HERE).json
     assert ran["left_out"]["not to keep"] == 2
     assert not [one for one in cv.load_demonstrations(tmp_path / "s").prompts if "hurt" in one]
+
+
+def test_a_forecast_is_made_of_an_adapter_and_demonstrations(run, made, tmp_path):
+    arguments = (made / "donor", made / "adapter", made / "told.jsonl", "-o", tmp_path / "shown")
+    run("demonstrate", *arguments, "--max-new-tokens", 4, *HERE)
+    recipient = cv.load_model(made / "recipient", dtype="float32")
+    cv.save(tiny.random_adapter(recipient, (2, 3), size=2.0), tmp_path / "own")
+    told = run("predict", made / "recipient", tmp_path / "own", tmp_path / "shown", *HERE).json
+    assert 0 <= told["probability"] <= 1
+    assert told["reason"]
+    assert told["evidence"]["first_n"] > 0
+    spoken = run("predict", made / "recipient", tmp_path / "own", tmp_path / "shown", "--dtype", "float32").out
+    assert f"{told['probability']:.2f}" in spoken
+    ran = run("predict", made / "recipient", made / "adapter", tmp_path / "shown", *HERE)
+    fails(ran, "width", code=5)
+
+
+def test_demonstrations_of_another_version_make_no_forecast(run, made, tmp_path):
+    arguments = (made / "donor", made / "adapter", made / "told.jsonl", "-o", tmp_path / "shown")
+    run("demonstrate", *arguments, "--max-new-tokens", 4, *HERE)
+    config = json.loads((tmp_path / "shown" / "config.json").read_text("utf-8"))
+    (tmp_path / "shown" / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    fails(run("predict", made / "donor", made / "adapter", tmp_path / "shown", *HERE), "99", code=6)

@@ -10,6 +10,7 @@ import typer
 from commandv.cli.app import verb
 from commandv.cli.checks import of_adapter, of_demonstrations, of_prompts, require_fits
 from commandv.cli.options import (
+    AdapterFile,
     BatchSize,
     Json,
     Loading,
@@ -79,13 +80,14 @@ def demonstrate(
     show({**facts, "loop_rate": made.loop_rate, "mean_divergence": made.mean_divergence}, as_json)
 
 
+Shown = Annotated[str, typer.Argument(callback=of_demonstrations, help="Demonstrations: a directory, or on the hub.")]
+
+
 @verb
 def distil(
     model: Model,
     how: Loading,
-    demonstrations: Annotated[
-        str, typer.Argument(callback=of_demonstrations, help="Demonstrations: a directory, or on the hub.")
-    ],
+    demonstrations: Shown,
     out: Out,
     by: Annotated[Literal["auto", "context", "vocabulary", "answers"], typer.Option(help="Which method.")] = "auto",
     rank: Annotated[int, typer.Option(min=1, help="Of each fit.")] = 16,
@@ -106,3 +108,27 @@ def distil(
     where = ", ".join(sorted(map(str, adapter.positions)))
     facts = {"adapter": str(out), "by": adapter.provenance["by"], "layers": adapter.layers, "positions": where}
     show({**facts, "parameters": adapter.n_parameters}, as_json)
+
+
+@verb
+def predict(
+    model: Model,
+    how: Loading,
+    adapter: AdapterFile,
+    reading: Reading,
+    demonstrations: Shown,
+    scale: Scale = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Forecast whether a behaviour will arrive with a recipient's adapter, before it generates a token with it."""
+    import commandv as cv
+
+    reading.check(adapter, model=model, scale=scale)
+    shown, own = cv.load_demonstrations(demonstrations), reading.load(adapter)
+    require_fits([own], model, scale)
+    found = cv.predict(how.load(model), own, shown, scale=scale)
+    if as_json:
+        show(found.as_dict(), True)
+        return
+    warned = {"warning": "; ".join(found.warnings)} if found.warnings else {}
+    show({"probability": f"{found.probability:.2f}", "reason": found.reason, "fit": found.fitted_on, **warned}, False)
