@@ -22,6 +22,7 @@ from commandv.evaluation.forecast import FEATURES, Feature, Fit
 from commandv.evaluation.statistics import difference
 
 PENALTY = 1.0  # L2, on the weights of standardised features
+AIM = 0.9  # AUC
 DRAWS, SEED = 2000, 0  # of the bootstrap over pairs
 EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the bins of the calibration
 
@@ -164,14 +165,16 @@ def page() -> str:
 def _introduction(many: Sequence[Attempt], lacking: int, tested: Array) -> str:
     pairs, arrived = {one.pair for one in many}, sum(one.arrived for one in many)
     behaviours = ", ".join(sorted({one.cell.behaviour for one in many}))
+    value, low, high = auc(many, tested)
+    aim = "" if value >= AIM else f" That is below the {_share(AIM, 1)} that was aimed at."
     seconds = float(np.median([row["reading_seconds"] for row in rows()]))
     return f"""# Will it arrive?
 
 `commandv predict` tells, before the recipient generates a token with an adapter, how probable it is that the behaviour
 arrives. This page says how far to believe it.
 
-**AUC {_figure(*auc(many, tested))} on pairs of models that the fit did not see**:
-{len(many)} attempts between {len(pairs)} pairs, of which {arrived} arrived ({_share(arrived / len(many))}).
+**AUC {_figure(value, low, high)} on pairs of models that the fit did not see**:
+{len(many)} attempts between {len(pairs)} pairs, of which {arrived} arrived ({_share(arrived / len(many))}).{aim}
 Another {lacking} attempts do not count, because the donor itself shows no behaviour to carry.
 
 An attempt is a donor, a recipient, a behaviour ({behaviours}), a donor's
@@ -232,14 +235,20 @@ def _calibration(many: Sequence[Attempt], p: Array) -> str:
 
 def _features(many: Sequence[Attempt]) -> str:
     made = fit(many)
-    lines = ["## Each figure alone", "", "| read before generating | weight in the fit | AUC alone |", "|---|---|---|"]
+    lines = [
+        "## Each figure alone",
+        "",
+        "| read before generating | weight in the fit | arrived | AUC alone |",
+        "|---|---|---|---|",
+    ]
     for name in ALONE:
         with_it = [one for one in many if name in one.evidence]
         if len({one.arrived for one in with_it}) < 2:
             continue
         found = auc(with_it, np.array([one.evidence[name] for one in with_it]))
         weight = f"{made.features[name].weight:+.2f}" if name in made.features else ""
-        lines.append(f"| {ALONE[name]} (`{name}`) | {weight} | {_figure(*found)} |")
+        counts = f"{sum(one.arrived for one in with_it)} of {len(with_it)}"
+        lines.append(f"| {ALONE[name]} (`{name}`) | {weight} | {counts} | {_figure(*found)} |")
     return "\n".join([*lines, "", FEATURES_TEXT])
 
 
@@ -281,8 +290,9 @@ def _pairs(many: Sequence[Attempt]) -> str:
 
 LIMITS = """## What this does not say
 
-Small models, behaviours of form, one seed; siblings of SmolLM2 and Gemma (noise on every matrix, a rotated stream,
-three blocks less) count as recipients of their own, so that "recipient's family" is the sternest test in the table.
+Small models, behaviours of form, one seed. Siblings of SmolLM2 and Gemma (noise on every matrix, a rotated stream,
+three blocks less) count as recipients of their own, which the row "recipient's family" does not allow them; there are
+two donors, so that leaving one out leaves a fit on the other alone. Single cells of the last tables are few attempts.
 Outside the range of what it was fitted on, `commandv predict` says so; a behaviour whose words the strict grader does
 not see (a refusal, a style of reasoning) was not tested."""
 

@@ -107,6 +107,13 @@ def test_the_probability_is_the_logistic_of_the_weighted_features_and_the_larges
     assert str(found).startswith("82%: likely to arrive")
 
 
+def test_where_no_feature_speaks_for_the_verdict_the_base_rate_is_the_reason():
+    rare = fit(first_gain=0.1).model_copy(update={"bias": -3.0})
+    found = judged(dict.fromkeys(FEATURES, 0.0) | {"first_gain": 2.0}, rare)
+    assert found.probability == pytest.approx(1 / (1 + math.exp(2.8)))
+    assert found.reason.startswith("unlikely to arrive, as 50% of the attempts did")
+
+
 def test_what_lies_outside_the_fit_is_said():
     told = dict.fromkeys(FEATURES, 0.0) | {"first_push": 31.0}
     assert ["first_push = 31.00 is outside" in one for one in judged(told, fit()).warnings] == [True]

@@ -158,7 +158,12 @@ def judged(evidence: Mapping[str, float], fit: Fit) -> Forecast:
         f"fitted on {fit.cells} attempts between {fit.pairs} pairs of models ({', '.join(fit.models)}), of which "
         f"{fit.arrived:.0%} arrived; AUC {fit.auc:.2f} on pairs left out"
     )
-    reason = f"{verdict}, most of all because {FEATURES[decides].format(evidence[decides])}"
+    because = f"most of all because {FEATURES[decides].format(evidence[decides])}"
+    if sign * parts[decides] <= 0:  # the base rate alone decides
+        because = (
+            f"as {fit.arrived:.0%} of the attempts did; no feature speaks more for that than in the average of them"
+        )
+    reason = f"{verdict}, {because}"
     return Forecast(probability, reason, dict(evidence), known, outside)
 
 
