@@ -75,7 +75,7 @@ def test_a_forecast_is_made_of_an_adapter_and_demonstrations(run, made, tmp_path
     spoken = run("predict", made / "recipient", tmp_path / "own", tmp_path / "shown", "--dtype", "float32").out
     assert f"{told['probability']:.2f}" in spoken
     ran = run("predict", made / "recipient", made / "adapter", tmp_path / "shown", *HERE)
-    fails(ran, "width", code=5)
+    fails(ran, "made for", code=5)
 
 
 def test_demonstrations_of_another_version_make_no_forecast(run, made, tmp_path):

@@ -70,11 +70,11 @@ def test_the_first_tokens_gain_is_that_of_plain_passes():
 
 def test_an_adapter_that_raises_the_donors_tokens_is_likelier_to_bring_its_behaviour():
     lm = recipient()
-    up, down = (cv.predict(lm, pushing(lm, "The fox", by, "l1+g6"), shown()) for by in (20, -20))
+    up, down = (cv.predict(lm, pushing(lm, "The fox", by), shown()) for by in (20, -20))
     assert up.evidence["first_won"] == 1
     assert down.evidence["first_gain"] < 0 < up.evidence["first_gain"]
-    assert 0 <= down.probability < 0.5 < up.probability <= 1
-    assert "likely to arrive" in up.reason
+    assert 0 <= down.probability < up.probability <= 1
+    assert down.probability < 0.5
     assert "unlikely to arrive" in down.reason
 
 
