@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from commandv.errors import InputError
-from commandv.evaluation.arms import ARMS, UNMODIFIED
+from commandv.evaluation.arms import ARMS, PASTED, UNMODIFIED
 from commandv.evaluation.meter import price_scores
 from commandv.evaluation.results import Arm, Cell, Run
 from commandv.evaluation.scores import Score, mean, pooled
@@ -124,6 +124,10 @@ def _table(cells: Sequence[Cell], task: str) -> Table:
         notes.append(f"Measured with some seeds only: {', '.join(short)}.")
     missing = {name: why for cell in cells for name, why in cell.missing.items()}
     notes += [f"{name} could not be made: {why}." for name, why in missing.items()]
+    for name in names:
+        if name in judged and name != PASTED and name in ARMS and ARMS[name].by:
+            word, why = verdict(judged, found, unit, success, arm=name)
+            notes.append(f"By {ARMS[name].by} it {word}: {why}.")
     return Table(task, unit, success, rows, verdict(judged, found, unit, success), notes)
 
 
