@@ -202,9 +202,10 @@ def _tested(many: Sequence[Attempt], forecasts: dict[str, Array]) -> str:
     return "\n".join([*lines, "", TESTED_TEXT])
 
 
-TESTED_TEXT = """`predict` has all five, which were fixed beforehand. Brier score and log loss are lower for a better
-forecast. Intervals are by resampling pairs of models, whose attempts are not independent. Where nothing that arrived is
-left to fit on, the base rate is the forecast."""
+TESTED_TEXT = """`predict` has all five, which were fixed beforehand; choosing among them by the fit was tried at 42
+attempts and did worse. Brier score and log loss are lower for a better forecast. Intervals are by resampling pairs
+of models, whose attempts are not independent. Where nothing that arrived is left to fit on, the base rate is the
+forecast."""
 
 
 def _curve(many: Sequence[Attempt], p: Array) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from commandv.evaluation import difference
 from commandv.evaluation.report.findings import Group, groups
 from commandv.evaluation.results import load_run
-from experiments.tables.cells import Pages, Sentence, at, shown, whole_column
+from experiments.tables.cells import Pages, Sentence, at, numbers, shown, whole_column
 from experiments.tables.pages import RUNS
 from experiments.tables.vectors import CONCEPTS
 
@@ -30,6 +30,7 @@ def sentences(made: Pages) -> Iterator[Sentence]:
     yield from methods(made)
     yield from vectors(made)
     yield from words(made)
+    yield from forecast(made)
 
 
 # -- the README's first table -----------------------------------------------------------------------------------------
@@ -380,3 +381,17 @@ def words(made: Pages) -> Iterator[Sentence]:
         columns = "{} [{}, {}] | {} | {} [{}, {}] | {} [{}, {}] | {}"
         row = f"| {title} | {columns} | {'{} | {}' if cost[0] else ' | '} |"
         yield Sentence("README.md", row.replace("|  |", "| |").replace("|  |", "| |"), [*figures, *cost[0], *cost[1]])
+
+
+def forecast(made: Pages) -> Iterator[Sentence]:
+    """Yield what the README says of the forecast."""
+    page = made["docs/benchmarks/forecast.md"]
+    found = {
+        left_out: re.search(rf"\| all five features \| {left_out} \| ([^|]*)", page)
+        for left_out in ("pair of models", "donor")
+    }
+    figures = [figure for one in found.values() if one for figure in numbers(one[1])]
+    text = (
+        "an AUC of {} [{}, {}] on pairs of models that the forecast was not fitted on, {} [{}, {}] with another donor"
+    )
+    yield Sentence("README.md", text, figures)
