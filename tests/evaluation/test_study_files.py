@@ -127,9 +127,9 @@ def test_a_task_file_that_cannot_be_used_is_refused(code, message, tmp_path):
         tasks_of(tmp_path / "none.py")
 
 
-def test_rehearsal_needs_shapes(content, tmp_path):
-    with pytest.raises(InputError, match="needs a shape"):
-        ModelSource(written(content, tmp_path / "s.yaml"), rehearsal=4)
+def test_a_rehearsal_divides_widths_by_one_or_more(content, tmp_path):
+    with pytest.raises(InputError, match="rehearsal=0: expected 1 or more"):
+        ModelSource(written(content, tmp_path / "s.yaml"), rehearsal=0)
 
 
 @pytest.mark.parametrize("file", sorted(STUDIES.rglob("*.yaml")), ids=lambda file: file.stem)

@@ -16,6 +16,7 @@ from commandv.cli import (  # noqa: F401  (defines the verbs, in this order)
     chat,
     core,
     exporting,
+    rehearsing,
     serve,
     share,
     steering,

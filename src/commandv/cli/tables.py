@@ -118,3 +118,20 @@ def tried_table(title: str, tried: Sequence[Any], chosen: Any) -> Table:
         mark = "chosen" if one is chosen else ""
         table.add_row(one.setting.layers, f"{one.setting.scale:g}", f"{one.value:.2f}", f"{one.kl:.2f}", loops, mark)
     return table
+
+
+def rehearsal_table(pair: str, stages: Sequence[Any]) -> Table:
+    """Return what each stage of a rehearsal took, and comes to at full depth and between models of 70B."""
+    table = _table(f"{pair}: as measured, at full depth, and between two models of 70B")
+    table.add_column("", no_wrap=True)
+    for header in ("s", "MB", "full: s", "MB", "70B: s", "MB"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for one in stages:
+        figures = (one.seconds, one.bytes, one.full_seconds, one.full_bytes, one.large_seconds, one.large_bytes)
+        told = ("" if value is None else _figure(value / (1e6 if i % 2 else 1)) for i, value in enumerate(figures))
+        table.add_row(one.stage, *told)
+    return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from commandv.errors import InputError
+from commandv.errors import CommandVError, InputError
 from commandv.evaluation.study.parts import ModelSpec
 from commandv.evaluation.study.schema import Study
+from commandv.evaluation.study.shapes import altered, config_of, random_model, weight_bytes
+from commandv.models.gguf import converted
 from commandv.models.lm import LM
 from commandv.models.load import load_model, resolve_dtype, wrap_model
 
@@ -27,19 +27,17 @@ class ModelSource:
 
         Args:
             study: whose models.
-            rehearsal: replace every model by one of random weights in its stated shape, with its widths divided by
-                this number; a run then proves plumbing and memory, and its figures mean nothing.
+            rehearsal: replace every model by one of random weights in its shape, with its widths divided by this
+                number; a run then proves plumbing, and its figures mean nothing.
 
         Raises:
-            InputError: a rehearsal of models whose shape the study does not state.
+            InputError: a number below 1.
         """
+        if rehearsal is not None and rehearsal < 1:
+            raise InputError(f"rehearsal={rehearsal}: expected 1 or more, by which widths are divided")
         self.specs, self.rehearsal = study.models, rehearsal
         self.device_map: str | None = None  # of models that are loaded
         self._loaded: OrderedDict[str, LM] = OrderedDict()
-        if rehearsal is not None:
-            without = [name for name, spec in self.specs.items() if spec.shape is None]
-            if without or rehearsal < 1:
-                raise InputError(f"a rehearsal (shrink {rehearsal}) needs a shape for every model; {without} have none")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loaded": OrderedDict()}  # workers load models of their own
@@ -52,7 +50,7 @@ class ModelSource:
             self._loaded.popitem(last=False)
         spec = self.specs[name]
         if self.rehearsal is None:
-            self._loaded[name] = load_model(**spec.model_dump(exclude={"shape"}), device_map=self.device_map)
+            self._loaded[name] = load_model(**spec.model_dump(), device_map=self.device_map)
         else:
             self._loaded[name] = _random(spec, self.rehearsal)
         return self._loaded[name]
@@ -67,34 +65,31 @@ class ModelSource:
         return sum(parameter.numel() for parameter in self[name].model.parameters())
 
 
+def stand_in_tokenizer() -> Any:
+    """Return the tokenizer that models of random weights borrow."""
+    return transformers.AutoTokenizer.from_pretrained(converted(STAND_IN))
+
+
 def _bytes(spec: ModelSpec) -> int:
-    shape = spec.shape
-    if shape is None:
-        return sum(file.stat().st_size for file in Path(spec.id).glob("*.safetensors"))
-    head = shape.d_model // shape.heads
-    block = 2 * shape.d_model * head * (shape.heads + shape.kv_heads) + 3 * shape.d_model * shape.intermediate
-    return 2 * shape.n_layers * block
+    try:
+        return weight_bytes(config_of(spec))
+    except CommandVError:  # the workers may have what is not here
+        return 0
 
 
 def _random(spec: ModelSpec, shrink: int) -> LM:
     """Return random weights in a model's shape, its widths divided by `shrink`."""
-    shape, stand_in = spec.shape, load_model(STAND_IN)
-    assert shape is not None
-    head = shape.d_model // shape.heads
-    heads = max(1, shape.heads // shrink)
-    config = transformers.LlamaConfig(
-        hidden_size=heads * head,
-        intermediate_size=max(64, shape.intermediate // shrink),
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(
-            n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1, shape.kv_heads // shrink)
-        ),
-        vocab_size=stand_in.model.config.vocab_size,
-        max_position_embeddings=2048,
-    )
-    dtype = resolve_dtype(spec.dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    return wrap_model(model, stand_in.tokenizer, f"{spec.id}, random weights, widths / {shrink}")
+    config, tokenizer = config_of(spec), stand_in_tokenizer()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = max(1, config.num_attention_heads // shrink)
+    shared = max(1, config.num_key_value_heads // shrink)
+    narrow = {
+        "hidden_size": max(1, config.hidden_size // config.num_attention_heads) * heads,
+        "head_dim": head,
+        "intermediate_size": max(64, config.intermediate_size // shrink),
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(n for n in range(1, shared + 1) if heads % n == 0),
+        "vocab_size": len(tokenizer),
+    }
+    model = random_model(altered(config, narrow), resolve_dtype(spec.dtype))
+    return wrap_model(model, tokenizer, f"{spec.id}, random weights, widths / {shrink}")

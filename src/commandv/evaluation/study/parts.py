@@ -57,16 +57,6 @@ class Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-class Shape(Strict):
-    """The true shape of a model, so that a study can be rehearsed with random weights where the real ones are not."""
-
-    d_model: int
-    n_layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-
-
 class ModelSpec(Strict):
     """A model. A fine-tuned or altered one is a directory that was made before, see `experiments/organisms`.
 
@@ -78,7 +68,6 @@ class ModelSpec(Strict):
         system: system prompt.
         template_options: variables of the chat template.
         same_as: name of the model that it is taken for.
-        shape: its true shape, for rehearsals.
     """
 
     id: str
@@ -88,7 +77,6 @@ class ModelSpec(Strict):
     system: str | None = None
     template_options: dict[str, Any] = {}
     same_as: str = ""
-    shape: Shape | None = None
 
 
 class Workers(Strict):
