@@ -80,6 +80,18 @@ def test_random_weights_are_those_of_the_seed_and_norms_begin_as_transformers_ha
     assert torch.equal(one.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3_text", "qwen2", "gpt2"])
+def test_nothing_of_a_random_model_is_left_to_chance(arch):
+    kind, sizes = tiny.ARCHS[arch]
+    config = getattr(transformers, kind)(**sizes, vocab_size=64)
+    one, same = (random_model(config, torch.float32) for _ in range(2))
+    fresh = transformers.AutoModelForCausalLM.from_config(config)
+    assert [name for name, _ in one.named_buffers()] == [name for name, _ in fresh.named_buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(one.buffers(), fresh.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert max(float(value.detach().abs().max()) for value in one.parameters()) < 10
+
+
 def test_every_stage_is_run_and_told(made):
     found, out = made
     (stages,) = found.pairs.values()

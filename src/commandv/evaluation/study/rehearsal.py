@@ -22,7 +22,7 @@ from commandv.adapters.kinds import direft
 from commandv.adapters.store import save
 from commandv.errors import InputError
 from commandv.evaluation.study.growth import GROWTH, Job, Sizes, Stage, Took, grown
-from commandv.evaluation.study.models import stand_in_tokenizer
+from commandv.evaluation.study.models import STAND_IN, stand_in_tokenizer
 from commandv.evaluation.study.parts import ModelSpec, Training
 from commandv.evaluation.study.schema import Study
 from commandv.evaluation.study.shapes import altered, config_of, random_model, weight_bytes
@@ -98,10 +98,11 @@ def rehearse(
         raise InputError(f"prompts={prompts}: expected {FEWEST} or more, to fit on and to hold out")
     full = {name: config_of(study.models[name]) for pair in study.pairs for name in pair}
     words = stand_in_tokenizer() if tokenizer is None else tokenizer
+    reads = STAND_IN if tokenizer is None else words.name_or_path or type(words).__name__
     narrow = {name: _fitting(study.models[name], config, layers, len(words)) for name, config in full.items()}
     keeping = tempfile.TemporaryDirectory() if out is None else new_directory(Path(out), RESULT)
     with keeping as place:
-        made = _Run(study, full, narrow, words, prompts, Path(place)).all()
+        made = _Run(study, full, narrow, words, reads, prompts, Path(place)).all()
         (Path(place) / RESULT).write_text(json.dumps(made.as_dict(), indent=1) + "\n", "utf-8")
     return made
 
@@ -156,6 +157,7 @@ class _Run:
     full: Mapping[str, Any]
     narrow: Mapping[str, Any]
     words: Any
+    reads: str
     prompts: int
     place: Path
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,7 +180,7 @@ class _Run:
         unit = 1 if sys.platform == "darwin" else 1024
         facts = {
             "study": self.study.name,
-            "tokenizer": self.words.name_or_path.rpartition("/")[2] or "given",
+            "tokenizer": self.reads,
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "prompts": self.prompts,

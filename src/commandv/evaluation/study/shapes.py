@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from commandv.errors import InputError, ModelError, did_you_mean
 from commandv.evaluation.study.parts import ModelSpec
@@ -123,9 +124,8 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device | str = "
     longer than running them; their scale, 1 / sqrt(inputs), lets every block change the stream. All else is as
     transformers begins with.
     """
-    with torch.device("meta"):
+    with no_init_weights(), torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.to_empty(device=device)
     model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn((1 << 22) - 3, generator=generator).to(device, dtype)  # of no width a multiple
@@ -133,7 +133,7 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device | str = "
         for module in model.modules():
             own = list(module.parameters(recurse=False))
             if not any(one.ndim > 1 for one in own):
-                model._init_weights(module)  # norms, and the frequencies of rotary embeddings
+                model._init_weights(module)  # norms, and what else has no matrix
                 continue
             for one in own:
                 begins = int(torch.randint(len(drawn), (1,), generator=generator))
