@@ -19,14 +19,13 @@ def rehearse(
         Path | None,
         typer.Option("--out", "-o", help="New directory for profiles, adapters and figures. Default: none."),
     ] = None,
-    layers: Annotated[int, typer.Option(help="Of each model, the first so many.")] = 2,
-    prompts: Annotated[int, typer.Option(help="Prompts of the profiles, and as many passages of text.")] = 32,
+    layers: Annotated[int, typer.Option(min=1, help="Of each model, the first so many.")] = 2,
+    prompts: Annotated[int, typer.Option(min=8, help="Prompts of the profiles, and as many passages of text.")] = 32,
     as_json: Json = False,
 ) -> None:
     """Run a study's pairs from profile to export with random weights of true width; tell seconds and bytes."""
     from commandv.cli.tables import rehearsal_table
-    from commandv.evaluation.study import load_study
-    from commandv.evaluation.study import rehearse as run
+    from commandv.evaluation.study import load_study, rehearse as run
 
     made = run(load_study(file), layers=layers, prompts=prompts, out=out)
     if as_json:

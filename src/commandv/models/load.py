@@ -28,6 +28,8 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
+    quantization_config: Any = None,
+    tp_plan: str | None = None,
     revision: str | None = None,
     template: Template = "auto",
     system: str | None = None,
@@ -42,7 +44,10 @@ def load_model(
             model (`gemma-3-270m`, `smollm2-135m-instruct`). GGUF files are converted once into the cache.
         dtype: `"float32"`, `"bfloat16"`, `"float16"` or a torch dtype. Default: bfloat16 where the hardware
             multiplies it fast, else float32.
-        device_map: passed to transformers (`"auto"`, `"cuda"`, a dict); needs the accelerate package.
+        device_map: passed to transformers: `"auto"`, `"cuda"`, or a dict from module to device, for several devices.
+        quantization_config: passed to transformers, such as `transformers.BitsAndBytesConfig(load_in_4bit=True)`; needs
+            the package that it names.
+        tp_plan: passed to transformers: `"auto"` splits every weight over the processes that torchrun started.
         revision: hub branch, tag or commit.
         template: `"chat"` for the tokenizer's chat template, `"plain"` for the stated question-and-answer format,
             `"auto"` for chat where the tokenizer has a template.
@@ -71,6 +76,7 @@ def load_model(
         directory = converted(name)
         place, fingerprint = str(directory), directory.name.rpartition("-")[2]
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    placing = {"device_map": device_map, "quantization_config": quantization_config, "tp_plan": tp_plan}
     if revision is not None:
         options["revision"] = revision
     try:
@@ -79,7 +85,7 @@ def load_model(
                 # Tokenizers of no stated length have one of 31 digits.
                 read_json(file, most=MOST_TEXT, digits=40, once=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-        model = _load_weights(place, kind, device_map, options)
+        model = _load_weights(place, kind, {name: one for name, one in placing.items() if one is not None}, options)
     except Exception as error:  # whatever files say, transformers and its parts build from it, and raise anything
         raise ModelError(
             f"{name}: cannot be loaded: {first_line(error)}. Expected a hub id, a local model directory, a .gguf file "
@@ -167,7 +173,7 @@ def _require_language_model(model: Any, id: str) -> None:
         raise ModelError(f"{id}: {kind} has no language-model head; load it with AutoModelForCausalLM")
 
 
-def _load_weights(place: str, dtype: torch.dtype, device_map: Any, options: dict[str, Any]) -> nn.Module:
+def _load_weights(place: str, dtype: torch.dtype, placing: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(_configured(place), **options)
@@ -177,7 +183,7 @@ def _load_weights(place: str, dtype: torch.dtype, device_map: Any, options: dict
     auto: Any = transformers.AutoModelForCausalLM
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not options["trust_remote_code"]:
         auto = transformers.AutoModelForImageTextToText
-    model, info = auto.from_pretrained(place, dtype=dtype, device_map=device_map, output_loading_info=True, **options)
+    model, info = auto.from_pretrained(place, dtype=dtype, output_loading_info=True, **placing, **options)
     if missing := sorted(info["missing_keys"]):  # transformers would make them up at random
         raise ValueError(f"{len(missing)} weights of the model are not in its files ({', '.join(missing[:3])} ...)")
     return model
