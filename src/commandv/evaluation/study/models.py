@@ -80,16 +80,15 @@ def _bytes(spec: ModelSpec) -> int:
 def _random(spec: ModelSpec, shrink: int) -> LM:
     """Return random weights in a model's shape, its widths divided by `shrink`."""
     config, tokenizer = config_of(spec), stand_in_tokenizer()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = max(1, config.num_attention_heads // shrink)
-    shared = max(1, config.num_key_value_heads // shrink)
+    had = config.num_attention_heads
+    heads, shared = (max(1, n // shrink) for n in (had, getattr(config, "num_key_value_heads", None) or had))
     narrow = {
-        "hidden_size": max(1, config.hidden_size // config.num_attention_heads) * heads,
-        "head_dim": head,
-        "intermediate_size": max(64, config.intermediate_size // shrink),
+        "hidden_size": config.hidden_size // had * heads,
+        "intermediate_size": max(64, (getattr(config, "intermediate_size", None) or 0) // shrink),
         "num_attention_heads": heads,
         "num_key_value_heads": max(n for n in range(1, shared + 1) if heads % n == 0),
         "vocab_size": len(tokenizer),
     }
+    narrow = {name: size for name, size in narrow.items() if getattr(config, name, None) is not None}
     model = random_model(altered(config, narrow), resolve_dtype(spec.dtype))
     return wrap_model(model, tokenizer, f"{spec.id}, random weights, widths / {shrink}")
