@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import (
     batching,
     graders,
+    growth,
     judges,
     likeness,
     memory,
@@ -47,6 +48,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks/claims.md": claims.page,
     "docs/benchmarks/forecast.md": forecast.page,
     "docs/benchmarks/graders.md": _graders,
+    "docs/benchmarks/growth.md": growth.page,
     "docs/benchmarks/judges.md": _kept(judges.RESULTS, judges.page),
     "docs/benchmarks/likeness.md": _kept(likeness.RESULTS, likeness.page),
     "docs/benchmarks/mappers.md": _kept(mappers.RESULTS, mappers.report),
