@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -91,9 +92,8 @@ def simulated(draws: int) -> Found:
     return out
 
 
-def page() -> str:
+def page(kept: dict[str, Any]) -> str:
     """Return the page, from the results."""
-    kept = json.loads(RESULTS.read_text("utf-8"))
     draws, found = kept["draws"], kept["coverage"]
     n, exact = len(PROMPTS) * len(PROMPT_SD) * len(SEED_SD), 1.96 * (0.95 * 0.05 / draws) ** 0.5
     lines = [
@@ -133,5 +133,6 @@ if __name__ == "__main__":
     n_draws = int(sys.argv[1]) if len(sys.argv) > 1 else DRAWS
     rows = ",\n ".join(json.dumps(one) for one in simulated(n_draws))
     RESULTS.write_text(f'{{"draws": {n_draws}, "coverage": [\n {rows}]}}\n', "utf-8")
-    PAGE.write_text(page(), "utf-8")
-    print(page())
+    text = page(json.loads(RESULTS.read_text("utf-8")))
+    PAGE.write_text(text, "utf-8")
+    print(text)

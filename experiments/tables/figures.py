@@ -18,10 +18,7 @@ ASIDE = re.compile(
     r"(?:Python|transformers|torch) \d[\d.]*|Licence: .*?\n\n",
     re.S,
 )
-NOT_READ = (
-    "docs/cli.md",  # generated from the code, and checked by the tests
-    "docs/benchmarks/coverage.md",  # a simulation that takes an hour, whose draws are not kept yet
-)
+NOT_READ = ("docs/cli.md",)  # generated from the code, and checked by the tests
 
 WORDS = "docs/methods/carrying-through-words.md"
 # Figures that were taken once and whose runs are not kept: (page, words around them).

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import (
     batching,
+    coverage,
     graders,
     growth,
     judges,
@@ -47,6 +48,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks/batching.md": batching.page,
     "docs/benchmarks/claims.md": claims.page,
     "docs/benchmarks/forecast.md": forecast.page,
+    "docs/benchmarks/coverage.md": _kept(coverage.RESULTS, coverage.page),
     "docs/benchmarks/graders.md": _graders,
     "docs/benchmarks/growth.md": growth.page,
     "docs/benchmarks/judges.md": _kept(judges.RESULTS, judges.page),
