@@ -381,6 +381,16 @@ def words(made: Pages) -> Iterator[Sentence]:
         columns = "{} [{}, {}] | {} | {} [{}, {}] | {} [{}, {}] | {}"
         row = f"| {title} | {columns} | {'{} | {}' if cost[0] else ' | '} |"
         yield Sentence("README.md", row.replace("|  |", "| |").replace("|  |", "| |"), [*figures, *cost[0], *cost[1]])
+    text = "come into Gemma by training in {}, by context in {}, openings in {} against {}; from such a donor of Gemma "
+    text += "into SmolLM2 lists in {} against {}, openings in {} against {}."
+    others = (("-> gemma-3-270m", "trained (rate 0.001)"), ("-> smollm2-135m-instruct", "trained (rate 0.004)"))
+    told = [
+        at(made, "docs/benchmarks/words.md", f"{into}: {name}", arm, column)[0]
+        for into, trained in others
+        for name, column in ((listed, listed), (pirate, "pirate-opening"))
+        for arm in (trained, "context")
+    ]
+    yield Sentence("README.md", text, told)
 
 
 def forecast(made: Pages) -> Iterator[Sentence]:

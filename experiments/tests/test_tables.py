@@ -29,15 +29,16 @@ def test_a_changed_label_shows_in_the_report_and_in_the_readme(tmp_path, monkeyp
     for file in (tmp_path / "packaged" / "cells").iterdir():
         cell = json.loads(file.read_text("utf-8"))
         pasted = next(arm for arm in cell["arms"] if arm["method"] == "pasted")["labels"]
-        pasted["numbered-list"] = pasted["numbered-list"].replace("0", "1", 1)
+        task = next(iter(pasted))
+        pasted[task] = pasted[task].replace("0", "1", 1)
         file.write_text(json.dumps(cell), "utf-8")
     report = "docs/studies/packaged/report.md"
     changed = {**whole(), report: markdown(load_run(tmp_path / "packaged"))}
-    sentences.arms.cache_clear()
+    sentences.packaged_groups.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(sentences, "RUNS", tmp_path)
         found = figures.differing(figures.made(changed))
-    sentences.arms.cache_clear()
+    sentences.packaged_groups.cache_clear()
     assert [line.split(":")[0] for line in found] == [report, "README.md", "docs/methods/carrying-adapters.md"]
 
 
