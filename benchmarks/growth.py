@@ -107,7 +107,9 @@ def page() -> str:
         told = formula(axis, points)
         lines += [f"| {axis} | {int(n):,} | {taken:.2f} | {told(int(n)):.2f} |" for n, taken in points.items()]
     lines += [
-        "\nBytes: a profile on disk takes 2 x rows x layers x width, a pasted adapter 8 x rank x width a layer.\n"
+        "\nWith fewer rows than dimensions the formula is far too low: opening, reading and scaling the rows then take "
+        "more than the products. A rehearsal with few prompts tells as little of a fit.",
+        "\nBytes: a profile on disk takes 2 x rows x layers x width, a pasted adapter 8 x rank x width a layer.\n",
     ]
     return "\n".join(lines) + "\n" + rehearsal()
 
