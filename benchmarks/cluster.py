@@ -88,7 +88,7 @@ def tiny_sides(folder: Path) -> Sides:
     import tiny
 
     for seed, name in enumerate(("one", "two")):
-        lm = tiny.tiny_lm(seed=seed)
+        lm = tiny.tiny_lm(seed=seed, max_position_embeddings=2048)
         lm.model.save_pretrained(folder / name)
         lm.tokenizer.save_pretrained(folder / name)
         cv.save(tiny.random_adapter(cv.load_model(str(folder / name)), layers=(1, 2, 3)), folder / f"{name}-adapter")
