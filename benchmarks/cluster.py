@@ -1,10 +1,11 @@
 """Workers of a Ray cluster: how much two gain over one, what Ray costs, and what a node that is killed loses.
 
-    python -m benchmarks.cluster           # writes results/cluster.json and ../docs/benchmarks/cluster.md
+    python -m benchmarks.cluster           # writes results/cluster.json
+    python -m benchmarks.cluster scaling   # this part anew; the others are killed and overhead
 
 Workers have one thread each. Profiles of the two packaged models and a study of 12 cells are run with one worker and
-with two, on caches of their own, and their results compared. Before, several nodes are simulated
-on this machine, and one is killed in the middle of a profile and another of a study, of tiny models.
+with two, on caches of their own that hold nothing but the converted models, and their results compared. Several nodes
+are simulated on this machine, and one is killed in the middle of a profile and another of a study, of tiny models.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import threading
@@ -29,11 +31,12 @@ from commandv.evaluation.arms import ARMS
 from commandv.evaluation.results import Cell, Run
 from commandv.evaluation.study import load_study, run_study
 from commandv.evaluation.study.schema import CellSpec
+from commandv.storage.files import cache_dir
 
 ROOT = Path(__file__).resolve().parent
-RESULTS, TABLE = ROOT / "results" / "cluster.json", ROOT.parent / "docs" / "benchmarks" / "cluster.md"
+RESULTS = ROOT / "results" / "cluster.json"
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
-PROMPTS, KILLED_PROMPTS, BATCH, TARGET = 64, 192, 2, 1.7
+PROMPTS, KILLED_PROMPTS, BATCH, TARGET = 128, 192, 2, 1.7
 MEASURED = {"unmodified", "pasted", "random", "direct"}
 STUDY = """
 name: twelve
@@ -48,8 +51,8 @@ behaviours:
 seeds: [0, 1, 2]
 scales: [1.0]
 layers: [last_third]
-n_dev: 2
-n_test: 2
+n_dev: 4
+n_test: 12
 n_drift: 2
 leave_out: LEFT_OUT
 """
@@ -129,7 +132,11 @@ def scaling(folder: Path) -> dict[str, Any]:
     """Run the same with one worker and two."""
     figures: dict[str, Any] = {}
     results: dict[int, tuple[Any, Any]] = {}
+    for name in MODELS:
+        cv.load_model(name)  # converts it, where that has not been done
+    models = cache_dir() / "models"
     for workers in (1, 2):
+        shutil.copytree(models, folder / f"cache-{workers}" / "models")
         os.environ["COMMANDV_CACHE"] = str(folder / f"cache-{workers}")
         executor = cv.Ray(workers=workers)
         taken, made = timed(functools.partial(PACKAGED.profiles, executor, PROMPTS))
@@ -246,7 +253,7 @@ def page() -> str:
         "# Workers of a Ray cluster\n",
         f"Written by `python -m benchmarks.cluster` on {figures['cores']} cores ({figures['versions']}); "
         f"workers have one thread each. Others share the machine: "
-        f"before the first run {figures['load']:.1f} processes ran, and times tell what the workers got beside them.\n",
+        f"before the first run {figures['load']:.1f} processes ran. Models were converted before.\n",
         "| | one worker | two workers | gain | |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -275,19 +282,24 @@ def _equal(same: bool) -> str:
     return "equal" if same else "**not equal**"
 
 
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "killed": killed,
+    "overhead": lambda _: overhead(),
+    "scaling": scaling,
+}
+
+
 def main() -> None:
     import ray
 
+    figures: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Ray {ray.__version__}"
-    figures: dict[str, Any] = {"versions": versions, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    figures |= {"versions": versions, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        figures["killed"] = killed(folder)
-        figures["overhead"] = overhead()
-        print(figures, flush=True)
-        figures["scaling"] = scaling(folder)
+        for part in sys.argv[1:] or PARTS:
+            figures[part] = PARTS[part](Path(name))
+            print(part, figures[part], flush=True)
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
-    TABLE.write_text(page())
 
 
 if __name__ == "__main__":

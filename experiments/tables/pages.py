@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import (
     batching,
+    cluster,
     coverage,
     graders,
     growth,
@@ -47,6 +48,7 @@ def _report(run: Path) -> Callable[[], str]:
 PAGES: dict[str, Callable[[], str]] = {
     "docs/benchmarks/batching.md": batching.page,
     "docs/benchmarks/claims.md": claims.page,
+    "docs/benchmarks/cluster.md": cluster.page,
     "docs/benchmarks/forecast.md": forecast.page,
     "docs/benchmarks/coverage.md": _kept(coverage.RESULTS, coverage.page),
     "docs/benchmarks/graders.md": _graders,

@@ -164,7 +164,8 @@ def require_adapter(source: str, *, convention: str | None = None, model: str = 
     """Raise what reading an adapter and attaching it would raise, as far as names and configurations can tell."""
     from commandv.adapters.outline import outline_of
     from commandv.adapters.shipped import BUILTIN
-    from commandv.interop.detect import require_adapter_kind, require_convention
+    from commandv.interop.conventions import require_convention
+    from commandv.interop.detect import require_adapter_kind
     from commandv.storage.hub import is_repo
 
     require_fits([], model, scale)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
 
-from commandv.errors import FormatError, InputError
+from commandv.errors import FormatError
 from commandv.storage.directories import CONFIG
 from commandv.storage.kinds import ADAPTER, DEMONSTRATIONS, PROFILE
 from commandv.storage.reading import no_such_file, read_json
 
 SUFFIXES = {".pt", ".pth", ".bin", ".npy", ".npz", ".safetensors", ".svec"}  # of vector files
-LayerConvention = Literal["blocks", "hidden-states"]
-Convention = Literal["llama.cpp", "from-zero"]
-# How files of a kind may count layers; those of the others say it.
-CONVENTIONS: dict[str, tuple[str, ...]] = {"vector": get_args(LayerConvention), "control-vector": get_args(Convention)}
 _OPENERS = {
     PROFILE.format: "a profile, not an adapter; use load_profile()",
     DEMONSTRATIONS.format: "demonstrations, not an adapter; use distil()",
@@ -67,13 +62,6 @@ def require_adapter_kind(source: str | Path) -> str:
     if kind in _OPENERS:
         raise FormatError(f"{source}: {_OPENERS[kind]}")
     return kind
-
-
-def require_convention(kind: str, convention: str | None) -> None:
-    """Raise `InputError` for a convention of counting layers that files of a kind, where they have any, do not have."""
-    known = CONVENTIONS.get(kind)
-    if convention is not None and known is not None and convention not in known:
-        raise InputError(f"convention={convention!r}: expected {' or '.join(map(repr, known))}")
 
 
 def _stated_format(target: Path) -> str | None:
