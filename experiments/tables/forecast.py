@@ -17,9 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from benchmarks.forecast import ASKED, RECIPIENTS, TESTED, WAYS, Cell, rows
-from commandv.evaluation import rate
+from commandv.evaluation import difference, rate
 from commandv.evaluation.forecast import FEATURES, Feature, Fit
-from commandv.evaluation.statistics import difference
 
 PENALTY = 1.0  # L2, on the weights of standardised features
 AIM = 0.9  # AUC

@@ -17,7 +17,8 @@ MORE = {
     for name, more in {
         "claims.py": ("report.findings", "report.tables", "results"),
         "pages.py": ("report", "results"),
-        "sentences.py": ("meter", "results"),
+        "sentences.py": ("report.findings", "results"),
+        "forecast.py": ("forecast",),
         "evidence.py": ("study", "study.models"),
     }.items()
 }

@@ -328,6 +328,7 @@ def test_json_has_no_nan(capsys):
 VERBS = (
     *("profile", "train", "paste", "generate", "inspect", "doctor", "demo", "push", "pull", "chat", "serve"),
     *("export", "steer", "evaluate", "study", "report", "demonstrate", "distil", "predict", "transfer", "tune"),
+    "rehearse",
 )
 
 

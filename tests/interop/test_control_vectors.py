@@ -246,6 +246,6 @@ def test_export_on_the_command_line(run, tmp_path):
     assert cv.load_adapter(tmp_path / "one.gguf").layers == [2]
     (tmp_path / "notes.txt").write_text("mine")
     fails(run("export", source, tmp_path / "notes.txt"), "notes.txt", "not overwritten")
-    fails(run("export", source, out, "--to", "onnx"), "'onnx'", "gguf, pyreft, baked")
+    fails(run("export", source, out, "--to", "onnx"), "'onnx'", "'gguf', 'pyreft', 'baked'")
     fails(run("export", "builtin:pirate@gemma-3-270m", tmp_path / "p.gguf"), "cannot be a control vector", "reads")
     assert not (tmp_path / "p.gguf").exists()
