@@ -1,23 +1,20 @@
-"""The catalogue of tasks: every entry, task files, generated arithmetic, the look-alikes, and written outcomes."""
+"""The catalogue of tasks: every entry, what is expected by words, and likeness to the donor."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections import Counter
 
 import pytest
 
 from commandv.errors import InputError
-from commandv.evaluation import TASKS, Outcome, Task, arithmetic_prompts, load_splits, load_task, measure
-from commandv.evaluation.arithmetic import LEVELS, is_dev
-from commandv.evaluation.catalogue import arithmetic, expecting, opening
+from commandv.evaluation import TASKS, Outcome, Task, load_task, measure
+from commandv.evaluation.catalogue import expecting, opening
 from commandv.evaluation.likeness import likeness
 from commandv.evaluation.outcomes import judged, write_outcome
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
-from places import SHARED_DATA
-from texts import similar
+from task_rows import rows_file
 from tiny import tiny_lm
 
 BUILT_IN = [name for name, entry in TASKS.items() if not entry.needs_file]
@@ -26,11 +23,6 @@ BUILT_IN = [name for name, entry in TASKS.items() if not entry.needs_file]
 @pytest.fixture(scope="module")
 def lm():
     return tiny_lm(chat=True)
-
-
-def rows_file(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -154,210 +146,6 @@ def test_openings_come_from_the_file_or_the_argument(tmp_path):
     wanted = [prompt.response or "Well" for prompt in prompts]
     assert sorted(wanted) == ["Oh", "Well", "Well"]
     assert task.judge(prompts, [f"{text}, tea" for text in wanted]) == [1.0] * 3
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_without_splits_is_split_by_content_not_by_order(tmp_path):
-    rows = [{"prompt": f"prompt {i}"} for i in range(30)]
-    dev, test = load_splits(rows_file(tmp_path / "a.jsonl", rows))
-    other, _ = load_splits(rows_file(tmp_path / "b.jsonl", rows[::-1]))
-    assert (len(dev), len(test)) == (10, 20)
-    assert set(dev.texts) == set(other.texts)
-    assert dev.texts != [row["prompt"] for row in rows[:10]]
-    twice, rest = load_splits(rows_file(tmp_path / "c.jsonl", rows + rows))
-    assert (len(twice), len(rest)) == (20, 40)
-    assert not set(twice.texts) & set(rest.texts)
-
-
-@pytest.mark.parametrize(
-    ("splits", "dev", "test"),
-    [
-        (["dev", "test", "test"], ["0"], ["1", "2"]),
-        (["validation", "test", "train"], ["0"], ["1"]),
-        (["train", "test", "train"], ["0", "2"], ["1"]),
-    ],
-)
-def test_splits_that_a_file_names(tmp_path, splits, dev, test):
-    path = rows_file(tmp_path / "a.jsonl", [{"prompt": str(i), "split": split} for i, split in enumerate(splits)])
-    found = load_splits(path)
-    assert [one.texts for one in found] == [dev, test]
-
-
-def test_rows_with_another_label_are_left_out(tmp_path):
-    rows = [{"prompt": str(i), "label": "safe" if i % 2 else "unsafe"} for i in range(8)]
-    path = rows_file(tmp_path / "x.jsonl", rows)
-    harmful, benign = load_task(f"refusal:{path}"), load_task(f"over-refusal:{path}")
-    assert sorted(harmful.dev.texts + harmful.test.texts) == ["0", "2", "4", "6"]
-    assert sorted(benign.dev.texts + benign.test.texts) == ["1", "3", "5", "7"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "the file is empty"),
-        ('{"prompt": "a", "answer": "1"}\n{"prompt": \n', "line 2: not valid JSON"),
-        ('{"prompt": "a", "answer": "1"}\n{"promt": "b"}\n', "line 2: no column prompt"),
-        ('{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', "line 2: no answer to compare with"),
-        ('{"prompt": "a", "answer": true}\n', "line 1: the response is bool"),
-        ('{"prompt": "a", "answer": "1", "split": "later"}\n', "line 1: split 'later'; expected 'dev' or 'test'"),
-        (
-            '{"prompt": "a", "answer": 1, "split": "dev"}\n{"prompt": "b", "answer": 1}\n',
-            "line 2: some rows have a spl",
-        ),
-        ('{"prompt": "a", "answer": 0, "split": "dev"}\n', "1 dev and 0 test prompts"),
-        ('{"prompt": "a", "answer": 0}\n', "1 dev and 0 test prompts"),
-        (
-            '{"prompt": "a", "answer": 0, "split": "dev"}\n{"prompt": "a", "answer": 0, "split": "test"}\n',
-            "both splits",
-        ),
-    ],
-)
-def test_malformed_task_files(tmp_path, content, message):
-    path = tmp_path / "task.jsonl"
-    path.write_text(content)
-    with pytest.raises(InputError, match=message) as caught:
-        load_task(f"exact:{path}")
-    assert "task" in str(caught.value)
-
-
-def test_targets_and_numbers_are_references(tmp_path):
-    rows = [{"input": "1 + 1", "target": "2"}, {"question": "0 + 0", "answer": 0}, {"prompt": "x", "response": "y"}]
-    dev, test = load_splits(rows_file(tmp_path / "a.jsonl", rows), reference=True)
-    assert {prompt.text: prompt.response for prompt in (*dev, *test)} == {"1 + 1": "2", "0 + 0": "0", "x": "y"}
-
-
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the shared data sets are not here")
-@pytest.mark.parametrize(
-    ("spec", "n_dev", "n_test"),
-    [
-        ("exact:bbh_commandv_tasks.jsonl", 166, 334),
-        ("exact:gsm8k_test_dev_300.jsonl", 100, 200),
-        ("refusal:advbench_shared.jsonl", 320, 163),
-        ("over-refusal:xstest_shared.jsonl", 41, 82),
-    ],
-)
-def test_public_files_are_tasks(spec, n_dev, n_test):
-    name, _, file = spec.partition(":")
-    task = load_task(f"{name}:{SHARED_DATA / file}")
-    assert (len(task.dev), len(task.test)) == (n_dev, n_test)
-
-
-# -- generated arithmetic ---------------------------------------------------------------------------------------------
-
-
-def test_arithmetic_is_right_and_as_hard_as_it_says():
-    for prompts in arithmetic_prompts():
-        for i, prompt in enumerate(prompts):
-            expression = prompt.text.removeprefix("What is ").removesuffix("?")
-            operations, depth = LEVELS[i % len(LEVELS)]
-            assert str(eval(expression)) == prompt.response
-            assert sum(expression.count(f" {sign} ") for sign in "+-*") == operations
-            deepest = level = 0
-            for character in expression:
-                level += {"(": 1, ")": -1}.get(character, 0)
-                deepest = max(deepest, level)
-            assert deepest == depth
-            assert prompt.category.startswith(f"{operations} operation")
-        assert len(set(prompts.texts)) == len(prompts)
-
-
-def test_arithmetic_splits_are_disjoint_whatever_the_seed():
-    devs, tests = zip(
-        *(arithmetic_prompts(200, 200, seed=seed, levels=[(1, 0), (2, 0)]) for seed in (0, 1)), strict=True
-    )
-    assert not {text for one in devs for text in one.texts} & {text for one in tests for text in one.texts}
-    assert all(is_dev(text.removeprefix("What is ").removesuffix("?")) for one in devs for text in one.texts)
-
-
-def test_arithmetic_depends_on_its_seed_alone():
-    assert arithmetic_prompts()[1].hash == arithmetic_prompts()[1].hash == "83a25197d9a2fbc4"
-    assert arithmetic_prompts(seed=1)[1].hash != "83a25197d9a2fbc4"
-    assert arithmetic(n_dev=3, n_test=5, seed=2, levels=[(3, 2)]).test.texts != arithmetic(n_test=5).test.texts
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"levels": [(1, 1)]}, r"level \(1, 1\): expected depth 0 or more, and more operations"),
-        ({"levels": []}, "0 levels"),
-        ({"n_test": 0}, "n_test=0"),
-        ({"n_test": 2000, "levels": [(1, 0)]}, "hardly any new problems are left"),
-    ],
-)
-def test_arithmetic_that_cannot_be(settings, message):
-    with pytest.raises(InputError, match=message):
-        arithmetic_prompts(**settings)
-
-
-# -- look-alikes ------------------------------------------------------------------------------------------------------
-
-
-def test_lookalikes_are_varied_and_not_repeated():
-    dev, test = (load_prompts(f"builtin:lookalikes-{split}") for split in ("dev", "test"))
-    assert (len(dev), len(test)) == (60, 140)
-    assert set(Counter(prompt.category for prompt in dev).values()) == {6}
-    assert set(Counter(prompt.category for prompt in test).values()) == {14}
-    texts = dev.texts + test.texts
-    assert similar(texts, texts) == []
-    for name in ("general", "questions-dev", "questions-test", "numbered-list", "pirate"):
-        assert similar(texts, load_prompts(f"builtin:{name}").texts) == []
-
-
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the shared data sets are not here")
-def test_lookalikes_are_our_own():
-    texts = [text for split in ("dev", "test") for text in load_prompts(f"builtin:lookalikes-{split}").texts]
-    for name in ("xstest_shared", "advbench_shared"):
-        assert similar(texts, load_prompts(SHARED_DATA / f"{name}.jsonl").texts) == []
-
-
-# -- written outcomes -------------------------------------------------------------------------------------------------
-
-
-def test_no_judgment_is_written_as_null(tmp_path):
-    task = load_task("length")
-    outcome = Outcome("length", "arm ü", "words", (2.0, math.nan), (False, True), ("a b", "\u2028"))
-    write_outcome(outcome, task, tmp_path / "deep" / "out.jsonl")
-    lines = (tmp_path / "deep" / "out.jsonl").read_text("utf-8").split("\n")[:-1]
-    rows = [json.loads(line) for line in lines]
-    assert [row["label"] for row in rows] == [2.0, None]
-    assert (rows[1]["loops"], rows[1]["answer"]) == (True, "\u2028")
-    assert rows[0] == {
-        "task": "length",
-        "arm": "arm ü",
-        "split": "test",
-        "prompt": task.test.texts[0],
-        "response": "",
-        "category": "",
-        "unit": "words",
-        "label": 2.0,
-        "loops": False,
-        "answer": "a b",
-    }
-
-
-def test_an_outcome_of_another_task_is_refused(tmp_path):
-    task = load_task("length")
-    with pytest.raises(InputError, match="an outcome of json with 1 labels; expected length"):
-        write_outcome(Outcome("json", "arm", "rate", (1.0,), (False,)), task, tmp_path / "out.jsonl")
-    with pytest.raises(InputError, match=r"with 65 labels; expected length with at most 64 \(dev\)"):
-        write_outcome(
-            Outcome("length", "arm", "words", (1.0,) * 65, (False,) * 65), task, tmp_path / "out.jsonl", split="dev"
-        )
-    assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_an_echo_of_the_question_is_no_result():
-    judge = load_task("arithmetic").judge
-    prompts = [Prompt("What is -3 * 0 + -5?", "-5")] * 3
-    assert judge(prompts, ["-3 * 0 + -5 is a sum.", "-3 * 0 + -5 = -5", "0 + -5 = -5"]) == [0.0, 1.0, 1.0]
-    said = [
-        "-3 * 0 + -5 = -5, as known since 1900",
-        "-3 * 0 + -5 = 2 or -3 * 0 + -5 = -5, and nobody here knows which of them is right",
-        "It is -5",
-    ]
-    assert judge(prompts, said) == [1.0, 0.0, 1.0]
 
 
 # -- by words ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -11,19 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import commandv as cv
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
 from commandv.adapters.kinds import steering_vector
-from commandv.errors import InputError, MismatchError
-from commandv.mapping import fit_mapper
-from commandv.models.identity import ModelRef
 from commandv.profiles.profile import END
-from commandv.transfer.convert.factor import Cholesky, Factor
-from commandv.transfer.convert.fitters import Pinv, ReducedRank, Ridge
-from commandv.transfer.convert.linear import Dense
-from commandv.transfer.convert.table import FITTERS
-from commandv.transfer.match import LayerPair, explicit, nearest, proportional
+from commandv.transfer.convert.fitters import Pinv, Ridge
+from commandv.transfer.match import explicit, nearest, proportional
 from commandv.transfer.paste import paste, published, random_like
 from made_up import (
     D_DONOR,
@@ -259,195 +250,6 @@ def test_random_control_of_more_directions_than_dimensions():
     h = normal(20, D_DONOR, seed=4)
     a, b = delta(one, 0, h), delta(random_like(one, 0), 0, h)
     torch.testing.assert_close(b.norm(dim=1), a.norm(dim=1), rtol=1e-5, atol=1e-6)
-
-
-# -- the link ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def factorisations(monkeypatch) -> list[str]:
-    seen: list[str] = []
-    for cls in (Factor, Cholesky):
-        original = cls.of.__func__
-
-        def counted(kind, *args, original=original):
-            seen.append(kind.__name__)
-            return original(kind, *args)
-
-        monkeypatch.setattr(cls, "of", classmethod(counted))
-    return seen
-
-
-@pytest.mark.parametrize("fit", [Ridge(strength=1.0), Pinv(exact=True)], ids=["ridge", "pinv-exact"])
-def test_a_link_fits_once_whatever_goes_through_it(fit, factorisations):
-    donor, recipient = both()
-    link = cv.link(donor, recipient, fit=fit)
-    assert not factorisations
-    first = link.paste(adapter_of(4, 5))
-    assert len(factorisations) == 4  # two layers, each way
-    other = adapter_of(4, 5).scaled(3.0)
-    second = link.paste(other)
-    assert link.fidelity(other)
-    cv.carry_directions({4: torch.ones(D_DONOR)}, link, layers=[6])
-    fit_mapper(link, (5, 7))
-    assert len(factorisations) == 4
-    assert same_tensors(first, paste(adapter_of(4, 5), donor, recipient, fit=fit))
-    assert same_tensors(second, paste(other, donor, recipient, fit=fit))
-
-
-def test_donor_layers_that_meet_share_the_recipient_layer_s_factorisation(factorisations):
-    link = cv.link(*both(), fit=Ridge(strength=1.0))
-    link.paste(adapter_of(2, 4), match=explicit({2: 7, 4: 7}))
-    assert len(factorisations) == 3
-
-
-def test_a_link_frees_what_it_made():
-    link = cv.link(*both())
-    link.paste(adapter_of(4))
-    solver = weakref.ref(link.into(LayerPair(4, 6)).solver)
-    assert solver() is not None
-    del link
-    gc.collect()
-    assert solver() is None
-
-
-def test_variants_of_a_link_share_and_do_not_mix_up():
-    """Controls, settings and other profiles of the same names, all over what one link keeps."""
-    donor, recipient = both()
-    alien = replace(recipient, activations={k: rows.flip(0) for k, rows in recipient.activations.items()})
-    adapter, other = adapter_of(4), adapter_of(6, ref=RECIPIENT)
-    back = {"match": explicit({6: 4}), "layers": "all_layers"}
-    pastes = [
-        (adapter, {}, {}),
-        (adapter, {"shuffle": 0}, {}),
-        (adapter, {"shuffle": 1}, {}),
-        (adapter, {"holdout": 0.3}, {}),
-        (adapter, {"fit": Ridge(select="gcv")}, {}),
-        (adapter, {"fit": Ridge(standardise=False)}, {}),
-        (adapter, {"fit": ReducedRank(2)}, {}),
-        (adapter, {"fit": Pinv()}, {}),
-        (adapter, {"fit": Pinv(exact=True)}, {}),
-        (adapter, {"fit": FITTERS["affine"]()}, {}),
-        (adapter, {"recipient": alien}, {}),
-        (other, {"donor": recipient, "recipient": donor}, back),
-        (adapter, {"recipient": donor}, {"layers": [4]}),
-    ]
-    link = cv.link(donor, recipient)
-    for one, changes, where in pastes * 2:
-        shared = replace(link, **changes)
-        own = {"donor": donor, "recipient": recipient} | changes
-        pasted = paste(one, own.pop("donor"), own.pop("recipient"), **own, **where)
-        assert same_tensors(shared.paste(one, **where), pasted), changes
-
-
-def test_profiles_without_text_rows_are_told_of_once(caplog):
-    donor, recipient = both()
-    link = cv.link(donor, recipient)
-    (told,) = caplog.messages
-    assert "profile both models with text" in told
-    link.paste(adapter_of(4))
-    replace(link, shuffle=1).paste(adapter_of(4))
-    cv.link(donor, recipient, write_rows="end")
-    assert len(caplog.messages) == 1
-    assert link.paste(adapter_of(4)).provenance["link"]["rows"] == {"read": "end", "write": "end"}
-
-
-# -- what is refused --------------------------------------------------------------------------------------------------
-
-
-def test_profiles_of_different_prompts_are_refused():
-    donor, recipient = both()
-    with pytest.raises(MismatchError, match=r"of different prompts \(p and q\); profile both models on the same"):
-        paste(adapter_of(4), donor, replace(recipient, prompts="q"))
-
-
-@pytest.mark.parametrize(
-    "ref",
-    [ModelRef("donor", "d2", D_DONOR, 6), ModelRef("donor", "d1", D_DONOR, 7), ModelRef("other", "", D_DONOR, 6)],
-    ids=["revision", "depth", "name"],
-)
-def test_adapters_of_another_model_are_refused(ref):
-    donor, recipient = both()
-    with pytest.raises(MismatchError, match="adapter test: made for"):
-        paste(replace(adapter_of(4), model=ref), donor, recipient)
-
-
-def test_adapters_of_another_width_are_refused():
-    donor, recipient = both()
-    with pytest.raises(MismatchError, match="another width"):
-        paste(adapter_of(4), recipient, donor)
-
-
-def test_too_few_shared_rows_are_refused():
-    donor, recipient = both()
-    apart = replace(recipient, keys=recipient.keys + np.array([[N - 1, 0]]))  # one prompt in common
-    with pytest.raises(InputError, match=r"1 shared end rows between the two profiles, expected at least 2"):
-        paste(adapter_of(4), donor, apart)
-    donor, recipient = both(3)
-    with pytest.raises(InputError, match="2 rows or more"):
-        paste(adapter_of(4), donor, recipient, holdout=0.99)
-
-
-def test_a_choice_of_layers_that_no_donor_layer_goes_to_is_refused():
-    donor, recipient = both()
-    with pytest.raises(InputError, match=r"acts on donor layers \[0, 4\]; none is matched .* layers \[5, 7\]"):
-        paste(adapter_of(0, 4), donor, recipient, layers=[7, 5])
-    with pytest.raises(InputError, match=r"\[9\]: expected some among 0 .. 8"):
-        paste(adapter_of(0, 4), donor, recipient, layers=[9])
-
-
-@pytest.mark.parametrize("holdout", [-0.1, 1.0, 7, float("nan")])
-def test_a_holdout_that_is_no_share_is_refused(holdout):
-    donor, recipient = both()
-    with pytest.raises(InputError, match="expected a share from 0"):
-        paste(adapter_of(4), donor, recipient, holdout=holdout)
-
-
-@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
-def test_a_scale_that_is_not_finite_is_refused(scale):
-    donor, recipient = both()
-    with pytest.raises(InputError, match="expected a finite number"):
-        paste(adapter_of(4), donor, recipient, scale=scale)
-
-
-@pytest.mark.parametrize("fit", FIT)
-def test_profiles_that_are_not_finite_are_refused(fit):
-    donor, recipient = both()
-    recipient.layer(6)[7, 2] = float("inf")
-    with pytest.raises(InputError, match="NaN or infinity"):
-        paste(adapter_of(4), donor, recipient, fit=fit)
-
-
-def test_a_layer_that_the_profile_does_not_hold_is_refused():
-    donor, recipient = both()
-    partial = replace(recipient, activations={layer: recipient.layer(layer) for layer in (0, 8)})
-    with pytest.raises(InputError, match=r"recipient holds layers \[0, 8\], not 6"):
-        paste(adapter_of(4), donor, partial)
-
-
-@pytest.mark.parametrize("fit", FIT)
-def test_rows_that_are_all_the_same_are_refused(fit):
-    donor, recipient = both()
-    adapter = adapter_of(4)
-    for broken, name in ((donor, "donor"), (recipient, "recipient")):
-        same = replace(broken, activations={n: rows[:1].expand(N, -1) for n, rows in broken.activations.items()})
-        pair = (same, recipient) if broken is donor else (donor, same)
-        with pytest.raises(InputError, match=rf"profile of {name}: all \d+ rows .* are the same.*different prompts"):
-            paste(adapter, *pair, fit=fit)
-
-
-def test_a_fit_that_finds_nothing_is_refused_rather_than_pasted_as_nothing():
-    def nothing(x, y):
-        return Dense(torch.zeros(x.shape[1], y.shape[1]), y.double().mean(0), {})
-
-    with pytest.raises(InputError, match="comes out as zero"):
-        paste(adapter_of(4), *both(), fit=nothing)
-    some = intervention(3)
-    some.write[0, 0] = 0.0  # a zero among others is no adapter of zeros
-    with pytest.raises(InputError, match="comes out as zero"):
-        paste(
-            Adapter({4: (some, replace(some, write=torch.zeros_like(some.write)))}, DONOR, "some"), *both(), fit=nothing
-        )
 
 
 # -- layers that nobody chose -----------------------------------------------------------------------------------------
