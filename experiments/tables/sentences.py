@@ -357,7 +357,7 @@ WORD_ARMS = {
     "unmodified": "unmodified",
     "**by context**": "context",
     "**by vocabulary**": "vocabulary",
-    "few-shot prompt, 233 to 250 tokens a request": "few-shot",
+    "few-shot prompt, {} to {} tokens a request": "few-shot",
     "trained on the donor's answers": "trained (rate 0.004)",
     "the donor with its adapter": "donor",
 }
@@ -372,7 +372,9 @@ def words(made: Pages) -> Iterator[Sentence]:
 
     listed, pirate = "numbered-list", "pirate"
     for title, arm in WORD_ARMS.items():
-        figures = [*of(listed, arm, listed), *of(listed, arm, "loops")[:1]]
+        asks = sorted(of(one, arm, "tokens a request", 0) for one in (listed, pirate)) if arm == "few-shot" else []
+        figures = [token for one in asks for token in one]
+        figures += [*of(listed, arm, listed), *of(listed, arm, "loops")[:1]]
         figures += [*of(pirate, arm, "pirate-opening"), *of(pirate, arm, pirate), *of(pirate, arm, "loops")[:1]]
         cost = [
             max((of(one, arm, column, digits) for one in (listed, pirate)), key=lambda told: [float(x) for x in told])

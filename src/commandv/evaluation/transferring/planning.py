@@ -21,7 +21,7 @@ from commandv.progress import track
 from commandv.prompts.sets import PromptSet
 
 JUDGE = "judge of likeness"
-PROBED, PROBE_TOKENS = 8, 6  # prompts and tokens of the answers whose time is taken
+PROBED, PROBE_TOKENS, PROBES = 8, 6, 3  # prompts, tokens of the answers whose time is taken, and turns
 # About how many forward passes over all prompts with answers a method takes, as timed on the packaged models: turns
 # that prompts share are read once.
 PASSES = {"context": 3, "vocabulary": 11, "answers": 6}
@@ -63,14 +63,19 @@ class Speed(NamedTuple):
 
 
 def speed(lm: LM, prompts: PromptSet) -> Speed:
-    """Measure how fast a model reads and writes, by short answers to a few prompts."""
+    """Measure how fast a model reads and writes, by short answers to a few prompts.
+
+    The least of some turns counts: other work on the machine, and what is slow the first time only, can but add.
+    """
     few = prompts[:PROBED]
-    generate(lm, few[:1], max_new_tokens=1)  # what is slow the first time only
     taken = []
     for tokens in (1, PROBE_TOKENS):
-        began = time.perf_counter()
-        generate(lm, few, max_new_tokens=tokens, batch_size=PROBED)
-        taken.append(time.perf_counter() - began)
+        turns = []
+        for _ in range(PROBES):
+            began = time.perf_counter()
+            generate(lm, few, max_new_tokens=tokens, batch_size=PROBED)
+            turns.append(time.perf_counter() - began)
+        taken.append(min(turns))
     read = sum(len(encode(lm, one).ids) for one in few.texts)
     write = max(taken[1] - taken[0], 0.05 * taken[1]) / ((PROBE_TOKENS - 1) * len(few))
     return Speed(taken[0] / read, write)
