@@ -18,7 +18,6 @@ from pathlib import Path
 import pydantic
 
 from commandv.evaluation.study import Study, load_study, plan, run_study, unfinished
-from commandv.evaluation.study.models import ModelSource
 from experiments.organisms.make import MODELS, OUT, make
 from experiments.organisms.tasks import TASKS
 from experiments.tables.figures import made, whole, write
@@ -51,7 +50,7 @@ def work(study: Study, run: Path) -> Work:
         for name, spec in study.models.items()
     }
     like = study.model_copy(update={"models": bases})
-    seconds = plan(like, ModelSource(like), TASKS, cells=stale).seconds if stale else 0.0
+    seconds = plan(like, tasks=TASKS, cells=stale).seconds if stale else 0.0
     return Work(study=study.name, stale=len(stale), cells=len(study.cells()), hours=seconds and seconds / 3600)
 
 

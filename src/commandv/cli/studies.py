@@ -127,8 +127,8 @@ def study(
     models = ModelSource(spec, rehearsal=rehearse)
     has = spec.workers
     executor = running.choose(workers=has.count, cpus=has.cpus, gpus=has.gpus, size=models.bytes())
-    if not as_json:  # on a cluster only the workers load models, so that no duration is told
-        show({"study": spec.name, **asdict(plan(spec, models if running.local else None, known))}, False)
+    if not as_json:
+        show({"study": spec.name, **asdict(plan(spec, models, known))}, False)
     run = run_study(spec, place, models=models, tasks=known, executor=executor)
     failed = [cell for cell in run.cells if cell.state == "failed"]
     show({"run": str(place), "cells": len(run.cells), "failed": [f"{c.donor} -> {c.recipient}, {c.behaviour}, "

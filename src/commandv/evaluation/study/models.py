@@ -61,8 +61,14 @@ class ModelSource:
         return sum(sizes[-2:])
 
     def parameters(self, name: str) -> int:
-        """Return how many parameters a model has."""
-        return sum(parameter.numel() for parameter in self[name].model.parameters())
+        """Return how many parameters a model has; its weights are not loaded.
+
+        Raises:
+            ModelError: its configuration is not to be had.
+        """
+        if self.rehearsal is not None:
+            return sum(parameter.numel() for parameter in self[name].model.parameters())
+        return weight_bytes(config_of(self.specs[name])) // 2
 
 
 def stand_in_tokenizer() -> Any:

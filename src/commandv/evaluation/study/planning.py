@@ -39,7 +39,7 @@ class Plan:
         arms: measured in every cell.
         answers: generated in all.
         tokens: forward tokens in all, by model.
-        seconds: expected; None where models are not loaded, or cannot be.
+        seconds: expected on this machine, alone on it; None where a model's size is not known.
     """
 
     cells: int
@@ -61,7 +61,7 @@ def plan(
 
     Args:
         study: what is to be run.
-        models: load them and estimate the duration on this machine.
+        models: of the study, where they are not those of its file; their sizes give the duration on this machine.
         tasks: known besides the built-in ones.
         cells: count these; None for all.
     """
@@ -100,18 +100,18 @@ def plan(
     n_rows = len(study.profile_prompts()) + (len(load_prompts(study.text)) if study.text else 0)
     for name in {name for spec in wanted for name in spec[:2]}:
         tokens[name] += n_rows * PROMPT_TOKENS
-    seconds = None if models is None else _seconds(tokens, models)
+    seconds = _seconds(tokens, models or ModelSource(study))
     return Plan(len(wanted), len(to_train), len(study.models), n_arms, answers, tokens, seconds)
 
 
 def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
-    """Return the expected duration; None when a model cannot be loaded, which its cells will tell."""
+    """Return the expected duration; None when a model's size is not known here."""
     rate, total = _flops_per_second(), 0.0
     for name, count in tokens.items():
         try:
             size = models.parameters(name)
         except CommandVError as error:
-            log.warning("%s cannot be loaded: %s", name, error)
+            log.warning("how long it takes cannot be told without the size of %s: %s", name, error)
             return None
         total += 2 * size * count / rate * SLOWNESS
     return round(total, 1)
