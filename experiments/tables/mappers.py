@@ -1,4 +1,4 @@
-"""The mapper ablation: every way to fit a converter, on the same rows of the two packaged models, both ways.
+"""The mapper ablation: every way to fit a converter on the same rows, and ways to choose rows, both ways.
 
     python -m experiments.tables.mappers            # everything; writes the results and the page
     python -m experiments.tables.mappers --quick    # one layer pair and 8 prompts each way; only printed
@@ -12,7 +12,6 @@ its layers that are matched to the recipient's last third are used.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -27,25 +26,52 @@ import numpy as np
 import torch
 
 import commandv as cv
-from commandv.evaluation import GRADERS, rate
+from commandv.evaluation import load_task
 
 HERE = Path(__file__).resolve().parents[1]
 RESULTS = HERE / "results" / "mappers.json"
 TABLE = HERE.parent / "docs" / "benchmarks" / "mappers.md"
 SMOL, GEMMA = "smollm2-135m-instruct", "gemma-3-270m"
-BEHAVIOUR, TOKENS, N_DEV = "numbered-list", 48, 48
+BEHAVIOUR, N_DEV = "numbered-list", 48
 LONGER = {"epochs": 60, "learning_rate": 1e-3}
-METHODS: dict[str, Any] = {
-    "pinv (published)": cv.Pinv(),
-    "affine": cv.Affine(),
-    "ridge": cv.Ridge(),
-    "reduced rank": cv.ReducedRank(),
-    "Procrustes": cv.Procrustes(),
-    "Fourier ridge": cv.FourierRidge(),
-    "autoencoder": cv.Autoencoder(),
-    "its affine twin": cv.Autoencoder(relu=False),
-    "autoencoder, longer": cv.Autoencoder(**LONGER),
-    "its affine twin, longer": cv.Autoencoder(relu=False, **LONGER),
+GUARD = 0.99  # of the variance that a truncated fit keeps
+ANCHORS = 256
+
+
+def truncated(x: torch.Tensor, y: torch.Tensor) -> cv.Dense:
+    """Fit by least squares on the leading principal components alone."""
+    mean_x, mean_y = x.double().mean(0), y.double().mean(0)
+    u, s, vh = torch.linalg.svd(x.double() - mean_x, full_matrices=False)
+    kept = int((s.square().cumsum(0) < GUARD * s.square().sum()).sum()) + 1
+    matrix = vh[:kept].T @ (u[:, :kept].T @ (y.double() - mean_y) / s[:kept, None])
+    return cv.Dense(matrix, mean_y - mean_x @ matrix)
+
+
+def anchored(x: torch.Tensor, y: torch.Tensor) -> cv.Dense:
+    """Fit on anchors alone, each as far as can be from those before it, after the first."""
+    rows = x.double() / x.double().std(0).clamp(min=1e-6)
+    chosen, nearest = [0], (rows - rows[0]).norm(dim=1)
+    while len(chosen) < min(ANCHORS, len(x)):
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, (rows - rows[chosen[-1]]).norm(dim=1))
+    return truncated(x[chosen], y[chosen])
+
+
+METHODS: dict[str, dict[str, Any]] = {  # arguments of `link`
+    "pinv (published)": {"fit": cv.Pinv()},
+    "affine": {"fit": cv.Affine()},
+    "ridge": {},
+    "ridge, written by last-token rows": {"write_rows": "end"},
+    "ridge, written by both": {"write_rows": "both"},
+    "reduced rank": {"fit": cv.ReducedRank()},
+    "truncated": {"fit": truncated},
+    "anchors": {"fit": anchored},
+    "Procrustes": {"fit": cv.Procrustes()},
+    "Fourier ridge": {"fit": cv.FourierRidge()},
+    "autoencoder": {"fit": cv.Autoencoder()},
+    "its affine twin": {"fit": cv.Autoencoder(relu=False)},
+    "autoencoder, longer": {"fit": cv.Autoencoder(**LONGER)},
+    "its affine twin, longer": {"fit": cv.Autoencoder(relu=False, **LONGER)},
 }
 
 
@@ -70,10 +96,6 @@ def layer_pairs(donor: str, recipient: str, n_pairs: int | None) -> tuple[cv.Ada
 # -- one method -------------------------------------------------------------------------------------------------------
 
 
-def link_of(donor: cv.Profile, recipient: cv.Profile, fit: Any) -> cv.Link:
-    return cv.link(donor, recipient, fit=fit)
-
-
 def per_prompt(predicted: torch.Tensor, true: torch.Tensor, prompts: np.ndarray) -> dict[str, dict[int, float]]:
     """Return each prompt's part of the standardised R², 1 - error, and its mean cosine."""
     variance = true.var(0, correction=0)
@@ -95,10 +117,10 @@ def pooled(many: list[dict[int, float]]) -> dict[str, Any]:
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
-def measured(donor: str, recipient: str, fit: Any, n_pairs: int | None, n_dev: int) -> dict[str, Any]:
+def measured(donor: str, recipient: str, how: dict[str, Any], n_pairs: int | None, n_dev: int) -> dict[str, Any]:
     """Fit, measure and paste one method one way."""
     adapter, pairs = layer_pairs(donor, recipient, n_pairs)
-    link = link_of(profiled(donor), profiled(recipient), fit)
+    link = cv.link(profiled(donor), profiled(recipient), **how)
     seconds, parts, facts = [], [], []
     made: dict[int, tuple[cv.Intervention, ...]] = {}
     for pair in pairs:
@@ -117,7 +139,7 @@ def measured(donor: str, recipient: str, fit: Any, n_pairs: int | None, n_dev: i
     pasted = cv.Adapter(made, profiled(recipient).model, adapter.name)
     return {
         **{name: pooled([part[name] for part in parts]) for name in parts[0]},
-        "behaviour": behaviour(recipient, pasted, n_dev),
+        **behaviour(recipient, pasted, n_dev),
         "seconds": {"median": float(np.median(seconds)), "min": min(seconds), "max": max(seconds)},
         "parameters": pasted.n_parameters,
         "chosen": facts,
@@ -125,10 +147,9 @@ def measured(donor: str, recipient: str, fit: Any, n_pairs: int | None, n_dev: i
 
 
 def behaviour(name: str, adapter: cv.Adapter | None, n_dev: int) -> dict[str, Any]:
-    questions = cv.load_prompts("builtin:questions-dev")[:n_dev]
-    with cv.attach(model(name), adapter) if adapter else contextlib.nullcontext():
-        answers = cv.generate(model(name), questions, max_new_tokens=TOKENS, batch_size=n_dev)
-    return rate(BEHAVIOUR, [int(GRADERS[BEHAVIOUR](answer)) for answer in answers])._asdict()
+    """Return how many development questions are answered with a list, and how many answers loop."""
+    found = cv.measure(model(name), load_task(BEHAVIOUR), adapter, split="dev", limit=n_dev)
+    return {"behaviour": found.score()._asdict(), "loops": found.loop_rate()._asdict()}
 
 
 def memory(method: str, donor: str, recipient: str) -> None:
@@ -136,7 +157,7 @@ def memory(method: str, donor: str, recipient: str) -> None:
     one, two = (cv.load_profile(path) for path in (donor, recipient))
     adapter = cv.load_adapter(f"builtin:{BEHAVIOUR}@{GEMMA}")
     pair = cv.LayerPair(adapter.layers[-1], cv.last_third(two.n_layers)[0])
-    link = link_of(one, two, METHODS[method])
+    link = cv.link(one, two, **METHODS[method])
     for side in ("read", "write"):
         link.rows(side, pair)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
@@ -165,8 +186,8 @@ def measured_way(
     way: dict[str, Any] = {"donor": donor, "recipient": recipient, "pairs": [list(pair) for pair in pairs]}
     way |= {"rows": rows, "unmodified": behaviour(recipient, None, n_dev)}
     way |= {"donor with its adapter": behaviour(donor, adapter, n_dev), "methods": {}}
-    for name, fit in methods.items():
-        way["methods"][name] = measured(donor, recipient, fit, n_pairs, n_dev)
+    for name, how in methods.items():
+        way["methods"][name] = measured(donor, recipient, how, n_pairs, n_dev)
         print(donor, name, json.dumps({k: v for k, v in way["methods"][name].items() if k != "chosen"}), flush=True)
     return way
 
@@ -186,19 +207,27 @@ def run(quick: bool) -> dict[str, Any]:
 
 # -- report -----------------------------------------------------------------------------------------------------------
 
-HEAD = """# Mappers
+HEAD = f"""# Mappers
 
 Written by `python -m experiments.tables.mappers`. Every method is fitted on the same rows of the cached profiles
-(`builtin:general`, `builtin:text`): last-token rows for reading (recipient -> donor), text rows for writing. Read and
-write: standardised R² and cosine of centred, standardised rows on held-out prompts, mean over the layer pairs, with
-95 % intervals from a bootstrap over prompts. Behaviour: the share of development questions answered with a numbered
-list once the donor's shipped adapter is pasted on these layer pairs only, at scale 1, nothing chosen; 95 % Wilson
-intervals. Seconds: both fits of one layer pair, one thread, on a machine shared with other jobs. Memory: by how much
-both fits raise the peak of a fresh process.
+(`builtin:general`, `builtin:text`): last-token rows for reading (recipient -> donor), text rows for writing, but where
+the row says otherwise. Read and write: standardised R² and cosine of centred, standardised rows on held-out prompts,
+mean over the layer pairs, with 95 % intervals from a bootstrap over prompts. Behaviour: the share of development
+questions answered with a numbered list of two different items once the donor's shipped adapter is pasted on these
+layer pairs only, at scale 1, nothing chosen, and of answers that loop; 95 % Wilson intervals. Seconds: both fits of
+one layer pair, one thread, on a machine shared with other jobs. Memory: by how much both fits raise the peak of a
+fresh process.
 
-*autoencoder* and *its affine twin* have the settings of arXiv 2503.04429 (3 epochs at 1e-4, batches of 16 rows, 4
-accumulated), which was given far more rows; *longer* is at most 60 epochs at 1e-3, stopped on a tenth of the prompts.
+*Fourier ridge* is kernel ridge with a Gaussian kernel, by random features. *autoencoder* and *its affine twin* have the
+settings of arXiv 2503.04429 (3 epochs at 1e-4, batches of 16 rows, 4 accumulated), which was given far more rows;
+*longer* is at most 60 epochs at 1e-3, stopped on a tenth of the prompts. *truncated* is least squares on the principal
+components that hold {GUARD:.0%} of the variance, a guard against small singular values; *anchors* is the same on the
+{ANCHORS} rows that lie farthest apart.
 """
+
+
+COLUMNS = {"read_r2": "read R²", "read_cosine": "read cosine", "write_r2": "write R²", "write_cosine": "write cosine",
+           "behaviour": "behaviour", "loops": "loops"}  # fmt: skip
 
 
 def shown(score: dict[str, Any]) -> str:
@@ -216,12 +245,13 @@ def report(result: dict[str, Any]) -> str:
             f"Layer pairs {pairs}. Rows fitted: {rows['end']['fitted']} for reading, {rows['text']['fitted']} for "
             f"writing; held out: {rows['end']['held_out']} rows of {some['read_r2']['n']} prompts, and "
             f"{rows['text']['held_out']} of {some['write_r2']['n']}. Behaviour on n = {some['behaviour']['n']}: "
-            f"unmodified {shown(way['unmodified'])}, donor with its adapter {shown(way['donor with its adapter'])}.\n",
-            "| method | read R² | read cosine | write R² | write cosine | behaviour | s per pair | memory | held |",
-            "|---" * 9 + "|",
+            f"unmodified {shown(way['unmodified']['behaviour'])} (loops {shown(way['unmodified']['loops'])}), donor "
+            f"with its adapter {shown(way['donor with its adapter']['behaviour'])}.\n",
+            f"| method | {' | '.join(COLUMNS.values())} | s per pair | memory | held |",
+            "|---" * 10 + "|",
         ]
         for name, one in way["methods"].items():
-            figures = (one[key] for key in ("read_r2", "read_cosine", "write_r2", "write_cosine", "behaviour"))
+            figures = (one[key] for key in COLUMNS)
             out.append(
                 f"| {name} | {' | '.join(map(shown, figures))} | {one['seconds']['median']:.2f} | "
                 f"{result['peak_bytes'][name] / 1e6:.0f} MB | {one['parameters'] * 4 / 1e6:.1f} MB |"
