@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from commandv.errors import InputError
+from commandv.errors import FormatError, InputError
 from commandv.evaluation import Outcome, load_splits, load_task
 from commandv.evaluation.outcomes import write_outcome
 from commandv.prompts.sets import Prompt
@@ -136,6 +136,23 @@ def test_an_outcome_of_another_task_is_refused(tmp_path):
             Outcome("length", "arm", "words", (1.0,) * 65, (False,) * 65), task, tmp_path / "out.jsonl", split="dev"
         )
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_outcome_of_every_prompt_is_written_and_replaces_one(tmp_path):
+    task, place = load_task("length"), tmp_path / "out.jsonl"
+    n = len(task.test)
+    for label in (1.0, 2.0):
+        write_outcome(Outcome("length", "arm", "words", (label,) * n, (False,) * n), task, place)
+        assert [json.loads(line)["label"] for line in place.read_text("utf-8").splitlines()] == [label] * n
+
+
+@pytest.mark.parametrize("first", ['{"prompt": "Mine?", "label": 1}', "[1]", "3", "not JSON"])
+def test_what_is_no_outcome_is_not_replaced(tmp_path, first):
+    task, place = load_task("length"), tmp_path / "mine.jsonl"
+    place.write_text(first + "\n")
+    with pytest.raises(FormatError, match="no outcome of a task, so it is not replaced"):
+        write_outcome(Outcome("length", "arm", "words", (1.0,), (False,)), task, place)
+    assert place.read_text() == first + "\n"
 
 
 def test_an_echo_of_the_question_is_no_result():

@@ -8,6 +8,7 @@ import math
 
 import pytest
 
+from commandv import attach, generate
 from commandv.errors import InputError
 from commandv.evaluation import TASKS, Outcome, Task, load_task, measure
 from commandv.evaluation.catalogue import expecting, opening
@@ -15,7 +16,7 @@ from commandv.evaluation.likeness import likeness
 from commandv.evaluation.outcomes import judged, write_outcome
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
 from task_rows import rows_file
-from tiny import tiny_lm
+from tiny import random_adapter, tiny_lm
 
 BUILT_IN = [name for name, entry in TASKS.items() if not entry.needs_file]
 
@@ -54,6 +55,15 @@ def test_every_task_measures_and_writes(lm, tmp_path, problems, name):
     assert [row["split"] for row in rows] == ["dev", "dev"]
     assert [row.get("answer", "none kept") for row in rows] == list(outcome.answers or ("none kept",) * 2)
     assert all(("answer" in row) is task.keep_answers for row in rows)
+
+
+def test_an_adapter_is_measured_as_it_is_unless_a_scale_is_said(lm):
+    adapter, words = random_adapter(lm, size=3.0), load_task("length")
+    plain = measure(lm, words, adapter, limit=4)
+    assert plain == measure(lm, words, adapter, limit=4, scale=1.0)
+    assert plain.answers != measure(lm, words, adapter, limit=4, scale=2.0).answers
+    with attach(lm, adapter):
+        assert list(plain.answers) == generate(lm, words.test.texts[:4], max_new_tokens=words.max_new_tokens)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "arithmetic"])
