@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-import pytest
 import torch
 from rich.console import Console
 from typer.main import get_command
@@ -17,14 +16,14 @@ import command_files
 import command_line
 import commandv as cv
 from command_line import Ran, fails
-from commandv import cli
+from commandv import cli, known
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
-from commandv.cli import checks, core, steering, words
+from commandv.cli import words
 from commandv.cli.options import show
 from commandv.cli.tables import arms_table, fidelity_table
 from commandv.evaluation import Comparison, Score
-from commandv.evaluation.arms import METHODS as TRANSFERRED
+from commandv.evaluation.arms import ARMS, METHODS as TRANSFERRED
 from commandv.models.identity import ModelRef
 from commandv.steering.making import APPLICATIONS
 from commandv.steering.methods import METHODS
@@ -91,9 +90,18 @@ assert tasks and judges and not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
-def test_names_that_are_checked_before_the_tables_are_imported_are_those_of_the_tables():
-    assert set(checks.MATCHERS) == set(MATCHERS)
-    assert set(checks.METHODS) == {"auto", *TRANSFERRED}
+def test_names_that_are_known_before_the_tables_are_imported_are_those_of_the_tables():
+    for names, table in (
+        (known.Kind, TRAINABLE),
+        (known.Fitter, FITTERS),
+        (known.Matcher, MATCHERS),
+        (known.Direction, METHODS),
+        (known.Application, APPLICATIONS),
+        (known.Method, TRANSFERRED),
+    ):
+        assert set(get_args(names)) == set(table)
+    assert {*get_args(known.Needed), *get_args(known.Spared)} == set(ARMS)
+    assert set(get_args(get_type_hints(words.distil)["by"])) == {"auto", *DISTILLED}
 
 
 def test_tables_fit_a_terminal_of_80_columns():
@@ -111,21 +119,6 @@ def test_tables_fit_a_terminal_of_80_columns():
         text = console.export_text()
         assert max(map(len, text.splitlines())) <= 80
         assert "…" not in text
-
-
-CHOICES = {
-    (core.paste, "fit"): FITTERS,
-    (core.train, "kind"): TRAINABLE,
-    (words.distil, "by"): ["auto", *DISTILLED],
-    (steering.steer, "method"): METHODS,
-    (steering.steer, "kind"): APPLICATIONS,
-}
-
-
-@pytest.mark.parametrize(("verb", "option"), CHOICES)
-def test_what_an_option_offers_is_what_the_table_has(verb, option):
-    """Written out in the verbs, because help and completion must not import the tables."""
-    assert set(get_args(get_type_hints(verb)[option])) == set(CHOICES[verb, option])
 
 
 def test_every_verb_takes_json():

@@ -19,11 +19,20 @@ import made_up
 import tiny
 from command_line import fails
 from commandv.cli import EXIT_CODES
-from commandv.errors import FormatError, InputError, MismatchError, ModelError, StorageError
+from commandv.errors import FormatError, HubError, InputError, MismatchError, ModelError, StorageError
 
 run = command_line.run
 USAGE, INPUT, MODEL, STORAGE = 2, EXIT_CODES[InputError], EXIT_CODES[ModelError], EXIT_CODES[StorageError]
-MISMATCH, FORMAT = EXIT_CODES[MismatchError], EXIT_CODES[FormatError]
+MISMATCH, FORMAT, HUB = EXIT_CODES[MismatchError], EXIT_CODES[FormatError], EXIT_CODES[HubError]
+STUDY = {
+    "name": "mine",
+    "models": {"one": {"id": "a"}, "two": {"id": "b"}},
+    "pairs": [["one", "two"]],
+    "behaviours": {"list": {"task": "numbered-list", "vector": {"contrast": "builtin:sentiment"}}},
+}
+
+
+CUDA = not torch.__version__.endswith("+cpu")  # a build in which only torch itself knows what is there
 
 
 class Mistake(NamedTuple):
@@ -74,8 +83,9 @@ MISTAKES = {
     "layers that are not there": Mistake("train @model @rows.jsonl -o @out --layers 9", INPUT, ("[9]", "0 .. 3")),
     "positions that are none": Mistake("steer @model builtin:sentiment -o @out --at z1", INPUT, ("z1", "'l1'")),
     "a graphics card that is not there": Mistake(
-        "generate @model hi --device-map cuda:7", INPUT, ("--device-map cuda:7",), True
+        "generate @model hi --device-map cuda:7", INPUT, ("--device-map cuda:7",), CUDA
     ),
+    "a device that is none": Mistake("generate @model hi --device-map cdua", INPUT, ("did you mean cuda?", "mps")),
     "a place that is taken": Mistake("train @model @rows.jsonl -o @model", FORMAT, ("choose another place",)),
     "a place below a file": Mistake("train @model @rows.jsonl -o @rows.jsonl/out", STORAGE, ("rows.jsonl",)),
     "a profile that is none": Mistake("paste @wide @empty @empty -o @out", FORMAT, ("empty", "not a commandv-profile")),
@@ -110,6 +120,17 @@ MISTAKES = {
     ),
     "prompts that are no lines": Mistake("profile @model --prompts @model/config.json", INPUT, ("'.json'", ".jsonl")),
     "a report of nothing": Mistake("report @nowhere", FORMAT, ("nowhere", "no such file")),
+    "a study with a word misspelt": Mistake(
+        "study @study.yaml", INPUT, ("behaviours.list.vector.kind", "did you mean ablate?", "scalse: unknown key")
+    ),
+    "a study to rehearse with a word misspelt": Mistake("rehearse @study.yaml", INPUT, ("scalse: unknown key",)),
+    "an arm left out that is none": Mistake("study @arms.yaml", INPUT, ("leave_out.0", "did you mean shuffled?")),
+    "a contrast with other columns": Mistake(
+        "steer @model @rows.jsonl -o @out", INPUT, ("no 'positive'", "prompt, response", "{positive, negative}")
+    ),
+    "a repository that nobody has": Mistake("pull nobody/nothing -o @out", HUB, ("nobody/nothing", "HF_HUB_OFFLINE")),
+    "an adapter that nobody has": Mistake("generate @model hi -a nobody/nothing", HUB, ("nobody/nothing",)),
+    "a profile that nobody has": Mistake("paste @wide nobody/nothing @profile -o @out", HUB, ("data set nobody",)),
     "a study misspelt": Mistake("study @nowhere.yaml", FORMAT, ("nowhere.yaml", "no such file")),
 }
 
@@ -125,6 +146,10 @@ def folder(tmp_path_factory) -> Path:
     torch.save(torch.ones(32), made / "bare.pt")
     torch.save(torch.ones(4, 32), made / "stack.pt")
     (made / "rows.jsonl").write_text(json.dumps({"prompt": "What is tea?", "response": "a drink"}) + "\n")
+    wrong = {**STUDY, "scalse": [1.0]}
+    wrong["behaviours"] = {"list": {"task": "json", "vector": {"contrast": "builtin:sentiment", "kind": "albate"}}}
+    (made / "study.yaml").write_text(json.dumps(wrong))
+    (made / "arms.yaml").write_text(json.dumps({**STUDY, "leave_out": ["shufled"]}))
     (made / "empty").mkdir()
     shutil.copytree(made / "wide", made / "cut")
     tensors = next((made / "cut").glob("*.safetensors"))

@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 
+import filelock
 import pytest
 
 import command_line
@@ -127,6 +128,14 @@ def test_what_can_be_checked_is_checked_before_a_model_is_loaded(run, made, tmp_
 def test_a_directory_that_holds_something_else_is_left_alone(run, made, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     fails(run("transfer", *pair(made), "--task", "json", "-o", tmp_path), "notes.txt", "choose another place")
+
+
+def test_a_place_that_another_transfer_writes_is_refused_at_once(run, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(cv, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "out").mkdir()
+    with filelock.FileLock(tmp_path / "out" / ".lock"):
+        ran = run("transfer", *pair(made), "--task", "json", "-o", tmp_path / "out")
+    fails(ran, "another process is writing there", "choose another directory", code=2)
 
 
 def test_an_adapter_of_another_width_is_refused(run, made, tmp_path):

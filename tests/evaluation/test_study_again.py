@@ -16,7 +16,7 @@ from commandv.evaluation import load_task, versions
 from commandv.evaluation.results import cell_key, load_run
 from commandv.evaluation.study import cell as cell_module, run_study, shared as shared_module
 from commandv.evaluation.study.models import ModelSource
-from commandv.evaluation.study.running import cell_content
+from commandv.evaluation.study.running import cell_content, claim
 from studied import cell_file, written
 
 asked, out, study = studying.asked, studying.out, studying.study
@@ -111,6 +111,8 @@ def test_a_directory_serves_one_study_and_one_process(content, tmp_path):
         assert held.wait(30)
         with pytest.raises(InputError, match="another process"):
             run_study(study, out)
+        with pytest.raises(InputError, match="another process"):
+            claim(study, out)  # before the models are loaded
     finally:
         done.set()
         other.join()

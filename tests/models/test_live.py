@@ -158,6 +158,58 @@ def test_hidden_states_shown_while_attached_are_the_edited_ones(arch):
         assert torch.equal(shown[layer + 1], states[layer]), layer
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("keep", [lambda h: h, lambda h: h[:, -1:], lambda h: [h]], ids=["it", "a view", "a list"])
+def test_who_keeps_what_a_block_puts_out_keeps_it_as_it_was(arch, keep):
+    lm = tiny.tiny_lm(arch)
+    adapter = tiny.random_adapter(lm, layers=(1, 3), positions="all")
+    with cv.attach(lm, adapter):
+        expected = logits(lm.model)
+    forward, kept, copies = lm.blocks[1].forward, [], []
+
+    def keeping(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        h = output[0] if isinstance(output, tuple) else output
+        kept.append(keep(h))
+        copies.append(h.clone())
+        return output
+
+    lm.blocks[1].forward = keeping
+    with cv.attach(lm, adapter):
+        assert torch.equal(logits(lm.model), expected)
+    (found,), (before,) = kept, copies
+    found = found[0] if isinstance(found, list) else found
+    assert torch.equal(found, before[:, -1:] if found.shape[1] == 1 else before)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom"])
+def test_the_stream_is_not_copied_for_an_edit(arch, monkeypatch):
+    lm = tiny.tiny_lm(arch)
+    before, copied, clone = logits(lm.model), [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda h, **how: copied.append(h.shape) or clone(h, **how))
+    with cv.attach(lm, tiny.random_adapter(lm, layers=(1, 2, 3))):
+        assert not torch.equal(logits(lm.model), before)
+    assert (1, IDS.shape[1], lm.d_model) not in copied
+
+
+def test_gradients_go_through_an_edit_as_through_the_same_written_out(lm):
+    adapter = tiny.random_adapter(lm, layers=(1,), positions="all")
+    (one,) = adapter.interventions[1]
+    embedded = lm.model.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def slope():
+        (found,) = torch.autograd.grad(lm.model(inputs_embeds=embedded).logits.square().sum(), embedded)
+        return found
+
+    with cv.attach(lm, adapter):
+        attached_slope = slope()
+    handle = lm.blocks[1].register_forward_hook(lambda _block, _inputs, h: h + one.delta(h))
+    try:
+        assert_close(attached_slope, slope())
+    finally:
+        handle.remove()
+
+
 def test_readers_see_what_the_next_block_gets(lm):
     read, handles = {}, []
     handles.append(lm.blocks[1].register_forward_hook(lambda _m, _i, h: h + 1))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +160,28 @@ def test_a_full_disk_keeps_the_finished_parts(lm, many, cache, monkeypatch, writ
         resumed = cv.profile(lm, many, batch_size=2, text=None)
     assert len(seen) == 18 - min(18, 8 * n_parts)
     same(resumed, cv.profile(lm, many, cache=False, text=None))
+
+
+def test_of_two_that_write_one_profile_the_second_waits_and_takes_it(lm, tmp_path, monkeypatch, caplog):
+    ran, begun, goes_on, run = [], threading.Event(), threading.Event(), work.Work.run
+
+    def slow(self, *given):
+        ran.append(given[0])
+        begun.set()
+        assert goes_on.wait(30)
+        return run(self, *given)
+
+    monkeypatch.setattr(work.Work, "run", slow)
+    caplog.set_level("INFO")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cv.profile, lm, PROMPTS, text=TEXT, cache=tmp_path / "mine")
+        assert begun.wait(30)
+        second = pool.submit(cv.profile, lm, PROMPTS, text=TEXT, cache=tmp_path / "mine")
+        while "waiting for it" not in caplog.text and not second.done():
+            time.sleep(0.01)
+        goes_on.set()
+        same(first.result(), second.result())
+    assert len(ran) == len(set(ran)), "a part was run twice"
 
 
 def test_parts_left_by_a_run_killed_after_its_last_write_are_removed(lm, many, cache):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import typer
 
 from commandv.errors import FormatError, InputError, did_you_mean
+from commandv.known import Matcher, Method
 
 if TYPE_CHECKING:
     from commandv.adapters.outline import Shaped
     from commandv.storage.directories import Kind
 
-# As the tables of `commandv.evaluation.arms` and `commandv.transfer` have them, which take seconds to import.
-MATCHERS = ("proportional", "nearest", "covering", "lowest-error")
-METHODS = ("auto", "activations", "context", "vocabulary", "answers", "training")
 DEEP = 1_000_000  # layers of a model whose depth is not known yet
 
 
@@ -86,9 +84,13 @@ def of_demonstrations(context: typer.Context, source: str) -> str:
 
 def _of_kind(context: typer.Context, source: str, kind: Kind) -> str:
     from commandv.storage.directories import require_whole
-    from commandv.storage.hub import is_repo
+    from commandv.storage.hub import is_repo, require_there
 
-    if not is_repo(of_source(context, source)) and not context.resilient_parsing:
+    if context.resilient_parsing:
+        return source
+    if is_repo(of_source(context, source)):
+        require_there(source, "dataset")
+    else:
         require_whole(Path(source), kind)
     return source
 
@@ -133,21 +135,23 @@ def require_layers(choice: str, model: str = "") -> None:
 
 def require_match(text: str) -> None:
     """Raise `InputError` for what names no matcher and is no map of layers."""
+    known = get_args(Matcher)
     pairs = [re.fullmatch(r"([0-9]{1,7}):[0-9]{1,7}", part) for part in text.split(",")]
     layers = {int(pair[1]) for pair in pairs if pair}
-    if text not in MATCHERS and len(layers) < len(pairs):  # a part that is no pair, or a layer of the donor twice
+    if text not in known and len(layers) < len(pairs):  # a part that is no pair, or a layer of the donor twice
         raise InputError(
-            f"match={text[:60]!r}{did_you_mean(text, MATCHERS)}: expected one of {', '.join(MATCHERS)}, or a map of "
+            f"match={text[:60]!r}{did_you_mean(text, known)}: expected one of {', '.join(known)}, or a map of "
             "each donor layer like 2:1,4:3"
         )
 
 
 def require_methods(by: str) -> None:
     """Raise `InputError` for what names no methods of transfer."""
+    known = get_args(Method)
     for name in map(str.strip, by.split(",")):
-        if name not in METHODS:
+        if name not in ("auto", *known):
             raise InputError(
-                f"by={by!r}{did_you_mean(name, METHODS)}: expected auto, or some of {', '.join(METHODS[1:])}, "
+                f"by={by!r}{did_you_mean(name, ('auto', *known))}: expected auto, or some of {', '.join(known)}, "
                 "separated by commas"
             )
 
@@ -166,10 +170,11 @@ def require_adapter(source: str, *, convention: str | None = None, model: str = 
     from commandv.adapters.shipped import BUILTIN
     from commandv.interop.conventions import require_convention
     from commandv.interop.detect import require_adapter_kind
-    from commandv.storage.hub import is_repo
+    from commandv.storage.hub import is_repo, require_there
 
     require_fits([], model, scale)
     if is_repo(source):
+        require_there(source, "model")
         return
     if not source.startswith(BUILTIN):
         require_convention(require_adapter_kind(source), convention)

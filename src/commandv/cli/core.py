@@ -35,6 +35,7 @@ from commandv.cli.options import (
     output,
     show,
 )
+from commandv.known import Fitter, Kind
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def train(
     ],
     out: Out,
     kind: Annotated[
-        Literal["loreft", "noreft", "consreft", "lobireft", "direft", "nodireft"],
+        Kind,
         typer.Option(help="Kind of the ReFT family."),
     ] = "direft",
     rank: Annotated[int, typer.Option(min=1, help="Directions read and written per layer.")] = 8,
@@ -156,7 +157,7 @@ def paste(
     out: Out,
     reading: Reading,
     fit: Annotated[
-        Literal["ridge", "pinv", "affine", "reduced-rank", "procrustes", "fourier", "autoencoder"],
+        Fitter,
         typer.Option(help="How converters are fitted; pinv as published."),
     ] = "ridge",
     match: Annotated[

@@ -24,10 +24,14 @@ def rehearse(
     as_json: Json = False,
 ) -> None:
     """Run a study's pairs from profile to export with random weights of true width; tell seconds and bytes."""
-    from commandv.cli.tables import rehearsal_table
-    from commandv.evaluation.study import load_study, rehearse as run
+    from commandv.evaluation.study import load_study
 
-    made = run(load_study(file), layers=layers, prompts=prompts, out=out)
+    study = load_study(file)
+
+    from commandv.cli.tables import rehearsal_table
+    from commandv.evaluation.study import rehearse as run
+
+    made = run(study, layers=layers, prompts=prompts, out=out)
     if as_json:
         show(made.as_dict(), True)
         return

@@ -42,6 +42,10 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Download an adapter, a profile or demonstrations from the Hugging Face hub as a directory."""
+    from commandv.storage.hub import require_there
+
+    require_there(repo, "model", "dataset", revision=revision)
+
     import commandv as cv
     from commandv.interop.detect import detect
 

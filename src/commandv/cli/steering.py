@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from commandv.cli.options import (
     Out,
     show,
 )
+from commandv.known import Application, Direction
 
 
 @verb
@@ -33,16 +34,12 @@ def steer(
         str | None, typer.Option(callback=of_prompts, help="The negative prompts: a file or builtin:NAME.")
     ] = None,
     paired: Annotated[bool, typer.Option("--paired", help="The two sets belong together line by line.")] = False,
-    method: Annotated[
-        Literal["caa", "actadd", "pca", "probe"], typer.Option(help="caa: difference in means; actadd: of one pair.")
-    ] = "caa",
+    method: Annotated[Direction, typer.Option(help="caa: difference in means; actadd: of one pair.")] = "caa",
     positions: Annotated[str, typer.Option(help="Tokens to read: l1, l4, all, g8 (of replies).")] = "l1",
     trigger: Annotated[str | None, typer.Option(help="Read at this string's last token instead.")] = None,
     negative_trigger: Annotated[str | None, typer.Option(help="The negative side's, where it is another.")] = None,
     layers: Annotated[str, typer.Option(help="middle_third, all_layers, ... or 4,8,12.")] = "middle_third",
-    kind: Annotated[
-        Literal["add", "ablate", "mean-ablate", "clamp"], typer.Option(help="How a direction acts.")
-    ] = "add",
+    kind: Annotated[Application, typer.Option(help="How a direction acts.")] = "add",
     strength: Annotated[float, typer.Option(help="1 adds what the sides differ by, or ablates wholly.")] = 1.0,
     relative: Annotated[bool, typer.Option("--relative", help="As a share of the stream's typical norm.")] = False,
     at: Annotated[str, typer.Option(help="Tokens to act on: all, l1, f1+l1, g8, ...")] = "all",
@@ -50,8 +47,8 @@ def steer(
     as_json: Json = False,
 ) -> None:
     """Make a steering adapter from contrasting prompts or replies."""
-    import commandv as cv
     from commandv.errors import InputError
+    from commandv.steering.contrast import load_contrast
     from commandv.storage.directories import require_place
     from commandv.storage.kinds import ADAPTER
 
@@ -60,7 +57,10 @@ def steer(
     require_positions(positions, at)
     require_layers(layers, model)
     require_place(out, ADAPTER)
-    sides = cv.load_contrast(contrast, negative, paired=paired)
+    sides = load_contrast(contrast, negative, paired=paired)
+
+    import commandv as cv
+
     lm = how.load(model)
     both = (trigger, negative_trigger) if trigger is not None and negative_trigger is not None else trigger
     adapter = cv.steer(

@@ -106,22 +106,25 @@ def study(
 
     from commandv.errors import InputError
     from commandv.evaluation.catalogue import tasks_of
-    from commandv.evaluation.study import load_study, plan, run_study
-    from commandv.evaluation.study.models import ModelSource
-    from commandv.evaluation.study.running import claim
+    from commandv.evaluation.study import load_study
 
     spec = load_study(file)
     if rehearse is not None:
         spec = spec.rehearsed()
     known = tasks_of(tasks) if tasks else {}
     problems = spec.unreadable(known)
+    if problems and not dry_run:
+        raise InputError(f"{file}: " + "; ".join(problems))
+
+    from commandv.evaluation.study import plan, run_study
+    from commandv.evaluation.study.models import ModelSource
+    from commandv.evaluation.study.running import claim
+
     if dry_run:
         counted = {} if problems else asdict(plan(spec, tasks=known))
         facts = {"study": spec.name, "cells": len(spec.cells()), **counted, "not readable here": problems}
         show(facts, as_json)
         return
-    if problems:
-        raise InputError(f"{file}: " + "; ".join(problems))
     place = out or Path("runs") / spec.name
     claim(spec, place)
     models = ModelSource(spec, rehearsal=rehearse)

@@ -181,9 +181,11 @@ def demo(
 
 def _require_adapter_and_place(reading: Reading, adapter: str, model: str, scales: list[float], out: Path) -> None:
     from commandv.storage.directories import require_place
+    from commandv.storage.files import require_free
     from commandv.storage.kinds import ADAPTER
 
     require_place(out, ADAPTER)
+    require_free(out)
     reading.check(adapter, model=model, scale=max(scales))
 
 
@@ -192,6 +194,7 @@ def _go(job: Job, out: Path, recipient: str, *, dry_run: bool, as_json: bool) ->
     import commandv as cv
     from commandv.evaluation.transferring.planning import plan
     from commandv.evaluation.transferring.running import run
+    from commandv.storage.files import locked
 
     planned = plan(job)
     if dry_run or not as_json:
@@ -202,13 +205,14 @@ def _go(job: Job, out: Path, recipient: str, *, dry_run: bool, as_json: bool) ->
             show({**stages, "in all": f"about {planned.seconds:.0f} s"}, False)
     if dry_run:
         return
-    try:
-        found = run(job, planned)
-    except KeyboardInterrupt:
-        sys.stderr.write("commandv: stopped; what is finished is kept, and the same command goes on there\n")
-        raise
-    certificate = {**found.certificate, "command": shlex.join(["commandv", *sys.argv[1:]])}
-    cv.save(replace(found.adapter, provenance={**found.adapter.provenance, "certificate": certificate}), out)
+    with locked(out, wait=False):
+        try:
+            found = run(job, planned)
+        except KeyboardInterrupt:
+            sys.stderr.write("commandv: stopped; what is finished is kept, and the same command goes on there\n")
+            raise
+        certificate = {**found.certificate, "command": shlex.join(["commandv", *sys.argv[1:]])}
+        cv.save(replace(found.adapter, provenance={**found.adapter.provenance, "certificate": certificate}), out)
     if as_json:
         show({"adapter": str(out), "arrived": found.arrived, **certificate}, True)
         return

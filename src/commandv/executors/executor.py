@@ -77,12 +77,13 @@ class Pool(Protocol):
 class Executor(Protocol):
     """Something that gives a pool of workers."""
 
-    def pool(self, make: Make, here: Any = None) -> contextlib.AbstractContextManager[Pool]:
+    def pool(self, make: Make, here: Any = None, tasks: int | None = None) -> contextlib.AbstractContextManager[Pool]:
         """Return a pool.
 
         Args:
             make: gives what a worker keeps, once per worker.
             here: the same, where this process has it already.
+            tasks: so many are run at the same time at most, and no more workers started; None where that is unknown.
         """
 
 
@@ -91,7 +92,7 @@ class Local:
     """The executor that is this process: one task after another."""
 
     @contextlib.contextmanager
-    def pool(self, make: Make, here: Any = None) -> Iterator[Pool]:
+    def pool(self, make: Make, here: Any = None, tasks: int | None = None) -> Iterator[Pool]:
         """Yield the pool; see `Executor`."""
         yield _Here(make, here)
 

@@ -73,15 +73,17 @@ class Ray:
             raise InputError(f"cpus={self.cpus}, gpus={self.gpus}: expected more than 0 cpus and no fewer than 0 gpus")
 
     @contextlib.contextmanager
-    def pool(self, make: Make, here: Any = None) -> Iterator[Pool]:
+    def pool(self, make: Make, here: Any = None, tasks: int | None = None) -> Iterator[Pool]:
         """Yield the pool; see `Executor`. What this process has already is of no use to workers.
+
+        All workers are started at once and make what they keep, such as models, before their first task comes.
 
         Raises:
             InputError: Ray is not installed.
             WorkerError: the address does not answer, or no node has room for a worker.
         """
         with connected(self.address, self.wait):
-            made = _Workers(self, make)
+            made = _Workers(self, make, tasks)
             try:
                 yield made
             finally:
@@ -138,9 +140,13 @@ class _Actor:
 
         torch.set_num_threads(self._threads)  # counted thread by thread
         self._steps = 0
+        self.make()
+        return do(self._kept, self._advance, *args), self._steps
+
+    def make(self) -> None:
+        """Make what it keeps, where that has not been done."""
         if self._kept is None:
             self._kept = self._make()
-        return do(self._kept, self._advance, *args), self._steps
 
     def _advance(self, steps: int) -> None:
         self._steps += steps
@@ -167,6 +173,7 @@ class _Worker:
         actor: its handle.
         hello: its greeting, until it has come.
         host: the machine it is on.
+        made: whether it has made what it keeps; where that fails, so does its first task, which says why.
         had: what the tasks that it had are like.
         task: that it is at.
         value: of that task, to come.
@@ -177,6 +184,7 @@ class _Worker:
     actor: Any
     hello: Any
     host: str = ""
+    made: Any = None
     had: set[str] = field(default_factory=set)
     task: Task | None = None
     value: Any = None
@@ -187,11 +195,11 @@ class _Worker:
 class _Workers:
     """The pool."""
 
-    def __init__(self, settings: Ray, make: Make) -> None:
+    def __init__(self, settings: Ray, make: Make, tasks: int | None) -> None:
         self.settings, self._make = settings, make
         room, self._gpus = _room(settings)
-        self._most = min(room, settings.workers or room)
-        self._workers: list[_Worker] = []
+        self._most = min(room, settings.workers or room, max(1, tasks or room))
+        self._workers = [self._start() for _ in range(self._most)]
         self._lost = 0
 
     @property
@@ -224,10 +232,9 @@ class _Workers:
         alone = time.monotonic()
         while pending or any(worker.task for worker in self._workers):
             while len(self._workers) < min(self._most, len(pending) + sum(bool(one.task) for one in self._workers)):
-                self._workers.append(self._start())
-            for worker in self._workers:
-                if worker.host and worker.task is None and pending:
-                    self._give(worker, do, pending)
+                self._workers.append(self._start())  # in place of one that was lost
+            while pending and (idle := [one for one in self._workers if one.host and one.task is None]):
+                self._give(idle, do, pending)
             refs = {worker.value or worker.hello: worker for worker in self._workers if worker.task or not worker.host}
             done, _ = ray.wait(list(refs), num_returns=1, timeout=TICK)
             for ref in done:
@@ -250,9 +257,10 @@ class _Workers:
         actor = _actor_class().options(**options).remote(self._make, threads, environment)
         return _Worker(actor, actor.hello.remote())
 
-    def _give(self, worker: _Worker, do: Do, pending: deque[Task]) -> None:
-        """Give a worker the task that has most in common with what it had."""
-        task = max(pending, key=lambda one: len(one.like & worker.had))
+    def _give(self, idle: list[_Worker], do: Do, pending: deque[Task]) -> None:
+        """Give out the task that has most in common with what one of the idle workers had, to that one."""
+        pairs = ((worker, task) for worker in idle for task in pending)
+        worker, task = max(pairs, key=lambda one: len(one[1].like & one[0].had))
         pending.remove(task)
         worker.task, worker.seen, worker.had = task, 0, worker.had | task.like
         worker.value = worker.actor.do.remote(do, task.args)
@@ -275,6 +283,7 @@ class _Workers:
                 theirs, host = ray.get(worker.hello)
                 require_same_versions(theirs, host)
                 worker.host = host
+                worker.made = worker.actor.make.remote()
                 return None
             value, steps = ray.get(worker.value)
         except ray.exceptions.RayTaskError as error:

@@ -193,7 +193,7 @@ class _Replacing:
         rows, columns, states = pending
 
         def replace(h: Tensor) -> Tensor:
-            return h.index_put((rows.to(h.device), columns.to(h.device)), states.to(h))
+            return h.index_put_((rows.to(h.device), columns.to(h.device)), states.to(h))
 
         return {self.layers[0]: replace}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Hook:
@@ -31,6 +34,33 @@ def attachments(owner: nn.Module) -> tuple[Any, ...]:
     """Return what is attached to the model, in the order in which it acts."""
     live = live_on(owner)
     return live.attachments if live else ()
+
+
+def holders(h: Tensor, _output: Any) -> tuple[int, int]:
+    """Return how often a block's output, of which `h` is the stream, is referred to, and its memory by other tensors.
+
+    Of use only to compare with `unheld`, in a function that a `Hook` runs.
+    """
+    return sys.getrefcount(h), torch._C._storage_Use_Count(h.untyped_storage()._cdata)
+
+
+@functools.cache
+def unheld(as_tuple: bool) -> tuple[int, int]:
+    """Return what `holders` says of an output that nobody has but PyTorch's call of the block and the hook itself."""
+    found: list[tuple[int, int]] = []
+
+    def hook(_block: nn.Module, _inputs: Any, output: Any) -> None:
+        h = output[0] if as_tuple else output
+        found.append(holders(h, output))
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return (x + 1,) if as_tuple else x + 1
+
+    block = Block()
+    block.register_forward_hook(Hook(None, hook))
+    block(torch.zeros(1, 1, 1))
+    return found[0]
 
 
 def _inert() -> Callable[..., None]:

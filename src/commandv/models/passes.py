@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from commandv.errors import InputError
 from commandv.positions import Positions
 
-Edit = Callable[[Tensor], Tensor]  # the stream [batch, sequence, d_model] -> a new one
+# The stream [batch, sequence, d_model], which is the edit's own to change in place, -> what it becomes.
+Edit = Callable[[Tensor], Tensor]
 
 
 def stream_of(output: Any, index: int) -> Tensor:
@@ -180,10 +181,9 @@ class _Places:
 
 def _adding(many: Sequence[tuple[Addend, _Places]]) -> Edit:
     def edit(h: Tensor) -> Tensor:
-        changed = h
-        for one, places in many:
-            at = places.on(h.device)
-            changed = changed.index_put(at, one.delta(h[at]), accumulate=True)
-        return changed
+        found = [(at := places.on(h.device), one.delta(h[at])) for one, places in many]  # before any is added
+        for at, delta in found:
+            h.index_put_(at, delta, accumulate=True)
+        return h
 
     return edit

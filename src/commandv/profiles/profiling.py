@@ -135,17 +135,24 @@ def profile_on(
         prompts, text, places=places, rows_per_text=rows_per_text, batch_size=batch_size, max_length=max_length,
         padding="right",
     )  # fmt: skip
-    with executor.pool(functools.partial(_loaded, load, wanted)) as pool:
+    with executor.pool(functools.partial(_loaded, load, wanted), tasks=wanted.batches) as pool:
         return profile_in(pool, _itself, wanted, cache=cache)
 
 
-def profile_in(pool: Pool, of: Callable[[Any], Work], wanted: Wanted, *, cache: Path | None = None) -> Profile:
-    """Profile a model in a pool; `of` finds the work in what a worker keeps. See `profile_on`.
+def profile_in(
+    pool: Pool,
+    of: Callable[[Any], Work],
+    wanted: Wanted,
+    *,
+    cache: Path | None = None,
+    like: frozenset[str] = frozenset(),
+) -> Profile:
+    """Profile a model in a pool; `of` finds the work in what a worker keeps, `like` is as in `Task`. See `profile_on`.
 
     Raises:
         InputError: a worker cannot vouch for what the model is.
     """
-    (found,) = pool.run(functools.partial(_plan, of), [Task("what to profile", ())], _unreported)
+    (found,) = pool.run(functools.partial(_plan, of), [Task("what to profile", (), like)], _unreported)
     if found.error is not None:
         raise found.error
     model, parts = found.value

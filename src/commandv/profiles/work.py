@@ -50,6 +50,11 @@ class Wanted:
     hash: str
     sets: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def batches(self) -> int:
+        """Forward passes that it takes."""
+        return -(-len(self.items) // self.batch_size)
+
     @classmethod
     def of(
         cls,
@@ -70,6 +75,8 @@ class Wanted:
                 f"padding={padding!r}, places={places!r}, rows_per_text={rows_per_text}: expected 'left' or 'right', "
                 f"one of {get_args(Places)}, and 1 or more"
             )
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: expected 1 or more")
         used = [ends] if text is None else [ends, text]
         hashes = [one.hash for one in used]
         hashed = digest(hashes, [places, rows_per_text] if text is not None else [])
@@ -90,8 +97,6 @@ class Work:
     BYTES = 1 << 26  # of one part's rows at most, unless one batch has more
 
     def __init__(self, lm: LM, wanted: Wanted) -> None:
-        if wanted.batch_size < 1:
-            raise InputError(f"batch_size={wanted.batch_size}: expected 1 or more")
         self.lm = lm
         self.padding: Literal["left", "right"] = "right" if lm.recurrent else wanted.padding
         self._encoded: list[Encoded] = []

@@ -184,12 +184,13 @@ def _factors(
 
 def _adding(ready: Sequence[tuple[_Stack, _Places, Tensor]]) -> Edit:
     def edit(h: Tensor) -> Tensor:
-        changed = h
-        for stack, places, factors in ready:
+        found = []
+        for stack, places, factors in ready:  # all read the same stream
             at = places.on(h.device)
-            delta = stack.delta(h[at].float(), factors.to(h.device))
-            changed = changed.index_put(at, delta.to(h.dtype), accumulate=True)
-        return changed
+            found.append((at, stack.delta(h[at].float(), factors.to(h.device)).to(h.dtype)))
+        for at, delta in found:
+            h.index_put_(at, delta, accumulate=True)
+        return h
 
     return edit
 

@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import threading
@@ -24,6 +25,8 @@ CACHE_VARIABLE = "COMMANDV_CACHE"
 LOCK = ".lock"  # while a directory is written it lies in it; a file's is named after the file
 TRIES = 100  # of what fails only because another process writes the same place at the same moment
 _held = threading.local()
+
+log = logging.getLogger(__name__)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -162,17 +165,20 @@ def exclusive(file: Path, *, wait: bool = True) -> Iterator[None]:
     if file in held:
         yield
         return
-    lock = filelock.FileLock(file)
+    lock, patience = filelock.FileLock(file), 1 if wait else 0  # seconds before it is said that this waits
     with storage_errors(file.parent):
         for left in range(TRIES, 0, -1):
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=-1 if wait else 0)
+                lock.acquire(timeout=patience)
                 break
             except filelock.Timeout:
-                raise InputError(
-                    f"{file.parent}: another process is writing there; wait for it, or choose another directory"
-                ) from None
+                if not wait:
+                    raise InputError(
+                        f"{file.parent}: another process is writing there; wait for it, or choose another directory"
+                    ) from None
+                log.info("%s: another process is writing there; waiting for it", file.parent)
+                patience = -1
             except FileNotFoundError:  # another process has removed the empty directory
                 if left == 1:
                     raise
@@ -205,6 +211,13 @@ def locked(target: Path, *, wait: bool = True) -> Iterator[Path]:
         if not was_there:
             with contextlib.suppress(OSError):  # only an empty directory can be removed
                 place.rmdir()
+
+
+def require_free(target: Path) -> None:
+    """Raise `InputError` where another process is writing in a directory; the same thread may have locked it."""
+    if (real(target) / LOCK).exists():
+        with locked(target, wait=False):
+            pass
 
 
 def require_writable(place: Path) -> None:

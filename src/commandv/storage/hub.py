@@ -106,6 +106,29 @@ def fetched(source: str, repo_type: RepoType, read: Callable[[Path], T], *, revi
     return read(_fetch(source, repo_type, revision, force=True))
 
 
+def require_there(source: str, *repo_types: RepoType, revision: str | None = None) -> None:
+    """Raise what fetching a repository would raise, of the first of some types, as far as its list of files tells.
+
+    Raises:
+        HubError: of none of the types found, allowed or, where the hub cannot be reached, in its cache.
+        FormatError: it holds nothing of ours or of a format that we read.
+    """
+    first, *others = repo_types
+    try:
+        listed = list_repo(source, first, revision=revision)
+    except _UnreachableError as error:
+        _cached(source, first, revision, error)
+    except HubError as error:
+        if not others:
+            raise
+        try:
+            require_there(source, *others, revision=revision)
+        except HubError:
+            raise error from None
+    else:
+        _require_readable(source, first, listed)
+
+
 def require_local(revision: str | None, source: str | Path) -> None:
     """Raise `InputError` where a revision is given for what lies on this disk."""
     if revision is not None:

@@ -1,8 +1,8 @@
-"""Studies: donors x recipients x behaviours x methods x seeds x scales from one file."""
+"""Studies: donors x recipients x behaviours x methods x seeds x scales from one file.
 
-from commandv.evaluation.study.planning import Plan, plan
-from commandv.evaluation.study.rehearsal import Rehearsal, rehearse
-from commandv.evaluation.study.running import run_study, unfinished
-from commandv.evaluation.study.schema import Study, load_study
+As in `commandv` itself, the public names are listed in `__init__.pyi` and imported when first used.
+"""
 
-__all__ = ["Plan", "Rehearsal", "Study", "load_study", "plan", "rehearse", "run_study", "unfinished"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
 from commandv.errors import require_known
+from commandv.known import Application, Direction, Fitter, Kind, Matcher
 from commandv.models.layers import choose_layers
 from commandv.positions import as_positions
-from commandv.steering import APPLICATIONS, METHODS
-from commandv.training.train import TRAINABLE
-from commandv.transfer.convert.table import FITTERS
-from commandv.transfer.match import MATCHERS
 
 
 def plain_name(name: str) -> str:
@@ -40,9 +37,9 @@ def _readable(read: Callable[[str], Any]) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(checked)
 
 
-def _among(known: Collection[str]) -> pydantic.AfterValidator:
-    """Return what accepts the names of a table."""
-    return _readable(lambda name: require_known("", name, known))
+def among(known: Any) -> pydantic.AfterValidator:
+    """Return what accepts the names of a `Literal`, and tells which of them a misspelt one is near to."""
+    return _readable(lambda name: require_known("", name, get_args(known)))
 
 
 ANY_DEPTH = 100  # layers against which a layer choice by name is checked before models are loaded
@@ -96,7 +93,7 @@ class Workers(Strict):
 class Training(Strict):
     """How donors (and recipients, for the direct control) are trained; `rates` replaces the learning rate by model."""
 
-    kind: Annotated[str, _among(TRAINABLE)] = "direft"
+    kind: Annotated[str, among(Kind)] = "direft"
     rank: int = 8
     layers: Layers = "every_other"
     positions: str = "l1"
@@ -127,10 +124,10 @@ class Vector(Strict):
     contrast: str
     negative: str | None = None
     pairs: Annotated[int, pydantic.Field(ge=2)] | None = None
-    method: Annotated[str, _among(METHODS)] = "caa"
+    method: Annotated[str, among(Direction)] = "caa"
     positions: Places = "l1"
     trigger: str | None = None
-    kind: Annotated[str, _among(APPLICATIONS)] = "add"
+    kind: Annotated[str, among(Application)] = "add"
     strength: float = 1.0
     at: Places = "all"
     rows: Literal["end", "text", "both"] = "end"
@@ -175,8 +172,8 @@ class Method(Strict):
         prompts: use the first so many profile prompts only.
     """
 
-    fit: Annotated[str, _among(FITTERS)] = "ridge"
-    match: Annotated[str, _among(MATCHERS)] | None = None
+    fit: Annotated[str, among(Fitter)] = "ridge"
+    match: Annotated[str, among(Matcher)] | None = None
     layers: str | None = None
     read_rows: Literal["end", "text", "both"] = "end"
     write_rows: Literal["end", "text", "both"] | None = None

@@ -29,7 +29,7 @@ from commandv.profiles.work import Work
 from commandv.progress import Report, track
 from commandv.prompts.sets import load_prompts
 from commandv.steering import load_contrast
-from commandv.storage.files import LOCK, is_temporary, locked, storage_errors, tidy
+from commandv.storage.files import LOCK, is_temporary, locked, require_free, storage_errors, tidy
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ def run_study(
         claim(study, out)
         source = models or ModelSource(study)
         shared = Shared(study, source, tasks)
-        with executor.pool(functools.partial(_on_worker, study, source, tasks), here=shared) as pool:
+        most = max(len(study.cells()), shared.wanted().batches)
+        with executor.pool(functools.partial(_on_worker, study, source, tasks), here=shared, tasks=most) as pool:
             _identify(pool, shared)
             cells = _keyed(shared)
             run = Run(
@@ -138,7 +139,7 @@ def _prepare(pool: Pool, shared: Shared, specs: Sequence[CellSpec]) -> None:
     """
     for name in dict.fromkeys(name for spec in specs for name in (spec.donor, spec.recipient)):
         try:
-            profile_in(pool, functools.partial(_work_of, name), shared.wanted())
+            profile_in(pool, functools.partial(_work_of, name), shared.wanted(), like=frozenset([name]))
         except WorkerError:
             raise
         except CommandVError as error:
@@ -238,10 +239,10 @@ def _run_cell(shared: Shared, _report: Report, spec: CellSpec, settings: dict[st
 
 
 def claim(study: Study, out: Path) -> None:
-    """Refuse a directory that holds results of another study, or anything else.
+    """Refuse a directory that holds results of another study, or anything else, or that is being written.
 
     Raises:
-        InputError: it holds another study.
+        InputError: it holds another study, or another process is writing it.
         FormatError: it holds no study but something else, or a damaged `run.json`.
     """
     with storage_errors(out):
@@ -257,6 +258,7 @@ def claim(study: Study, out: Path) -> None:
             ]
             if foreign:
                 raise FormatError(f"{out}: holds no study but {', '.join(sorted(foreign)[:4])}; choose another place")
+    require_free(out)
 
 
 def _hashes(study: Study) -> dict[str, str]:

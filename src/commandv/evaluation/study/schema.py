@@ -5,19 +5,32 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
 
 from commandv.errors import InputError, require_seed
-from commandv.evaluation.arms import ARMS, DIRECT, Arm, arms_without
 from commandv.evaluation.catalogue import NO_TASKS, load_task
-from commandv.evaluation.study.parts import Behaviour, Layers, Method, ModelSpec, Name, Strict, Training, Workers
+from commandv.evaluation.study.parts import (
+    Behaviour,
+    Layers,
+    Method,
+    ModelSpec,
+    Name,
+    Strict,
+    Training,
+    Workers,
+    among,
+)
 from commandv.evaluation.tasks import Task
-from commandv.evaluation.tuning import Setting, grid
+from commandv.known import Needed, Spared
 from commandv.prompts.sets import PromptSet, load_prompt_sets, load_prompts
-from commandv.steering import load_contrast
+from commandv.steering.contrast import load_contrast
 from commandv.storage.reading import read_yaml
+
+if TYPE_CHECKING:
+    from commandv.evaluation.arms import Arm
+    from commandv.evaluation.tuning import Setting
 
 
 class CellSpec(NamedTuple):
@@ -83,7 +96,7 @@ class Study(Strict):
     n_dev: Annotated[int, pydantic.Field(ge=1)] = 48
     n_test: Annotated[int, pydantic.Field(ge=1)] = 100
     n_drift: Annotated[int, pydantic.Field(ge=2)] | None = None
-    leave_out: tuple[str, ...] = ()
+    leave_out: tuple[Annotated[str, among(Spared)], ...] = ()
     batch_size: Annotated[int, pydantic.Field(ge=1)] = 64
     workers: Workers = Workers()
 
@@ -97,8 +110,7 @@ class Study(Strict):
         for wanted, what in ((self.pairs, "pairs"), (self.behaviours, "behaviours"), (self.seeds, "seeds")):
             if not wanted:
                 raise ValueError(f"{what}: expected at least one")
-        arms_without(self.leave_out)
-        if taken := set(self.methods) & {*ARMS, "donor"}:
+        if taken := set(self.methods) & {*get_args(Needed), *get_args(Spared), "donor"}:
             raise ValueError(f"methods: {sorted(taken)} are names of arms; choose others")
         for pair in self.pairs:
             for model in pair:
@@ -113,7 +125,7 @@ class Study(Strict):
             return
         if donor not in behaviour.adapters:
             raise ValueError(f"behaviours.{name}: neither examples, a vector nor an adapter for the donor {donor!r}")
-        if recipient not in behaviour.adapters and DIRECT not in self.leave_out:
+        if recipient not in behaviour.adapters and "direct" not in self.leave_out:
             raise ValueError(
                 f"behaviours.{name}: the direct control needs examples or an adapter for the recipient {recipient!r}; "
                 "give one, or say leave_out: [direct]"
@@ -130,10 +142,14 @@ class Study(Strict):
 
     def arms(self) -> dict[str, Arm]:
         """Return the arms that every cell measures, but for the study's own methods."""
+        from commandv.evaluation.arms import arms_without  # as below: it takes seconds to import
+
         return arms_without(self.leave_out)
 
     def settings(self) -> list[Setting]:
         """Return the settings that are tried on the development split."""
+        from commandv.evaluation.tuning import grid
+
         return grid(self.layers, self.scales, self.rows)
 
     def profile_prompts(self) -> PromptSet:
