@@ -19,7 +19,7 @@ import made_up
 import tiny
 from command_line import fails
 from commandv.cli import EXIT_CODES
-from commandv.errors import FormatError, HubError, InputError, MismatchError, ModelError, StorageError
+from commandv.errors import FormatError, HubError, InputError, MismatchError, ModelError, StorageError, WorkerError
 
 run = command_line.run
 USAGE, INPUT, MODEL, STORAGE = 2, EXIT_CODES[InputError], EXIT_CODES[ModelError], EXIT_CODES[StorageError]
@@ -70,7 +70,7 @@ MISTAKES = {
     ),
     "an adapter's directory misspelt": Mistake("generate @model hi -a @wid", FORMAT, ("did you mean wide?",)),
     "an adapter of another width": Mistake("generate @model hi -a @wide", MISMATCH, ("width 48", "paste() carries")),
-    "a vector without a layer": Mistake("generate @model hi -a @bare.pt", INPUT, ("one vector", "--layer"), True),
+    "a vector without a layer": Mistake("generate @model hi -a @bare.pt", INPUT, ("one vector of width 32", "--layer")),
     "a convention that is none": Mistake(
         "inspect @stack.pt --convention tokens", INPUT, ("--convention tokens", "blocks")
     ),
@@ -119,6 +119,10 @@ MISTAKES = {
         "paste @wide @profile @profile -o @out --match 2:1,2:3", INPUT, ("2:1,2:3", "each donor layer")
     ),
     "prompts that are no lines": Mistake("profile @model --prompts @model/config.json", INPUT, ("'.json'", ".jsonl")),
+    "a report of something else": Mistake("report @empty", FORMAT, ("empty", "no run.json", "commandv study")),
+    "a cluster that is not there": Mistake(
+        "profile @model --executor ray:127.0.0.1:1", EXIT_CODES[WorkerError], ("127.0.0.1:1", "ray start --head")
+    ),
     "a report of nothing": Mistake("report @nowhere", FORMAT, ("nowhere", "no such file")),
     "a study with a word misspelt": Mistake(
         "study @study.yaml", INPUT, ("behaviours.list.vector.kind", "did you mean ablate?", "scalse: unknown key")

@@ -262,9 +262,8 @@ def suites(monkeypatch, tmp_path):
     )
     manager = TaskManager(include_path="tasks", include_defaults=False)
     evaluate = lm_eval.simple_evaluate
-    monkeypatch.setattr(
-        lm_eval, "simple_evaluate", lambda model, **how: evaluate(model, task_manager=manager, bootstrap_iters=0, **how)
-    )
+    given = {"task_manager": manager, "bootstrap_iters": 0}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *model, **how: evaluate(*model, **{**given, **how}))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     with network.refused(monkeypatch):
         yield

@@ -59,6 +59,13 @@ def of_path(context: typer.Context, path: Path) -> Path:
     return path
 
 
+def of_run(context: typer.Context, path: Path) -> Path:
+    """Return the directory of a study's results."""
+    if not (of_path(context, path) / "run.json").is_file() and not context.resilient_parsing:
+        raise FormatError(f"{path}: no run.json. Expected a directory that `commandv study` wrote")
+    return path
+
+
 def of_source(context: typer.Context, source: str) -> str:
     """Return a path that is there, or the name of a repository on the hub."""
     from commandv.storage.hub import is_repo
@@ -164,12 +171,14 @@ def require_positions(*positions: str) -> None:
         as_positions(one)
 
 
-def require_adapter(source: str, *, convention: str | None = None, model: str = "", scale: float = 1.0) -> None:
+def require_adapter(
+    source: str, *, layer: int | None = None, convention: str | None = None, model: str = "", scale: float = 1.0
+) -> None:
     """Raise what reading an adapter and attaching it would raise, as far as names and configurations can tell."""
     from commandv.adapters.outline import outline_of
     from commandv.adapters.shipped import BUILTIN
     from commandv.interop.conventions import require_convention
-    from commandv.interop.detect import require_adapter_kind
+    from commandv.interop.detect import require_adapter_kind, require_layer
     from commandv.storage.hub import is_repo, require_there
 
     require_fits([], model, scale)
@@ -178,6 +187,7 @@ def require_adapter(source: str, *, convention: str | None = None, model: str = 
         return
     if not source.startswith(BUILTIN):
         require_convention(require_adapter_kind(source), convention)
+        require_layer(source, layer)
     outline = outline_of(source)
     if outline is not None and model:
         require_fits([outline], model, scale)

@@ -54,7 +54,7 @@ def describe(source: str, *, layer: int | None = None, convention: str | None = 
         from commandv.transfer.distil.demonstrations import load_demonstrations
 
         return _demonstrations_facts(load_demonstrations(source))
-    require_adapter(source, convention=convention)
+    require_adapter(source, layer=layer, convention=convention)
 
     from commandv.interop.load import load_adapter
 

@@ -128,7 +128,7 @@ class Reading:
     def check(self, source: str | None, *, model: str = "", scale: float = 1.0) -> None:
         """Raise what loading an adapter and attaching it would raise, as far as can be told at once."""
         if source is not None:
-            require_adapter(source, convention=self.convention, model=model, scale=scale)
+            require_adapter(source, layer=self.layer, convention=self.convention, model=model, scale=scale)
 
     def load(self, source: str, *, same_as: str = "") -> Adapter:
         """Load an adapter as the options say."""
@@ -150,13 +150,16 @@ class Running:
 
     def __post_init__(self) -> None:
         from commandv.errors import InputError
+        from commandv.executors.address import WAIT, require_listener
 
-        kind = self.executor.partition(":")[0]
+        kind, _, address = self.executor.partition(":")
         if kind != "ray" and (not self.local or (self.workers, self.cpus, self.gpus) != (None, None, None)):
             raise InputError(
                 f"--executor {self.executor!r}: expected local (without workers, cpus and gpus), ray, ray:auto or "
                 "ray:HOST:PORT"
             )
+        if address:
+            require_listener(address, WAIT)
 
     @property
     def local(self) -> bool:

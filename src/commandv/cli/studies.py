@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import verb
-from commandv.cli.checks import of_path, require_fits
+from commandv.cli.checks import of_path, of_run, require_fits
 from commandv.cli.options import (
     Attached,
     BatchSize,
@@ -142,7 +142,7 @@ def study(
 
 @verb
 def report(
-    run: Annotated[Path, typer.Argument(callback=of_path, help="Directory that `commandv study` wrote.")],
+    run: Annotated[Path, typer.Argument(callback=of_run, help="Directory that `commandv study` wrote.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where the report goes. Default: the run's own.")
     ] = None,

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from commandv.errors import InputError, WorkerError
 from commandv.storage.reading import first_line, number_of
 
+WAIT = 30.0  # seconds that an address has to answer, unless it is said
+
 
 @contextlib.contextmanager
 def connected(address: str | None, wait: float) -> Iterator[None]:
@@ -46,22 +48,32 @@ def _require_answer(address: str, wait: float) -> None:
     Raises:
         WorkerError: no cluster answers there in time.
     """
-    problem = ""
+    require_listener(address, wait)
+    code = f"import ray; ray.init(address={address!r}, log_to_driver=False); print('connected')"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=wait)
+    except subprocess.TimeoutExpired:
+        raise _no_cluster(address, f"no answer within {wait:g} s") from None
+    if "connected" not in done.stdout:
+        raise _no_cluster(address, (done.stderr.strip().splitlines() or ["it refused the connection"])[-1][:300])
+
+
+def require_listener(address: str, wait: float) -> None:
+    """Raise `WorkerError` where nobody listens at an address, of those that name a host and a port; Ray is not needed.
+
+    Args:
+        address: as `commandv.Ray` takes it.
+        wait: seconds that it has to answer.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and number_of(port, most=10**6) is not None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=wait).close()
         except (OSError, OverflowError) as error:
-            problem = str(error)
-    if not problem:
-        code = f"import ray; ray.init(address={address!r}, log_to_driver=False); print('connected')"
-        try:
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=wait)
-            if "connected" not in done.stdout:
-                problem = (done.stderr.strip().splitlines() or ["it refused the connection"])[-1][:300]
-        except subprocess.TimeoutExpired:
-            problem = f"no answer within {wait:g} s"
-    if problem:
-        raise WorkerError(
-            f"no Ray cluster at {address} ({problem}); start one with `ray start --head`, or give its address"
-        )
+            raise _no_cluster(address, str(error)) from error
+
+
+def _no_cluster(address: str, problem: str) -> WorkerError:
+    return WorkerError(
+        f"no Ray cluster at {address} ({problem}); start one with `ray start --head`, or give its address"
+    )

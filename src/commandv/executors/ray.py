@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from commandv.errors import CommandVError, InputError, WorkerError
-from commandv.executors.address import connected
+from commandv.executors.address import WAIT, connected
 from commandv.executors.executor import (
     Do,
     Make,
@@ -63,7 +63,7 @@ class Ray:
     cpus: float = 1.0
     gpus: float | None = None
     size: int = 0
-    wait: float = 30.0
+    wait: float = WAIT
     patience: float = 600.0
 
     def __post_init__(self) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickletools
+import zipfile
 from pathlib import Path
 
-from commandv.errors import FormatError
+from commandv.errors import FormatError, InputError
 from commandv.storage.directories import CONFIG
 from commandv.storage.kinds import ADAPTER, DEMONSTRATIONS, PROFILE
 from commandv.storage.reading import no_such_file, read_json
 
 SUFFIXES = {".pt", ".pth", ".bin", ".npy", ".npz", ".safetensors", ".svec"}  # of vector files
+_PICKLE = 1 << 16  # bytes, far more than one tensor takes
 _OPENERS = {
     PROFILE.format: "a profile, not an adapter; use load_profile()",
     DEMONSTRATIONS.format: "demonstrations, not an adapter; use distil()",
@@ -62,6 +65,28 @@ def require_adapter_kind(source: str | Path) -> str:
     if kind in _OPENERS:
         raise FormatError(f"{source}: {_OPENERS[kind]}")
     return kind
+
+
+def require_layer(source: str | Path, layer: int | None) -> None:
+    """Raise `InputError` for a torch file of one bare tensor that is one vector, where nobody says at which layer.
+
+    The tensor's size is read from the pickle's operations, which are not run.
+    """
+    path = Path(source)
+    if layer is not None or path.suffix != ".pt" or not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        held = [one for one in archive.infolist() if one.filename.endswith("/data.pkl") and one.file_size < _PICKLE]
+        data = archive.read(held[0]) if len(held) == 1 else b""
+    try:
+        operations = [(one.name, value) for one, value, _ in pickletools.genops(data)]
+    except ValueError:
+        return  # what is wrong with it reading it says
+    names = [name for name, _ in operations]
+    if names.count("BINPERSID") == 1 and not {"EMPTY_DICT", "EMPTY_LIST"} & set(names):  # one tensor, and bare
+        place = names.index("BINPERSID")  # its offset, its size and its stride follow
+        if names[place + 3 : place + 4] == ["TUPLE1"]:
+            raise InputError(f"{path}: one vector of width {operations[place + 2][1]}; say where it acts: layer=")
 
 
 def _stated_format(target: Path) -> str | None:

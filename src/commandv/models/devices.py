@@ -19,10 +19,8 @@ def require_device(device_map: Any) -> None:
         return
     named = re.fullmatch(r"([a-z]+)(?::([0-9]{1,3}))?", device_map)
     if not named or named[1] not in _DEVICES:
-        raise InputError(
-            f"device_map={device_map!r}{did_you_mean(device_map, (*_SPREAD, *_DEVICES))}: expected "
-            f"{', '.join(_SPREAD)}, cpu, cuda, cuda:1 or mps"
-        )
+        near = did_you_mean(device_map, (*_SPREAD, "cuda", "mps"))
+        raise InputError(f"device_map={device_map!r}{near}: expected {', '.join(_SPREAD)}, cpu, cuda, cuda:1 or mps")
     if named[1] in ("cuda", "mps") and int(named[2] or 0) >= (here := _count(named[1])):
         raise InputError(
             f"device_map={device_map!r}: PyTorch sees {here or 'no'} such device{'s' if here > 1 else ''} here; leave "
