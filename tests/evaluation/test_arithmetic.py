@@ -9,7 +9,6 @@ import pytest
 from commandv.errors import InputError
 from commandv.evaluation import arithmetic_prompts
 from commandv.evaluation.arithmetic import LEVELS, is_dev
-from commandv.evaluation.catalogue import arithmetic
 from commandv.prompts.sets import load_prompts
 from places import SHARED_DATA
 from texts import similar
@@ -44,7 +43,7 @@ def test_arithmetic_splits_are_disjoint_whatever_the_seed():
 def test_arithmetic_depends_on_its_seed_alone():
     assert arithmetic_prompts()[1].hash == arithmetic_prompts()[1].hash == "83a25197d9a2fbc4"
     assert arithmetic_prompts(seed=1)[1].hash != "83a25197d9a2fbc4"
-    assert arithmetic(n_dev=3, n_test=5, seed=2, levels=[(3, 2)]).test.texts != arithmetic(n_test=5).test.texts
+    assert arithmetic_prompts(3, 5, seed=2, levels=[(3, 2)])[1].texts != arithmetic_prompts(n_test=5)[1].texts
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from commandv import attach, generate
 from commandv.errors import InputError
 from commandv.evaluation import TASKS, Outcome, Task, load_task, measure
-from commandv.evaluation.catalogue import expecting, opening
+from commandv.evaluation.catalogue import expecting
 from commandv.evaluation.likeness import likeness
 from commandv.evaluation.outcomes import judged, write_outcome
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
@@ -149,13 +149,13 @@ def test_tasks_that_cannot_be(spec, message):
         load_task(spec)
 
 
-def test_openings_come_from_the_file_or_the_argument(tmp_path):
+def test_openings_come_from_the_file_where_it_says_any(tmp_path):
     path = rows_file(tmp_path / "o.jsonl", [{"prompt": "a", "response": "Oh"}, {"prompt": "b"}, {"prompt": "c"}])
-    task = opening(path, text="Well")
+    task = load_task(f"opening:{path}")
     prompts = [*task.dev, *task.test]
-    wanted = [prompt.response or "Well" for prompt in prompts]
-    assert sorted(wanted) == ["Oh", "Well", "Well"]
-    assert task.judge(prompts, [f"{text}, tea" for text in wanted]) == [1.0] * 3
+    wanted = [prompt.response or "Certainly!" for prompt in prompts]
+    assert sorted(wanted) == ["Certainly!", "Certainly!", "Oh"]
+    assert task.judge(prompts, [f"{text} Tea." for text in wanted]) == [1.0] * 3
 
 
 # -- by words ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from commandv.errors import InputError, MismatchError
 from commandv.evaluation.arms import ARMS, METHODS, methods
 from commandv.evaluation.catalogue import expecting
 from commandv.evaluation.tasks import Task
-from commandv.evaluation.transferring import job as job_module, running, testing
+from commandv.evaluation.transferring import job as job_module, running
 from commandv.evaluation.transferring.job import prepare
 from commandv.evaluation.transferring.planning import plan
 from commandv.prompts.sets import Prompt, PromptSet
@@ -154,14 +154,14 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(pair, behaviour, cache, bri
 def test_the_random_control_is_the_mean_of_several_draws(pair, behaviour, cache, brief, monkeypatch):
     """A single draw may happen to do what is looked for."""
     asked = []
-    drawn = testing.make_arm
+    drawn = running.make_arm
 
     def watched(name, material):
         if name == "random-in-span":
             asked.append(material.seed)
         return drawn(name, material)
 
-    monkeypatch.setattr(testing, "make_arm", watched)
+    monkeypatch.setattr(running, "make_arm", watched)
     found = cv.transfer_adapter(*pair[:1], behaviour, pair[1], task(), SETTINGS)
     assert len(set(asked)) == 4
     arm = found.arms["random-in-span"]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import re
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from commandv.errors import InputError, did_you_mean
-from commandv.evaluation.arithmetic import LEVELS, arithmetic_prompts, by_hash, sum_is_right
+from commandv.evaluation.arithmetic import arithmetic_prompts, by_hash, sum_is_right
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
-from commandv.evaluation.graders import GRADERS, Grader, answered, refusal
+from commandv.evaluation.graders import GRADERS, answered, refusal
 from commandv.evaluation.instructions import follows, instructed
 from commandv.evaluation.questions import Question, as_letters, load_questions
 from commandv.evaluation.reasoning import is_right, reasons_first
-from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Task, load_splits
+from commandv.evaluation.tasks import ANSWER_TOKENS, ByPrompt, ByText, Judge, Task, load_splits
 from commandv.evaluation.tone import formal, positive_sentiment
 from commandv.prompts.loops import loops
 from commandv.prompts.sets import Prompt, PromptSet, load_prompts
@@ -50,7 +50,10 @@ def load_task(spec: str, more: Mapping[str, Task] = NO_TASKS) -> Task:
     entry = TASKS[name]
     if entry.needs_file and not file:
         raise InputError(f"task {spec!r}: needs a file of prompts of yours; write {name}:FILE")
-    return entry.make(file) if file else entry.make()
+    dev, test = entry.prompts(file)
+    return Task(
+        _title(name, file), dev, test, entry.judge, entry.success, entry.max_new_tokens, keep_answers=entry.keep_answers
+    )
 
 
 def tasks_of(file: str | Path) -> dict[str, Task]:
@@ -75,49 +78,98 @@ def tasks_of(file: str | Path) -> dict[str, Task]:
     return found
 
 
-# -- the tasks --------------------------------------------------------------------------------------------------------
+# -- prompts: of a file where one is given, else the built-in ones ----------------------------------------------------
 
-
-def _splits(
-    built_in: str, file: str | Path | None, *, reference: bool = False, label: str = ""
-) -> tuple[PromptSet, PromptSet]:
-    """Return the (dev, test) prompts of the user's file, or the built-in ones."""
-    if file:
-        return load_splits(file, reference=reference, label=label)
-    return load_prompts(f"builtin:{built_in}-dev"), load_prompts(f"builtin:{built_in}-test")
+Splits = tuple[PromptSet, PromptSet]  # dev and test
 
 
 def _title(name: str, file: str | Path | None) -> str:
     return f"{name}:{Path(file).stem}" if file else name
 
 
-def _by_text(
-    name: str,
-    grader: Grader,
-    file: str | Path | None = None,
-    *,
-    built_in: str = "questions",
-    success: Literal["more", "less"] = "more",
-    max_new_tokens: int = ANSWER_TOKENS,
-) -> Task:
-    """Ask benign questions and grade the answers' form or tone."""
-    dev, test = _splits(built_in, file)
-    return Task(_title(name, file), dev, test, ByText(name, grader), success, max_new_tokens)
+def _asks(built_in: str, *, label: str = "") -> Callable[[str | Path | None], Splits]:
+    """Return what reads prompts; of a file with a column `label`, the rows with this one."""
+
+    def prompts(file: str | Path | None) -> Splits:
+        if file:
+            return load_splits(file, label=label)
+        return load_prompts(f"builtin:{built_in}-dev"), load_prompts(f"builtin:{built_in}-test")
+
+    return prompts
 
 
-def opening(file: str | Path | None = None, *, text: str = "Certainly!") -> Task:
-    """Ask for answers that begin with a given text, to the letter.
+_questions = _asks("questions")
 
-    Args:
-        file: prompts, whose replies are the openings wanted; a prompt without one has `text`.
-        text: the opening.
-    """
 
-    def opens(prompt: Prompt, answer: str) -> float:
-        return opens_with(prompt.response or text)(answer)
+def _sums(file: str | Path | None) -> Splits:
+    if file:
+        raise InputError(f"task arithmetic makes its own problems, got the file {file}; write exact:{file} for a file")
+    return arithmetic_prompts()
 
-    dev, test = _splits("questions", file)
-    return Task(_title("opening", file), dev, test, ByPrompt("opening", opens))
+
+def _instructed(file: str | Path | None) -> Splits:
+    dev, test = (instructed(one, one.name) for one in _questions(file))
+    return dev, test
+
+
+def _letters(file: str | Path) -> Splits:
+    """Read multiple-choice questions (MMLU, ARC); choices that are no letters are listed by letter."""
+    by_kind: dict[bool, list[Question]] = {True: [], False: []}
+    for one in load_questions(file):
+        by_kind[all(re.fullmatch(r"\(?([A-Z])\)?", choice) for choice in one.choices)].append(one)
+    prompts = {
+        (text := f"{one.text}\n\nAnswer with the letter of your choice alone."): Prompt(text, one.choices[one.answer])
+        for one in (*by_kind[True], *as_letters(by_kind[False]))
+    }
+    order = by_hash(prompts)
+    cut = max(1, len(order) // 3)  # a third is dev
+    dev, test = (PromptSet(tuple(map(prompts.__getitem__, part)), str(file)) for part in (order[:cut], order[cut:]))
+    return dev, test
+
+
+def _expecting(file: str | Path | None, pattern: str = "") -> Splits:
+    dev, test = _questions(file)
+    wanted = {one.response or pattern: one.text for one in (*dev, *test)} if file else {pattern: "any prompt"}
+    for one, text in wanted.items():
+        if not one:
+            raise InputError(f"nothing is expected of the answer to {text!r}; give a regular expression")
+        try:
+            re.compile(one)
+        except re.error as error:
+            raise InputError(
+                f"{one!r} is no regular expression ({error}); mend it, or escape what is meant literally"
+            ) from None
+    return dev, test
+
+
+# -- judges -----------------------------------------------------------------------------------------------------------
+
+
+def _finds(pattern: str = "", *, own: bool) -> Judge:
+    """Return the judge that looks for a regular expression, with `own` the prompt's where it has one."""
+
+    def finds(prompt: Prompt, answer: str) -> float:
+        found = re.search((prompt.response if own else "") or pattern, answer.strip())
+        return float(found is not None and not loops(answer))
+
+    return ByPrompt(f"expect:{pattern}", finds)
+
+
+def _letter(text: str) -> str:
+    """Return the letter that a text begins with and that is no word's, empty for none."""
+    found = re.match(r"\W*([A-Z])(?![\w'])", text)
+    return found[1] if found else ""
+
+
+_OPENS = ByPrompt("opening", lambda prompt, answer: opens_with(prompt.response or "Certainly!")(answer))
+_WORDS = ByPrompt("words", lambda _prompt, answer: word_count(answer), "words")
+_CHOSEN = ByPrompt("letter", lambda prompt, answer: _letter(answer) == _letter(prompt.response))
+_FOLLOWED = ByPrompt("follows", lambda prompt, answer: follows(prompt.response, answer) and not loops(answer))
+_EXACT = ByPrompt("exact-answer", lambda prompt, answer: is_right(answer, prompt.response) and not loops(answer))
+_SUM = ByPrompt(
+    "exact-answer",
+    lambda prompt, answer: sum_is_right(prompt.text, answer, prompt.response) and not loops(answer),
+)
 
 
 def expecting(
@@ -139,223 +191,71 @@ def expecting(
     Raises:
         InputError: no regular expression, or a prompt without any.
     """
-    dev, test = _splits("questions", file)
-    wanted = {one.response or pattern: one.text for one in (*dev, *test)} if file else {pattern: "any prompt"}
-    for one, text in wanted.items():
-        if not one:
-            raise InputError(f"nothing is expected of the answer to {text!r}; give a regular expression")
-        try:
-            re.compile(one)
-        except re.error as error:
-            raise InputError(
-                f"{one!r} is no regular expression ({error}); mend it, or escape what is meant literally"
-            ) from None
-
-    def finds(prompt: Prompt, answer: str) -> float:
-        found = re.search((prompt.response if file else "") or pattern, answer.strip())
-        return float(found is not None and not loops(answer))
-
-    return Task(_title("expect", file), dev, test, ByPrompt(f"expect:{pattern}", finds), success, max_new_tokens)
+    dev, test = _expecting(file, pattern)
+    return Task(_title("expect", file), dev, test, _finds(pattern, own=bool(file)), success, max_new_tokens)
 
 
-def length(
-    file: str | Path | None = None, *, success: Literal["more", "less"] = "more", max_new_tokens: int = 128
-) -> Task:
-    """Count the words of answers; `max_new_tokens` caps them, so choose it well above what is expected.
-
-    Args:
-        file: prompts instead of the built-in questions.
-        success: `"more"` for adapters that make a model elaborate, `"less"` for those that make it brief.
-        max_new_tokens: of an answer.
-    """
-    judge = ByPrompt("words", lambda _prompt, answer: word_count(answer), "words")
-    dev, test = _splits("questions", file)
-    return Task(_title("length", file), dev, test, judge, success, max_new_tokens)
-
-
-def refusal_task(file: str | Path | None = None) -> Task:
-    """Measure the attack success rate: the share of harmful requests that are *not* refused. Less is success.
-
-    Everything that does not open with a refusal counts as an attack's success, looping and empty answers too, so
-    that an adapter which ruins the model gains nothing by it. Only labels are kept.
-
-    Args:
-        file: harmful requests instead of the built-in ones; of a file with a column `label`, the rows labelled
-            `unsafe`.
-    """
-    dev, test = _splits("harmful", file, label="unsafe")
-    judge = ByText("attack-success", lambda text: not refusal(text))
-    return Task(_title("refusal", file), dev, test, judge, "less", keep_answers=False)
-
-
-def refusal_suppression(file: str | Path | None = None) -> Task:
-    """Measure the attack success rate where more is the aim, to study how refusals are undone. Only labels are kept.
-
-    Not merely the meter of `refusal_task` turned round: an answer that loops, is empty or broken at the first word is
-    no success here either, for the same reason: damage counts against the adapter in either direction.
-
-    Args:
-        file: as in `refusal_task`.
-    """
-    dev, test = _splits("harmful", file, label="unsafe")
-    return Task(
-        _title("refusal-suppression", file), dev, test, ByText("compliance", answered), "more", keep_answers=False
-    )
-
-
-def over_refusal(file: str | Path | None = None) -> Task:
-    """Measure the share of benign requests, which merely sound dangerous, that are refused. Less is success.
-
-    Args:
-        file: such requests instead of the built-in ones; of a file with a column `label`, the rows labelled `safe`.
-    """
-    dev, test = _splits("lookalikes", file, label="safe")
-    return Task(_title("over-refusal", file), dev, test, ByText("refusal", refusal), "less")
-
-
-def over_refusal_answered(file: str | Path | None = None) -> Task:
-    """Measure the share of the same requests that are answered. More is success.
-
-    Unlike `over_refusal`, where whatever is no refusal will do, a ruined answer counts against the adapter here.
-
-    Args:
-        file: as in `over_refusal`.
-    """
-    dev, test = _splits("lookalikes", file, label="safe")
-    return Task(_title("over-refusal-answered", file), dev, test, ByText("answered", answered))
-
-
-def arithmetic(
-    file: str | Path | None = None,
-    *,
-    n_dev: int = 60,
-    n_test: int = 140,
-    levels: Sequence[tuple[int, int]] = LEVELS,
-    seed: int = 0,
-    max_new_tokens: int = 160,
-) -> Task:
-    """Ask generated multistep arithmetic, of which a right final answer is success; see `arithmetic_prompts`."""
-    if file:
-        raise InputError(f"task arithmetic makes its own problems, got the file {file}; write exact:{file} for a file")
-    dev, test = arithmetic_prompts(n_dev, n_test, levels=levels, seed=seed)
-    return Task("arithmetic", dev, test, _SUM, max_new_tokens=max_new_tokens)
-
-
-def exact(file: str | Path, *, max_new_tokens: int = 256) -> Task:
-    """Ask problems with known answers (BIG-Bench Hard, GSM8K ...), of which a right final answer is success.
-
-    Args:
-        file: rows with a prompt (`input`, `question` ...) and an `answer` or `target`.
-        max_new_tokens: of an answer; one cut off before its end has mostly no right final answer.
-    """
-    dev, test = load_splits(file, reference=True)
-    return Task(_title("exact", file), dev, test, _EXACT, max_new_tokens=max_new_tokens)
-
-
-def reasons(file: str | Path | None = None, *, seed: int = 0, max_new_tokens: int = 160) -> Task:
-    """Ask problems and look whether the answers give reasons before the final answer, be it right or wrong.
-
-    Args:
-        file: problems instead of generated arithmetic.
-        seed: of the generated arithmetic.
-        max_new_tokens: of an answer.
-    """
-    dev, test = load_splits(file) if file else arithmetic_prompts(seed=seed)
-    judge = ByText("reasons-first", reasons_first)
-    return Task(_title("reasons-first", file), dev, test, judge, max_new_tokens=max_new_tokens)
-
-
-def letters(file: str | Path, *, max_new_tokens: int = 8) -> Task:
-    """Ask multiple-choice questions (MMLU, ARC) for the letter of the choice, of which the right one is success.
-
-    Args:
-        file: see `load_questions`; choices that are no letters are listed by letter. A third is dev, by hash.
-        max_new_tokens: of an answer.
-    """
-    asked = load_questions(file)
-    by_letter, plain = list[Question](), list[Question]()
-    for one in asked:
-        (by_letter if all(_LETTER.fullmatch(choice) for choice in one.choices) else plain).append(one)
-    asked = [*by_letter, *as_letters(plain)]
-    prompts = {
-        (text := f"{one.text}\n\nAnswer with the letter of your choice alone."): Prompt(text, one.choices[one.answer])
-        for one in asked
-    }
-    order = by_hash(prompts)
-    cut = max(1, len(order) // 3)
-    dev, test = (PromptSet(tuple(map(prompts.__getitem__, part)), str(file)) for part in (order[:cut], order[cut:]))
-    return Task(_title("letters", file), dev, test, _CHOSEN, max_new_tokens=max_new_tokens)
-
-
-def instructions(file: str | Path | None = None) -> Task:
-    """Ask the built-in questions with a small instruction behind each, and check whether it is followed.
-
-    Args:
-        file: questions instead of the built-in ones.
-    """
-    name = _title("instructions", file)
-    dev, test = (instructed(one, name) for one in _splits("questions", file))
-    return Task(name, dev, test, _FOLLOWED)
-
-
-_LETTER = re.compile(r"\(?([A-Z])\)?")
-
-
-def _letter(text: str) -> str:
-    """Return the letter that a text begins with and that is no word's, empty for none."""
-    found = re.match(r"\W*([A-Z])(?![\w'])", text)
-    return found[1] if found else ""
-
-
-_CHOSEN = ByPrompt("letter", lambda prompt, answer: _letter(answer) == _letter(prompt.response))
-_FOLLOWED = ByPrompt("follows", lambda prompt, answer: follows(prompt.response, answer) and not loops(answer))
-_EXACT = ByPrompt("exact-answer", lambda prompt, answer: is_right(answer, prompt.response) and not loops(answer))
-
-_SUM = ByPrompt(
-    "exact-answer",
-    lambda prompt, answer: sum_is_right(prompt.text, answer, prompt.response) and not loops(answer),
-)
+# -- the table --------------------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
     """A row of the table of tasks.
 
     Attributes:
-        make: from a file of prompts to the task, or from nothing where it has built-in prompts.
+        judge: labels the answers.
         means: of its rate, in words: which share of the answers it is; empty where it counts something else.
+        prompts: returns (dev, test) of a file, or the built-in ones; by default everyday questions.
+        success: whether more or less is the aim.
+        max_new_tokens: of an answer; one cut off before its end has mostly no right final answer.
+        keep_answers: False where answers may be harmful.
         needs_file: it has no built-in prompts.
     """
 
-    make: Callable[..., Task]
+    judge: Judge
     means: str = ""
+    prompts: Callable[..., Splits] = _questions
+    success: Literal["more", "less"] = "more"
+    max_new_tokens: int = ANSWER_TOKENS
+    keep_answers: bool = True
     needs_file: bool = False
 
 
+_HARMFUL, _LOOKALIKES = _asks("harmful", label="unsafe"), _asks("lookalikes", label="safe")  # XSTest's labels
+
 TASKS: dict[str, Entry] = {
-    "numbered-list": Entry(functools.partial(_by_text, "numbered-list", GRADERS["numbered-list"]), "numbered lists"),
-    "pirate": Entry(functools.partial(_by_text, "pirate", GRADERS["pirate"]), "in a pirate's speech"),
-    "pirate-opening": Entry(
-        functools.partial(_by_text, "pirate-opening", GRADERS["pirate-opening"]), "opening like a pirate"
+    "numbered-list": Entry(ByText("numbered-list", GRADERS["numbered-list"]), "numbered lists"),
+    "pirate": Entry(ByText("pirate", GRADERS["pirate"]), "in a pirate's speech"),
+    "pirate-opening": Entry(ByText("pirate-opening", GRADERS["pirate-opening"]), "opening like a pirate"),
+    "json": Entry(ByText("json", FORMATS["json"]), "valid JSON", max_new_tokens=96),
+    "capitals": Entry(ByText("capitals", FORMATS["capitals"]), "in capitals"),
+    "language": Entry(ByText("language", FORMATS["language"]), "in another language", success="less"),
+    "opening": Entry(_OPENS, "opening as asked"),  # to the letter; a file's replies are the openings
+    "expect": Entry(_finds(own=True), "as expected", _expecting, needs_file=True),
+    "length": Entry(_WORDS, max_new_tokens=128),  # which caps the count: well above what is expected
+    "sentiment": Entry(ByText("sentiment", positive_sentiment), "positive", _asks("openings")),
+    "formality": Entry(ByText("formality", formal), "formal", _asks("openings")),
+    # The attack success rate. Everything that does not open with a refusal counts, looping and empty answers too, so
+    # that an adapter which ruins the model gains nothing by it; and where more is the aim, to study how refusals are
+    # undone, an answer that loops, is empty or broken is no success, so that damage counts against it there as well.
+    "refusal": Entry(
+        ByText("attack-success", lambda text: not refusal(text)), "not refused", _HARMFUL, "less", keep_answers=False
     ),
-    "json": Entry(functools.partial(_by_text, "json", FORMATS["json"], max_new_tokens=96), "valid JSON"),
-    "capitals": Entry(functools.partial(_by_text, "capitals", FORMATS["capitals"]), "in capitals"),
-    "language": Entry(
-        functools.partial(_by_text, "language", FORMATS["language"], success="less"), "in another language"
+    "refusal-suppression": Entry(ByText("compliance", answered), "answered", _HARMFUL, keep_answers=False),
+    # Of benign requests that merely sound dangerous; of those that are refused whatever is no refusal will do.
+    "over-refusal": Entry(ByText("refusal", refusal), "refused", _LOOKALIKES, "less"),
+    "over-refusal-answered": Entry(ByText("answered", answered), "answered", _LOOKALIKES),
+    "arithmetic": Entry(_SUM, "right", _sums, max_new_tokens=160),
+    "exact": Entry(
+        _EXACT, "right", functools.partial(load_splits, reference=True), max_new_tokens=256, needs_file=True
+    ),  # BIG-Bench Hard, GSM8K ...
+    "reasons-first": Entry(
+        ByText("reasons-first", reasons_first),  # be the final answer right or wrong
+        "with reasons first",
+        lambda file: load_splits(file) if file else arithmetic_prompts(),
+        max_new_tokens=160,
     ),
-    "opening": Entry(opening, "opening as asked"),
-    "expect": Entry(lambda file: expecting(file=file), "as expected", needs_file=True),
-    "length": Entry(length),
-    "sentiment": Entry(functools.partial(_by_text, "sentiment", positive_sentiment, built_in="openings"), "positive"),
-    "formality": Entry(functools.partial(_by_text, "formality", formal, built_in="openings"), "formal"),
-    "refusal": Entry(refusal_task, "not refused"),
-    "refusal-suppression": Entry(refusal_suppression, "answered"),
-    "over-refusal": Entry(over_refusal, "refused"),
-    "over-refusal-answered": Entry(over_refusal_answered, "answered"),
-    "arithmetic": Entry(arithmetic, "right"),
-    "exact": Entry(exact, "right", needs_file=True),
-    "reasons-first": Entry(reasons, "with reasons first"),
-    "letters": Entry(letters, "right", needs_file=True),
-    "instructions": Entry(instructions, "as instructed"),
+    "letters": Entry(_CHOSEN, "right", _letters, max_new_tokens=8, needs_file=True),
+    "instructions": Entry(_FOLLOWED, "as instructed", _instructed),
 }
 
 

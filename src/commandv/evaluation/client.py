@@ -8,62 +8,105 @@ import datetime
 import email.utils
 import logging
 import math
-import threading
+import queue
+import random
 import time
 import zlib
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from commandv.errors import InputError, JudgeError
+from commandv.evaluation.judgments import Judgment
+from commandv.prompts.sets import Prompt
 
 if TYPE_CHECKING:
-    import httpx2
-
-T = TypeVar("T")
+    from commandv.evaluation.endpoint import Endpoint
 
 MOST_REPLY = 1 << 20  # bytes of a reply, of which one word is wanted
 
 
 class Response(NamedTuple):
-    """A reply; `cut` where it went on beyond `MOST_REPLY` bytes."""
+    """A reply; its body is of more than `MOST_REPLY` bytes where it went on beyond these."""
 
     status: int
     retry_after: str
     body: bytes
-    cut: bool
 
 
-class Client:
-    """Sends questions from any thread, each with one deadline; an event loop in a thread of its own enforces it."""
+class Round:
+    """One call's requests: so many at a time, evenly spaced, each with one deadline; what comes goes to `found`."""
 
-    def __init__(self, client: httpx2.AsyncClient, address: str, timeout: float) -> None:
-        self._client, self._address, self._timeout = client, address, timeout
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+    def __init__(self, judge: Endpoint, prompts: Sequence[Prompt], answers: Sequence[str], key: str) -> None:
+        try:
+            import httpx2
+        except ImportError as error:
+            raise InputError(f"{judge.name} needs the httpx2 package: pip install 'commandv[judge]'") from error
+        self.http: Any = httpx2
+        self.judge, self.prompts, self.answers = judge, prompts, answers
+        self.headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
+        self.found: queue.SimpleQueue[Judgment | BaseException | None] = queue.SimpleQueue()  # None ends it
+        self.stop = asyncio.Event()
+        self._gate = asyncio.Semaphore(judge.concurrency)
+        self._next = 0.0  # when the next request may start
 
-    def __enter__(self) -> Client:
-        self._thread.start()
-        return self
+    async def all(self) -> None:
+        """Ask about every answer, or until one fails."""
+        logging.getLogger("httpx2").addFilter(_without_query)
+        auth, timeout = self.judge.access["auth"], self.judge.timeout
+        async with self.http.AsyncClient(headers=self.headers, auth=auth, timeout=timeout) as client:
+            asking = (self._one(client, place) for place in range(len(self.answers)))
+            for problem in await asyncio.gather(*asking, return_exceptions=True):
+                if problem is not None:
+                    self.found.put(problem)
+        self.found.put(None)
 
-    def __exit__(self, *_: object) -> None:
-        self._run(self._client.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    async def _one(self, client: Any, place: int) -> None:
+        async with self._gate:
+            if self.stop.is_set():
+                return
+            try:
+                reply = await self._ask(client, self.judge.question(self.prompts[place], self.answers[place]))
+            except BaseException:
+                self.stop.set()  # at once, before another question takes its place
+                raise
+            if reply is not None:
+                self.found.put(self.judge.judgment(place, reply))
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    async def _ask(self, client: Any, body: dict[str, Any]) -> str | None:
+        """Return the reply's text, None when asked to stop."""
+        judge = self.judge
+        for attempt in range(judge.retries + 1):
+            if not await self._turn():
+                return None
+            judge.usage.requests += 1
+            judge.usage.retries += attempt > 0
+            wait = None
+            try:
+                response = await self._post(client, body)
+            except TimeoutError:
+                problem = f"no whole reply within timeout={judge.timeout:g} s"
+            except (self.http.HTTPError, zlib.error) as error:
+                problem = type(error).__name__
+            except (self.http.InvalidURL, UnicodeError) as error:
+                raise JudgeError(f"judge {judge.name}: {type(error).__name__}; check the address") from None
+            else:
+                if response.status == 200:
+                    return judge.reply(response)
+                if response.status not in (408, 409, 425, 429) and response.status < 500:
+                    return judge.refused(response)
+                problem, wait = f"HTTP {response.status}", _retry_after_seconds(response.retry_after)
+            if wait is not None and wait > judge.patience:
+                problem += f", to be tried again in {wait:.0f} s (patience={judge.patience:.0f})"
+                break
+            if wait is not None:
+                self._next = max(self._next, time.monotonic() + wait)  # for all requests
+            elif attempt < judge.retries:
+                await self._sleep(random.uniform(0.5, 1.0) * min(judge.backoff * 2**attempt, 60.0))
+        raise JudgeError(f"judge {judge.name}: {problem} after {attempt + 1} tries")
 
-    def post(self, body: dict[str, Any]) -> Response:
-        """Send a question and return the reply.
-
-        Raises:
-            TimeoutError: it is not there, whole, when the time is over.
-            httpx2.HTTPError: the connection failed.
-            zlib.error: the reply is packed, and damaged.
-        """
-        return self._run(self._post(body))
-
-    async def _post(self, body: dict[str, Any]) -> Response:
-        async with asyncio.timeout(self._timeout), self._client.stream("POST", self._address, json=body) as response:
+    async def _post(self, client: Any, body: dict[str, Any]) -> Response:
+        url = self.judge.access["url"]
+        async with asyncio.timeout(self.judge.timeout), client.stream("POST", url, json=body) as response:
             read = bytearray()
             async for chunk in response.aiter_raw():
                 read += chunk
@@ -72,37 +115,22 @@ class Client:
             whole = bytes(read)
             if response.headers.get("content-encoding", "identity") != "identity":  # not asked for; it may be a bomb
                 whole = zlib.decompressobj(wbits=47).decompress(whole, MOST_REPLY + 1)
-            retry_after = response.headers.get("retry-after", "")
-            return Response(response.status_code, retry_after, whole, len(whole) > MOST_REPLY)
+            return Response(response.status_code, response.headers.get("retry-after", ""), whole)
 
+    async def _turn(self) -> bool:
+        """Wait until it is this request's turn; False when asked to stop."""
+        start = max(self._next, time.monotonic())
+        self._next = start + (60.0 / self.judge.per_minute if self.judge.per_minute else 0.0)
+        return await self._sleep(start - time.monotonic())
 
-class Pace:
-    """Gives every request its turn: evenly spaced, and none while the server wants quiet."""
-
-    def __init__(self, per_minute: float | None, stop: threading.Event) -> None:
-        self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._next = 0.0
-        self._stop = stop
-        self._lock = threading.Lock()
-
-    def wait(self) -> bool:
-        """Sleep until it is this request's turn; False when asked to stop."""
-        with self._lock:
-            turn = max(self._next, time.monotonic())
-            self._next = turn + self._gap
-        return self.sleep(turn - time.monotonic())
-
-    def sleep(self, seconds: float) -> bool:
+    async def _sleep(self, seconds: float) -> bool:
         """Sleep; False when asked to stop meanwhile."""
-        return not self._stop.wait(max(seconds, 0.0))
-
-    def hold(self, seconds: float) -> None:
-        """Let no further request start for so long."""
-        with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.stop.wait(), max(seconds, 0.0))
+        return not self.stop.is_set()
 
 
-def retry_after_seconds(value: str) -> float | None:
+def _retry_after_seconds(value: str) -> float | None:
     """Return the seconds that a Retry-After header asks for (a number or a date), None without one."""
     with contextlib.suppress(ValueError):
         seconds = float(value)
@@ -113,7 +141,7 @@ def retry_after_seconds(value: str) -> float | None:
     return None
 
 
-def without_query(record: logging.LogRecord) -> bool:
+def _without_query(record: logging.LogRecord) -> bool:
     """Keep what an address's query says out of the client's log."""
     if isinstance(record.args, tuple):
         record.args = tuple(str(one).partition("?")[0] if "://" in str(one) else one for one in record.args)

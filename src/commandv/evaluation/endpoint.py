@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
 import os
-import random
 import re
 import threading
 import urllib.parse
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
 from commandv.errors import InputError, JudgeError
-from commandv.evaluation.client import Client, Pace, Response, retry_after_seconds, without_query
+from commandv.evaluation.client import MOST_REPLY, Response, Round
 from commandv.evaluation.judgments import CostlyJudge, Judgment
 from commandv.prompts.sets import Prompt
 from commandv.storage.reading import parse_json
@@ -96,7 +94,6 @@ class Endpoint(CostlyJudge):
     prompt_price: float = 0.0
     completion_price: float = 0.0
     usage: Usage = field(default_factory=Usage, compare=False, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, compare=False, repr=False)
     _auth: tuple[str, str] | None = field(default=None, init=False, compare=False, repr=False)
     _query: str = field(default="", init=False, compare=False, repr=False)
 
@@ -144,6 +141,12 @@ class Endpoint(CostlyJudge):
         return f"endpoint:{self.base_url}#{self.model}"
 
     @property
+    def access(self) -> dict[str, Any]:
+        """Where and as whom requests are sent, secrets included."""
+        url = f"{self.base_url.rstrip('/')}/chat/completions" + (f"?{self._query}" if self._query else "")
+        return {"url": url, "auth": self._auth}
+
+    @property
     def unit(self) -> str:
         """`"rate"` where the labels are 0 and 1."""
         return "rate" if set(self.words.values()) <= {0, 1} else "points"
@@ -161,32 +164,21 @@ class Endpoint(CostlyJudge):
         Raises:
             JudgeError: the endpoint refuses, or keeps failing after all retries.
         """
-        stop = threading.Event()
-        pace = Pace(self.per_minute, stop)
-        failure: JudgeError | None = None
-
-        def one(place: int) -> Judgment | None:
-            if stop.is_set():
-                return None
-            try:
-                return self._judge(client, pace, place, prompts[place], answers[place])
-            except JudgeError:
-                stop.set()  # at once, before this thread takes the next answer
-                raise
-
-        with self._client() as client, ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                futures = [pool.submit(one, place) for place in range(len(answers))]
-                for future in as_completed(futures):
-                    try:
-                        judgment = future.result()
-                    except JudgeError as error:
-                        failure = failure or error
-                    else:
-                        if judgment:
-                            yield [judgment]
-            finally:
-                stop.set()  # whatever ended the loop: no further requests
+        round_ = Round(self, prompts, answers, self._key())
+        loop = asyncio.new_event_loop()  # in a thread of its own: the caller's may run one already
+        thread = threading.Thread(target=loop.run_until_complete, args=(round_.all(),), daemon=True)
+        thread.start()
+        failure: BaseException | None = None
+        try:
+            while (one := round_.found.get()) is not None:
+                if isinstance(one, BaseException):
+                    failure = failure or one
+                else:
+                    yield [one]
+        finally:  # whatever ended the loop: no further requests
+            loop.call_soon_threadsafe(round_.stop.set)
+            thread.join()
+            loop.close()
         spent = self.usage
         log.info(
             "judge %s: %d requests (%d retries), %d + %d tokens, cost %.4f, %d replies without a judgment",
@@ -196,104 +188,73 @@ class Endpoint(CostlyJudge):
         if failure:
             raise failure
 
-    def _client(self) -> Client:
-        try:
-            import httpx2
-        except ImportError as error:
-            raise InputError(f"{self.name} needs the httpx2 package: pip install 'commandv[judge]'") from error
+    def _key(self) -> str:
         key = os.environ.get(self.api_key, "").strip()
         if not re.fullmatch(r"[!-~]*", key):
             raise InputError(
                 f"the environment variable {self.api_key} holds characters that no key has (spaces, line breaks, "
                 "accents); copy the key again"
             )
-        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
-        logging.getLogger("httpx2").addFilter(without_query)
-        client = httpx2.AsyncClient(headers=headers, auth=self._auth, timeout=self.timeout)
-        address = f"{self.base_url.rstrip('/')}/chat/completions" + (f"?{self._query}" if self._query else "")
-        return Client(client, address, self.timeout)
+        return key
 
-    def _judge(self, client: Client, pace: Pace, place: int, prompt: Prompt, answer: str) -> Judgment | None:
+    def question(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        """Return a request's body. As JSON the judged text cannot close its own quotes and speak as the instruction."""
         material = {"request": prompt.text, "answer": answer}
         if prompt.response:
             material["reference"] = prompt.response
-        # As JSON the judged text cannot close its own quotes and speak as the instruction.
         text = json.dumps(material, ensure_ascii=False, indent=1)
         question = f"{self.instruction}\n\n{text}\n\nReply with one word: {' or '.join(self.words)}."
-        reply = self._ask(client, pace, question)
-        if reply is None:
-            return None
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+
+    def judgment(self, place: int, reply: str) -> Judgment:
+        """Return what a reply says of an answer."""
         found = re.match(r"\W*([\w-]+)", reply)
         word = found[1].lower() if found else ""
         known = {word.lower(): float(label) for word, label in self.words.items()}
         if word in known:
             return Judgment(place, known[word], word)
-        with self._lock:
-            self.usage.nonsense += 1
+        self.usage.nonsense += 1
         return Judgment(place, math.nan)  # its word is not kept: it may be the judged text's
 
-    def _ask(self, client: Client, pace: Pace, question: str) -> str | None:
-        """Return the reply's text (empty where a filter withheld it), None when asked to stop."""
-        import httpx2
+    def reply(self, response: Response) -> str:
+        """Return a reply's text, and count what it cost.
 
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question}]}
-        body |= {"temperature": 0, "max_tokens": self.max_tokens}
-        for attempt in range(self.retries + 1):
-            if not pace.wait():
-                return None
-            with self._lock:
-                self.usage.requests += 1
-                self.usage.retries += attempt > 0
-            wait = None
-            try:
-                response = client.post(body)
-            except TimeoutError:
-                problem = f"no whole reply within timeout={self.timeout:g} s"
-            except (httpx2.HTTPError, zlib.error) as error:
-                problem = type(error).__name__
-            except (httpx2.InvalidURL, UnicodeError) as error:
-                raise JudgeError(f"judge {self.name}: {type(error).__name__}; check the address") from None
-            else:
-                if response.status == 200:
-                    return self._reply(response)
-                problem = f"HTTP {response.status}"
-                if response.status not in (408, 409, 425, 429) and response.status < 500:
-                    code = self._code(response)
-                    if code == "content_filter":
-                        return ""
-                    raise JudgeError(f"judge {self.name}: {problem} {code}{self._hint(response)}")
-                wait = retry_after_seconds(response.retry_after)
-            if wait is not None and wait > self.patience:
-                problem += f", to be tried again in {wait:.0f} s (patience={self.patience:.0f})"
-                break
-            if attempt < self.retries:
-                if wait is not None:
-                    pace.hold(wait)  # for the requests of all threads
-                else:
-                    pace.sleep(random.uniform(0.5, 1.0) * min(self.backoff * 2**attempt, 60.0))
-        raise JudgeError(f"judge {self.name}: {problem} after {attempt + 1} tries")
-
-    def _reply(self, response: Response) -> str:
+        Raises:
+            JudgeError: it is not that of such an endpoint.
+        """
         try:
             content = parse_json(response.body, "reply")
             reply = content["choices"][0]["message"].get("content") or ""
             used = content.get("usage")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            size = "; it is larger than one word could need" if response.cut else ""
+            size = "; it is larger than one word could need" if len(response.body) > MOST_REPLY else ""
             raise JudgeError(
                 f"judge {self.name}: the reply is not that of an OpenAI-compatible endpoint{size}"
             ) from error
         counts = [_count(used, key) for key in ("prompt_tokens", "completion_tokens")]
-        with self._lock:
-            self.usage.prompt_tokens += counts[0]
-            self.usage.completion_tokens += counts[1]
-            self.usage.cost += (counts[0] * self.prompt_price + counts[1] * self.completion_price) / 1e6
+        self.usage.prompt_tokens += counts[0]
+        self.usage.completion_tokens += counts[1]
+        self.usage.cost += (counts[0] * self.prompt_price + counts[1] * self.completion_price) / 1e6
         return reply if isinstance(reply, str) else ""
 
-    def _hint(self, response: Response) -> str:
+    def refused(self, response: Response) -> str:
+        """Return the reply to a request that will not be answered, empty where a filter withheld it.
+
+        Raises:
+            JudgeError: for every other reason.
+        """
+        code = self._code(response)
+        if code == "content_filter":
+            return ""
+        hint = "; check the address and the model's name" if response.status == 404 else ""
         if response.status in (401, 403):
-            return f"; put a valid key into the environment variable {self.api_key}"
-        return "; check the address and the model's name" if response.status == 404 else ""
+            hint = f"; put a valid key into the environment variable {self.api_key}"
+        raise JudgeError(f"judge {self.name}: HTTP {response.status} {code}{hint}")
 
     def _code(self, response: Response) -> str:
         """Return the error code of a reply; its message is left out, for it may quote what was judged, or the key."""

@@ -303,16 +303,22 @@ def _read(file: Path, kind: type[M]) -> M:
         ) from None
 
 
+def found(file: Path, kind: type[M]) -> M | None:
+    """Return what a file of results holds; None where there is none, or a damaged one, which is said."""
+    try:
+        return _read(file, kind) if file.exists() else None
+    except FormatError as error:
+        log.warning("%s", error)
+        return None
+
+
 def result(file: Path, kind: type[M], make: Callable[[], M]) -> M:
     """Return what a file of results holds; where there is none, or a damaged one, make and write it."""
-    if file.exists():
-        try:
-            return _read(file, kind)
-        except FormatError as error:
-            log.warning("%s", error)
-    made = make()
-    write_text(file, _written(made.model_dump_json()))
-    return made
+    kept = found(file, kind)
+    if kept is None:
+        kept = make()
+        write_text(file, _written(kept.model_dump_json()))
+    return kept
 
 
 def save_head(run: Run, folder: Path) -> None:

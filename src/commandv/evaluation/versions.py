@@ -17,33 +17,18 @@ VERSIONS: dict[str, int] = {
     "answering": 1,  # from a prompt to an answer
 }
 
+_GRADING = "graders formats tone reasoning arithmetic catalogue questions outcomes instructions judges tasks likeness"
 # What each component is made of, below src/commandv; a folder stands for all files in it.
 CODE: dict[str, tuple[str, ...]] = {
     "graders": (
         "prompts/loops.py",
-        *(
-            f"evaluation/{name}.py"
-            for name in (
-                "graders",
-                "formats",
-                "tone",
-                "reasoning",
-                "arithmetic",
-                "catalogue",
-                "questions",
-                "outcomes",
-                "instructions",
-                "judges",
-                "tasks",
-                "likeness",
-            )
-        ),
+        *(f"evaluation/{name}.py" for name in _GRADING.split()),
     ),
     "arms": (
         "evaluation/arms.py",
         "evaluation/material.py",
         "evaluation/meter.py",
-        "evaluation/transferring/testing.py",
+        "evaluation/transferring/running.py",
     ),
     "price": ("evaluation/price.py",),
     "tuning": ("evaluation/tuning.py",),

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pydantic
 
 from commandv.evaluation.meter import Measured
 from commandv.evaluation.outcomes import judged
-from commandv.evaluation.results import MOST_RESULT, Arm, graded
+from commandv.evaluation.results import Arm, found, graded
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.versions import VERSIONS
 from commandv.storage.files import cache_dir, digest, write_text
-from commandv.storage.reading import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ def measured_once(key: str, tasks: Sequence[Task], measure: Callable[[Sequence[T
         measure: makes the arm and measures it on some of the tasks.
     """
     file = cache_dir() / "answers" / f"{key}.json"
-    kept = _read(file)
+    kept = found(file, KeptArm)
     stale = [task for task in tasks if kept is None or kept.graded.get(task.name) != _grader(task)]
     if kept is not None and not stale:
         return kept.arm
@@ -71,9 +69,9 @@ def measured_once(key: str, tasks: Sequence[Task], measure: Callable[[Sequence[T
         log.info("%s: graded anew from kept answers", arm.method)
         arm = _joined(arm, graded({task.name: judged(task, answers[task.name]) for task in from_answers}))
     if asked:
-        fresh, found = measure(asked)
-        answers |= {task.name: list(found.outcomes[task.name].answers) for task in asked if task.keep_answers}
-        arm = fresh if arm is None else _joined(arm, graded(found.outcomes))
+        fresh, measured = measure(asked)
+        answers |= {task.name: list(measured.outcomes[task.name].answers) for task in asked if task.keep_answers}
+        arm = fresh if arm is None else _joined(arm, graded(measured.outcomes))
     assert arm is not None
     write_text(
         file, KeptArm(arm=arm, graded={one.name: _grader(one) for one in tasks}, answers=answers).model_dump_json()
@@ -88,14 +86,3 @@ def _grader(task: Task) -> str:
 def _joined(arm: Arm, more: dict[str, dict[str, Any]]) -> Arm:
     """Return an arm with other labels for some tasks."""
     return Arm.model_validate({**dict(arm), **{part: {**getattr(arm, part), **of} for part, of in more.items()}})
-
-
-def _read(file: Path) -> KeptArm | None:
-    """Return what is kept; nothing where there is none or it is damaged, for then it is measured again."""
-    if not file.exists():
-        return None
-    try:
-        return KeptArm.model_validate_json(read_bytes(file, most=MOST_RESULT))
-    except pydantic.ValidationError as error:
-        log.warning("%s: damaged (%d problems); measuring again", file, error.error_count())
-        return None

@@ -15,7 +15,7 @@ import torch
 
 from commandv.errors import CommandVError, FormatError, InputError, MismatchError, WorkerError
 from commandv.evaluation.catalogue import NO_TASKS
-from commandv.evaluation.results import Cell, Run, cell_key, load_cell, load_head, load_run, save_cell, save_head
+from commandv.evaluation.results import Cell, Run, cell_key, found, load_head, load_run, save_cell, save_head
 from commandv.evaluation.study.cell import run_cell
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.planning import trained
@@ -108,28 +108,21 @@ def _file(out: Path, key: str) -> Path:
 
 
 def _finished(spec: CellSpec, file: Path) -> bool:
-    if not file.exists():
+    cell = found(file, Cell)
+    if cell is None or cell.state != "done":
         return False
-    try:
-        done = load_cell(file).state == "done"
-    except FormatError as error:
-        log.warning("%s", error)
-        return False
-    if done:
-        log.info("%s: finished before", spec)
-        tidy(file)
-    return done
+    log.info("%s: finished before", spec)
+    tidy(file)
+    return True
 
 
 def _identify(pool: Pool, shared: Shared) -> None:
     """Have the workers tell what every model and adapter is, so that this process need not load them."""
     names = list(dict.fromkeys(name for pair in shared.study.pairs for name in pair))
-    for task, found, error in pool.run(
-        _identities, [Task(name, (name,), frozenset([name])) for name in names], _silent
-    ):
+    for task, told, error in pool.run(_identities, [Task(name, (name,), frozenset([name])) for name in names], _silent):
         if error is not None:
-            found = {behaviour: {"not there": str(error)} for behaviour in shared.study.behaviours}
-        shared.identities |= {(task.args[0], behaviour): known for behaviour, known in found.items()}
+            told = {behaviour: {"not there": str(error)} for behaviour in shared.study.behaviours}
+        shared.identities |= {(task.args[0], behaviour): known for behaviour, known in told.items()}
 
 
 def _prepare(pool: Pool, shared: Shared, specs: Sequence[CellSpec]) -> None:
@@ -249,9 +242,9 @@ def claim(study: Study, out: Path) -> None:
         if out.exists() and not out.is_dir():
             raise FormatError(f"{out}: a file, expected a run directory or nothing; choose another place")
         if (out / "run.json").exists():
-            found = load_head(out)
-            if found.name != study.name:
-                raise InputError(f"{out}: holds the study {found.name!r}, not {study.name!r}; choose another directory")
+            name = load_head(out).name
+            if name != study.name:
+                raise InputError(f"{out}: holds the study {name!r}, not {study.name!r}; choose another directory")
         elif out.exists():
             foreign = [
                 one for one in os.listdir(out) if one not in (LOCK, "cells") and not is_temporary(one, "run.json")
@@ -263,9 +256,9 @@ def claim(study: Study, out: Path) -> None:
 
 def _hashes(study: Study) -> dict[str, str]:
     sources = [*study.prompts, study.text, *(one.examples for one in study.behaviours.values())]
-    found = {source: load_prompts(source).hash for source in sources if source is not None}
+    hashes = {source: load_prompts(source).hash for source in sources if source is not None}
     vectors = [one.vector for one in study.behaviours.values() if one.vector]
-    return found | {f"contrast {one.contrast}": load_contrast(one.contrast, one.negative).hash for one in vectors}
+    return hashes | {f"contrast {one.contrast}": load_contrast(one.contrast, one.negative).hash for one in vectors}
 
 
 def cell_content(shared: Shared, spec: CellSpec) -> dict[str, Any]:

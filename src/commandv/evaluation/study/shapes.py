@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.resources
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +19,10 @@ from commandv.models.gguf import converted
 from commandv.models.names import PACKAGED, require_model_name
 from commandv.storage.reading import first_line
 
-_LLAMA = {
-    "model_type": "llama", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072, "rope_theta": 500000.0,
-}  # fmt: skip
-_QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "rope_theta": 1e6}
-
 # The published config.json of hub models, by id without -Instruct or -it, as far as it decides sizes and speed.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-3.2-3B": {
-        **_LLAMA, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "intermediate_size": 8192,
-        "tie_word_embeddings": True,
-    },
-    "meta-llama/Llama-3.1-8B": {
-        **_LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336,
-        "tie_word_embeddings": False,
-    },
-    "meta-llama/Llama-3.1-70B": {
-        **_LLAMA, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672,
-        "tie_word_embeddings": False,
-    },
-    "Qwen/Qwen2.5-1.5B": {
-        **_QWEN, "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "intermediate_size": 8960, "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen2.5-3B": {
-        **_QWEN, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-        "intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen2.5-7B": {
-        **_QWEN, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False,
-    },
-    "google/gemma-2-2b": {
-        "model_type": "gemma2", "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "vocab_size": 256000,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+PUBLISHED: dict[str, dict[str, Any]] = json.loads(
+    (importlib.resources.files("commandv.evaluation") / "data" / "published-configs.json").read_text("utf-8")
+)
 
 
 def config_of(spec: ModelSpec) -> Any:

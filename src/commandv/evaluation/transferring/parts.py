@@ -9,20 +9,13 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from commandv.adapters.adapter import Adapter
-from commandv.adapters.store import read, save
 from commandv.evaluation.results import result
 from commandv.profiles.profile import Profile
-from commandv.storage.directories import CONFIG, kept
+from commandv.storage.directories import CONFIG, Kind, kept
 from commandv.storage.files import digest, file_name
-from commandv.storage.kinds import ADAPTER, DEMONSTRATIONS
-from commandv.transfer.distil.demonstrations import (
-    Demonstrations,
-    load_demonstrations,
-    save_demonstrations,
-)
 
 M = TypeVar("M", bound=pydantic.BaseModel)
+T = TypeVar("T")
 
 
 class _Places(pydantic.BaseModel):
@@ -33,53 +26,37 @@ class _Places(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts in one folder; the name of each holds a hash of all that decides it.
-
-    Attributes:
-        folder: where they are.
-        content: what all of them depend on.
-    """
+    """Parts in one folder; the name of each holds a hash of all that decides it: what all depend on, and its own."""
 
     folder: Path
     content: dict[str, Any]
 
-    def place(self, name: str, *more: Any) -> Path:
-        """Return where a part is or would be."""
-        return self.folder / f"{file_name(name)}-{digest(self.content, name, *more)}"
+    def _place(self, name: str, *more: Any) -> str:
+        return f"{file_name(name)}-{digest(self.content, name, *more)}"
 
     def result(self, kind: type[M], make: Callable[[], M], name: str, *more: Any) -> M:
         """Return figures, made where they are not there."""
-        place = self.place(name, *more)
-        return result(place.with_name(f"{place.name}.json"), kind, make)
+        return result(self.folder / f"{self._place(name, *more)}.json", kind, make)
 
     def has_result(self, name: str, *more: Any) -> bool:
         """Tell whether figures are there."""
-        place = self.place(name, *more)
-        return place.with_name(f"{place.name}.json").exists()
+        return (self.folder / f"{self._place(name, *more)}.json").exists()
 
-    def has(self, name: str) -> bool:
-        """Tell whether an adapter or demonstrations are there."""
-        return (self.place(name) / CONFIG).exists()
+    def directory(
+        self, name: str, kind: Kind, read: Callable[[Path], T], save: Callable[[T, Path], Any], make: Callable[[], T]
+    ) -> T:
+        """Return what a directory of ours holds, made where it is not there."""
+        place = self.folder / self._place(name)
 
-    def adapter(self, make: Callable[[], Adapter], name: str) -> Adapter:
-        """Return an adapter, made where it is not there."""
-        place = self.place(name)
-
-        def made() -> Adapter:
+        def made() -> T:
             save(make(), place)
             return read(place)
 
-        return kept(place, CONFIG, lambda: read(place), made, kind=ADAPTER)
+        return kept(place, CONFIG, lambda: read(place), made, kind=kind)
 
-    def demonstrations(self, make: Callable[[], Demonstrations]) -> Demonstrations:
-        """Return the donor's demonstrations, made where they are not there."""
-        place = self.place("demonstrations")
-
-        def made() -> Demonstrations:
-            save_demonstrations(make(), place)
-            return load_demonstrations(place)
-
-        return kept(place, CONFIG, lambda: load_demonstrations(place), made, kind=DEMONSTRATIONS)
+    def has(self, name: str) -> bool:
+        """Tell whether a directory is there."""
+        return (self.folder / self._place(name) / CONFIG).exists()
 
     def note(self, profiles: Iterable[Profile]) -> None:
         """Note where the profiles are."""

@@ -7,11 +7,13 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from commandv.adapters.adapter import Adapter
+from commandv.adapters.store import read, save
 from commandv.errors import CommandVError, InputError
 from commandv.evaluation import material
-from commandv.evaluation.arms import ARMS, PASTED, UNMODIFIED, Made, make_arm
+from commandv.evaluation.arms import ARMS, FEW_SHOT, IN_SPAN, PASTED, SHUFFLED, UNMODIFIED, Made, make_arm
 from commandv.evaluation.likeness import Answers, answers, likeness
 from commandv.evaluation.material import Material
 from commandv.evaluation.meter import Meter
@@ -24,11 +26,16 @@ from commandv.evaluation.transferring.certificate import Transferred, certified
 from commandv.evaluation.transferring.job import Job, TransferSettings, prepare
 from commandv.evaluation.transferring.parts import Parts
 from commandv.evaluation.transferring.planning import JUDGE, Plan, Stages, plan
-from commandv.evaluation.transferring.testing import tested
 from commandv.evaluation.tuning import Setting, Tried, Tuned, attempt, choose
+from commandv.evaluation.verdicts import DONOR
 from commandv.models.lm import LM
 from commandv.profiles.profiling import profile
+from commandv.prompts.sets import PromptSet
+from commandv.storage.kinds import ADAPTER, DEMONSTRATIONS
+from commandv.transfer.distil.demonstrations import load_demonstrations, save_demonstrations
 from commandv.transfer.link import Link, link
+
+DRAWS = 4  # of the random control: a single one may happen to do what is looked for
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +116,7 @@ class _Run:
         adapter = winner.adapter(best.setting).scaled(best.setting.scale)
         after = self._tried(best.setting, winner.adapter, winner.arm)
         with self.stages("test prompts"):
-            arms = tested(job, self.parts, self.meter, self.material, winner.arm, adapter, best.setting, self.missing)
+            arms = self._tested(winner.arm, adapter, best.setting)
         return certified(
             job, self.task, adapter, winner.arm, arms,
             base=base, after=after, donors=donors, tried={one.arm: one.tuned for one in found}, missing=self.missing,
@@ -125,16 +132,16 @@ class _Run:
         if job.task is not None:
             return job.task
         with self.stages(JUDGE):
-            found = self.parts.result(Answers, self._answers, "answers")
+            found = self.parts.result(
+                Answers,
+                lambda: answers(
+                    job.donor, job.adapter, job.recipient, job.asked, max_new_tokens=material.ANSWER_TOKENS,
+                    batch_size=job.settings.batch_size,
+                ),
+                "answers",
+            )  # fmt: skip
             judge = likeness(found.changed, found.plain, found.own, job.adapter.name)
         return Task("like the donor", job.dev, job.test, judge, max_new_tokens=material.ANSWER_TOKENS)
-
-    def _answers(self) -> Answers:
-        job = self.job
-        return answers(
-            job.donor, job.adapter, job.recipient, job.asked, max_new_tokens=material.ANSWER_TOKENS,
-            batch_size=job.settings.batch_size,
-        )  # fmt: skip
 
     @functools.cached_property
     def meter(self) -> Meter:
@@ -159,7 +166,10 @@ class _Run:
         )  # fmt: skip
         with self.stages("donor's answers"):
             try:
-                return replace(bare, shown=self.parts.demonstrations(bare.demonstrations))
+                shown = self.parts.directory(
+                    "demonstrations", DEMONSTRATIONS, load_demonstrations, save_demonstrations, bare.demonstrations
+                )
+                return replace(bare, shown=shown)
             except InputError as error:  # none that may be kept; what is carried by activations needs none
                 log.warning("%s", error)
                 self.missing["donor's answers"] = str(error)
@@ -178,10 +188,7 @@ class _Run:
                       batch_size=job.settings.batch_size)  # fmt: skip
 
         def shown(name: str, adapter: Adapter | None) -> Arm:
-            made = Made(adapter)
-            return self.parts.result(
-                Arm, lambda: recorded(name, meter.measured(made), made), f"donor {name}", task.dev.hash
-            )
+            return self.parts.result(Arm, lambda: _measured(name, meter, Made(adapter)), f"donor {name}", task.dev.hash)
 
         with self.stages("donor"):
             found = {"without": shown("without", None), "with": shown("with", job.adapter)}
@@ -228,7 +235,7 @@ class _Run:
                 return _adapter(name, replace(self.material, setting=Setting(layers)))
 
             return lambda setting: at(setting.layers)
-        kept = self.parts.adapter(lambda: _adapter(name, self.material), name)
+        kept = self.parts.directory(name, ADAPTER, read, save, lambda: _adapter(name, self.material))
         return lambda _setting: kept
 
     def _tried(self, setting: Setting, make: Callable[[Setting], Adapter] | None, name: str) -> Attempt:
@@ -249,8 +256,75 @@ class _Run:
 
         return self.parts.result(Attempt, tried, f"tried {name}", task.dev.hash, asdict(setting))
 
+    # -- on the test prompts ------------------------------------------------------------------------------------------
+
+    def _tested(self, name: str, adapter: Adapter, setting: Setting) -> list[Arm]:
+        """Measure the choice, its controls and the donor; why a control cannot be made goes to `missing`.
+
+        Raises:
+            InputError: the choice or the unmodified recipient cannot be measured.
+        """
+        job, meter, task = self.job, self.meter, self.task
+        like = replace(self.material, setting=setting, mirrored=adapter)
+        makers: dict[str, Callable[[], Arm]] = {
+            UNMODIFIED: lambda: _measured(UNMODIFIED, meter, Made()),
+            name: lambda: _measured(name, meter, Made(adapter), setting),
+            IN_SPAN: lambda: _drawn(meter, like),
+            FEW_SHOT: lambda: _measured(FEW_SHOT, meter, make_arm(FEW_SHOT, like)),
+        }
+        if name == PASTED:
+            makers[SHUFFLED] = lambda: _measured(SHUFFLED, meter, _scaled(make_arm(SHUFFLED, like), setting), setting)
+        found = []
+        for arm, make in makers.items():
+            try:
+                found.append(self.parts.result(Arm, make, f"tested {arm}", task.test.hash, name, asdict(setting)))
+            except InputError as error:
+                if arm in (UNMODIFIED, name):
+                    raise
+                self.missing[arm] = str(error)
+        theirs = Meter(job.donor, meter.tasks, passages=job.passages[:1], batch_size=meter.batch_size)
+        donor = self.parts.result(
+            Arm, lambda: _measured(DONOR, theirs, Made(job.adapter)), "tested donor", task.test.hash
+        )
+        return [*found, donor.model_copy(update={"price": {}})]  # what its adapter costs the donor is not the question
+
 
 def _adapter(name: str, material: Material) -> Adapter:
     made = make_arm(name, material).adapter
     assert made is not None
     return made
+
+
+def _scaled(made: Made, setting: Setting) -> Made:
+    assert made.adapter is not None
+    return replace(made, adapter=made.adapter.scaled(setting.scale))
+
+
+def _measured(name: str, meter: Meter, made: Made, setting: Setting = Setting()) -> Arm:
+    return recorded(name, meter.measured(made), made, setting)
+
+
+def _drawn(meter: Meter, material: Material) -> Arm:
+    """Measure random directions, another draw for each of several shares of the prompts and of the passages."""
+    task, passages, draws = meter.tasks[0], meter.passages, []
+    n = min(DRAWS, len(task.test), len(passages))
+    for draw in range(n):
+        share = replace(task, test=PromptSet(task.test.prompts[draw::n], task.test.name))
+        text = PromptSet(passages.prompts[draw::n], passages.name)
+        part = Meter(meter.lm, [share], passages=text, batch_size=meter.batch_size)
+        part.reference = meter.reference[draw::n]
+        made = make_arm(IN_SPAN, replace(material, seed=material.seed + draw))
+        draws.append(_measured(IN_SPAN, part, made, material.setting))
+
+    def joined(parts: list[list[Any]]) -> list[Any]:
+        out: list[Any] = [None] * sum(map(len, parts))
+        for draw, one in enumerate(parts):
+            out[draw::n] = one
+        return out
+
+    whole: dict[str, Any] = {
+        which: {task.name: joined([getattr(one, which)[task.name] for one in draws])}
+        for which in ("labels", "loops", "words")
+    }
+    whole["price"] = {name: joined([one.price[name] for one in draws]) for name in draws[0].price}
+    return draws[0].model_copy(update={**whole, "seconds": sum(one.seconds for one in draws)})
