@@ -52,13 +52,7 @@ def require_seed(seed: int) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return " (did you mean X?)" for a name that is nearly one of those known, else "".
-
-    Args:
-        name: what was given, in any case.
-        known: names that would do.
-        prefix: what is written before each of them.
-    """
+    """Return " (did you mean X?)" for a name that is nearly one of those known, else ""; X has `prefix` before it."""
     names = {one.lower(): one for one in known}
     near = [names[one] for one in difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.6)]
     return f" (did you mean {' or '.join(prefix + one for one in near)}?)" if near else ""

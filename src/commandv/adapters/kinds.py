@@ -105,35 +105,23 @@ def ablation(directions: Tensor) -> tuple[Intervention, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a kind.
+    """One tensor of a kind."""
 
-    Attributes:
-        shape: "rows" is [rank, d_model], "vector" is [rank], "rotation" is [d_model, rank] with orthonormal columns.
-        pyreft: its key in pyreft's files.
-        start: its value when training begins: "random", "zeros", or that of the part named (as rows).
-        optional: a file may leave it out, which means zeros.
-    """
-
+    # "rows" is [rank, d_model], "vector" is [rank], "rotation" is [d_model, rank] with orthonormal columns
     shape: Literal["rows", "vector", "rotation"]
-    pyreft: str
-    start: str
-    optional: bool = False
+    pyreft: str  # its key in pyreft's files
+    start: str  # its value when training begins: "random", "zeros", or that of the part named (as rows)
+    optional: bool = False  # a file may leave it out, which means zeros
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of the ReFT family.
+    """One kind of the ReFT family."""
 
-    Attributes:
-        title: its name as papers write it; pyreft's class is this with "Intervention" behind.
-        formula: what becomes of h.
-        build: its constructor, which takes its parts by name.
-        parts: its tensors, all of which are trained, in the order in which training draws their first values.
-    """
-
-    title: str
-    formula: str
-    build: Callable[..., tuple[Intervention, ...]]
+    title: str  # its name as papers write it; pyreft's class is this with "Intervention" behind
+    formula: str  # what becomes of h
+    build: Callable[..., tuple[Intervention, ...]]  # its constructor, which takes its parts by name
+    # its tensors, all of which are trained, in the order in which training draws their first values
     parts: Mapping[str, Part]
 
     @property

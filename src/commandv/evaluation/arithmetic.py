@@ -60,15 +60,10 @@ def arithmetic_prompts(
 
 
 def sum_is_right(question: str, answer: str, reference: str) -> bool:
-    """True when an answer states the value of what was asked; see `is_right`.
+    """True when an answer states the value of what was asked ("What is 3 + -4?"); see `is_right`.
 
     An echo of the question is no result, whatever its last number. Where no final answer is marked, equations of the
     expression asked for count ("2 + 4 = 6, as everybody knows since 1900"); all of them must give the value.
-
-    Args:
-        question: such as "What is 3 + -4?".
-        answer: the free text.
-        reference: the value.
     """
     asked = re.fullmatch(r"What is (.+)\?", question)
     if asked is None:

@@ -135,8 +135,7 @@ def arms_without(left_out: Collection[str]) -> dict[str, Arm]:
 def methods(by: str) -> list[str]:
     """Return the arms that are the methods named, in the order of the table.
 
-    Args:
-        by: `"auto"` for all that need no training, or one or several of `METHODS`, separated by commas.
+    `by` is `"auto"` for all that need no training, or one or several of `METHODS`, separated by commas.
 
     Raises:
         InputError: an unknown one.

@@ -199,25 +199,16 @@ def expecting(
 
 
 class Entry(NamedTuple):
-    """A row of the table of tasks.
+    """A row of the table of tasks."""
 
-    Attributes:
-        judge: labels the answers.
-        means: of its rate, in words: which share of the answers it is; empty where it counts something else.
-        prompts: returns (dev, test) of a file, or the built-in ones; by default everyday questions.
-        success: whether more or less is the aim.
-        max_new_tokens: of an answer; one cut off before its end has mostly no right final answer.
-        keep_answers: False where answers may be harmful.
-        needs_file: it has no built-in prompts.
-    """
-
-    judge: Judge
-    means: str = ""
+    judge: Judge  # labels the answers
+    means: str = ""  # of its rate, in words: which share of the answers it is; empty where it counts something else
+    # returns (dev, test) of a file, or the built-in ones; by default everyday questions
     prompts: Callable[..., Splits] = _questions
-    success: Literal["more", "less"] = "more"
-    max_new_tokens: int = ANSWER_TOKENS
-    keep_answers: bool = True
-    needs_file: bool = False
+    success: Literal["more", "less"] = "more"  # whether more or less is the aim
+    max_new_tokens: int = ANSWER_TOKENS  # of an answer; one cut off before its end has mostly no right final answer
+    keep_answers: bool = True  # False where answers may be harmful
+    needs_file: bool = False  # it has no built-in prompts
 
 
 _HARMFUL, _LOOKALIKES = _asks("harmful", label="unsafe"), _asks("lookalikes", label="safe")  # XSTest's labels

@@ -57,26 +57,16 @@ class Feature(pydantic.BaseModel):
 
 
 class Fit(pydantic.BaseModel):
-    """The logistic regression, and what it was fitted on.
-
-    Attributes:
-        features: by name.
-        bias: log-odds of an attempt whose features are all at their means.
-        cells: attempts.
-        pairs: pairs of models.
-        models: their names.
-        arrived: the share of the attempts that arrived.
-        auc: on pairs of models that the fit did not see.
-    """
+    """The logistic regression, and what it was fitted on."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-    features: dict[str, Feature]
-    bias: float
-    cells: int
-    pairs: int
-    models: tuple[str, ...]
-    arrived: float
-    auc: float
+    features: dict[str, Feature]  # by name
+    bias: float  # log-odds of an attempt whose features are all at their means
+    cells: int  # attempts
+    pairs: int  # pairs of models
+    models: tuple[str, ...]  # their names
+    arrived: float  # the share of the attempts that arrived
+    auc: float  # on pairs of models that the fit did not see
 
     def parts(self, evidence: Mapping[str, float]) -> dict[str, float]:
         """Return what each feature adds to the log-odds."""
@@ -168,24 +158,15 @@ def judged(evidence: Mapping[str, float], fit: Fit) -> Forecast:
 
 
 class _Place(NamedTuple):
-    """One token of an answer, as the recipient and the donor see it.
+    """One token of an answer, as the recipient and the donor see it."""
 
-    Attributes:
-        first: the answer begins with it.
-        gain: log p(token | with the adapter) - log p(token | without), in nats.
-        p: probability of the token with the adapter.
-        taken: it is the likeliest with the adapter.
-        before: it is the likeliest without.
-        push: KL(without || with) of the whole distribution, in nats.
-        donor: by how many nats the donor's adapter raises the donor's token there; NaN where its tokens end elsewhere.
-    """
-
-    first: bool
-    gain: float
-    p: float
-    taken: bool
-    before: bool
-    push: float
+    first: bool  # the answer begins with it
+    gain: float  # log p(token | with the adapter) - log p(token | without), in nats
+    p: float  # probability of the token with the adapter
+    taken: bool  # it is the likeliest with the adapter
+    before: bool  # it is the likeliest without
+    push: float  # KL(without || with) of the whole distribution, in nats
+    # by how many nats the donor's adapter raises the donor's token there; NaN where its tokens end elsewhere
     donor: float
 
 

@@ -101,13 +101,7 @@ def answers(
 
 
 def likeness(changed: Sequence[str], plain: Sequence[str], own: Sequence[str], name: str) -> Likeness:
-    """Fit the judge to answers to the same prompts.
-
-    Args:
-        changed: the donor's with its adapter.
-        plain: the donor's without.
-        own: the recipient's.
-        name: of the adapter, for messages.
+    """Fit the judge to answers to the same prompts: the donor's with its adapter, its own without, and the recipient's.
 
     Raises:
         InputError: `changed` cannot be told from `plain`, or too few answers.

@@ -219,12 +219,7 @@ def token_log_probs(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (index of the row, log-probabilities [tokens] of the tokens after its prompt), in no set order.
 
-    Args:
-        lm: the model, with nothing attached.
-        rows: token ids, of which the first `n_prompt` are the prompt and at least one is not.
-        adapter: to attach meanwhile; the later tokens count as generated.
-        scale: as in `attach`.
-        batch_size: rows per forward pass.
+    At least one token of each row comes after its `n_prompt`; an adapter takes these for generated ones.
     """
     for item, logits in _reply_logits(lm, rows, adapter, scale, batch_size):
         wanted = torch.tensor(rows[item].ids[rows[item].n_prompt :], device=logits.device)

@@ -123,17 +123,11 @@ def graded(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
 
 
 class Attempt(_Strict):
-    """A setting on the development split, prompt by prompt.
+    """A setting on the development split, prompt by prompt."""
 
-    Attributes:
-        tried: what was tried, and its figures.
-        labels: one per development prompt.
-        answers: none for tasks that keep no answers.
-    """
-
-    tried: Tried
-    labels: Labels
-    answers: list[str] = []
+    tried: Tried  # what was tried, and its figures
+    labels: Labels  # one per development prompt
+    answers: list[str] = []  # none for tasks that keep no answers
 
 
 class Sample(_Strict):
@@ -145,29 +139,21 @@ class Sample(_Strict):
 
 
 class Cell(_Strict):
-    """One donor, recipient, behaviour and seed.
-
-    Attributes:
-        arms: every method that was measured.
-        curve: arm -> settings tried on the development split; the chosen one is the arm's.
-        missing: arm -> why it could not be made; the others stand.
-        fidelity: held-out quality of the converters: method -> rows of `commandv.Fidelity` as mappings.
-        samples: before and after; none for tasks that keep no answers.
-        settings: all that decides what the cell finds: what is run, on what, and the versions of the code.
-        error: why it failed.
-    """
+    """One donor, recipient, behaviour and seed."""
 
     donor: str
     recipient: str
     behaviour: str
     seed: int
     state: Literal["done", "failed"] = "done"
-    error: str = ""
-    arms: list[Arm] = []
-    curve: dict[str, list[Tried]] = {}
-    missing: dict[str, str] = {}
+    error: str = ""  # why it failed
+    arms: list[Arm] = []  # every method that was measured
+    curve: dict[str, list[Tried]] = {}  # arm -> settings tried on the development split; the chosen one is the arm's
+    missing: dict[str, str] = {}  # arm -> why it could not be made; the others stand
+    # held-out quality of the converters: method -> rows of `commandv.Fidelity` as mappings
     fidelity: dict[str, list[dict[str, float]]] = {}
-    samples: list[Sample] = []
+    samples: list[Sample] = []  # before and after; none for tasks that keep no answers
+    # all that decides what the cell finds: what is run, on what, and the versions of the code
     settings: dict[str, Any] = {}
     seconds: float = 0.0
 
@@ -193,30 +179,20 @@ class Cell(_Strict):
 
 
 class Run(_Strict):
-    """A study's results, complete or not.
-
-    Attributes:
-        study: the study file's content as validated.
-        planned: number of cells that the study has.
-        versions: of Python and libraries; `cpu` and `cores` of the machine.
-        hashes: of prompt sets and models.
-        left_out: controls that were left out by the user's explicit wish.
-        plan: file name without suffix -> donor, recipient, behaviour and seed of every cell; empty in version 1.
-        ignored: file name -> why a file among the cells is not counted.
-        cells: those finished or failed so far.
-    """
+    """A study's results, complete or not."""
 
     version: int = VERSION
     name: str
     question: str = ""
-    study: dict[str, Any] = {}
-    planned: int
-    versions: dict[str, str] = {}
-    hashes: dict[str, str] = {}
-    left_out: list[str] = []
+    study: dict[str, Any] = {}  # the study file's content as validated
+    planned: int  # number of cells that the study has
+    versions: dict[str, str] = {}  # of Python and libraries; `cpu` and `cores` of the machine
+    hashes: dict[str, str] = {}  # of prompt sets and models
+    left_out: list[str] = []  # controls that were left out by the user's explicit wish
+    # file name without suffix -> donor, recipient, behaviour and seed of every cell; empty in version 1
     plan: dict[str, tuple[str, str, str, int]] = {}
-    ignored: dict[str, str] = {}
-    cells: list[Cell] = []
+    ignored: dict[str, str] = {}  # file name -> why a file among the cells is not counted
+    cells: list[Cell] = []  # those finished or failed so far
 
 
 def load_head(folder: Path | str) -> Run:

@@ -127,23 +127,15 @@ def geometric_mean(name: str, logs: Sequence[float], unit: str) -> Score:
 
 
 class Table(NamedTuple):
-    """Arms on what all were judged on.
+    """Arms on what all were judged on."""
 
-    Attributes:
-        means: [arms].
-        squares: mean squares and products of the arms over prompts, seeds and noise, each [arms, arms].
-        labels: per arm.
-        seeds: how many.
-        prompts: how many.
-        unit: of the labels.
-    """
-
-    means: Array
+    means: Array  # [arms]
+    # mean squares and products of the arms over prompts, seeds and noise, each [arms, arms]
     squares: tuple[Array, Array, Array]
-    labels: int
-    seeds: int
-    prompts: int
-    unit: str
+    labels: int  # per arm
+    seeds: int  # how many
+    prompts: int  # how many
+    unit: str  # of the labels
 
 
 def cross(arms: Mapping[str, Labels], unit: str) -> Table:

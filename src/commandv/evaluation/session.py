@@ -26,26 +26,16 @@ ADAPTED = "with the adapter"  # what the pasted arm is called where nothing is p
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """What `evaluate` found."""
 
-    Attributes:
-        task: what was asked.
-        rows: judge -> one comparison per arm.
-        price: arm -> measure -> what it costs on benign text; see `prices`.
-        loops: arm -> share of its answers that loop.
-        words: arm -> mean number of words of its answers.
-        agreement: (judge, judge, Cohen's kappa, n) of every two judges, over all arms; NaN where both only ever gave
-            one label.
-        notes: what a reader must know: arms that were left out.
-    """
-
-    task: Task
-    rows: dict[str, list[Comparison]]
-    price: dict[str, dict[str, Score]]
-    loops: dict[str, Score]
-    words: dict[str, float]
+    task: Task  # what was asked
+    rows: dict[str, list[Comparison]]  # judge -> one comparison per arm
+    price: dict[str, dict[str, Score]]  # arm -> measure -> what it costs on benign text; see `prices`
+    loops: dict[str, Score]  # arm -> share of its answers that loop
+    words: dict[str, float]  # arm -> mean number of words of its answers
+    # (judge, judge, Cohen's kappa, n) of every two judges, over all arms; NaN where both only ever gave one label
     agreement: list[tuple[str, str, float, int]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what a reader must know: arms that were left out
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""

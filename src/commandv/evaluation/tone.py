@@ -21,18 +21,12 @@ _PLAIN_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Words and phrases that speak for a feature of a text, and such that speak against it.
+    """Words and phrases that speak for a feature of a text, and such that speak against it."""
 
-    Attributes:
-        name: of the feature.
-        positive: entries that speak for it, in lower case; `*` stands for any further letters.
-        negative: entries that speak against it.
-        negations: whether a negation ("not", "never", "n't" ...) up to two words before a word turns it round.
-    """
-
-    name: str
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
+    name: str  # of the feature
+    positive: tuple[str, ...]  # entries that speak for it, in lower case; `*` stands for any further letters
+    negative: tuple[str, ...]  # entries that speak against it
+    # whether a negation ("not", "never", "n't" ...) up to two words before a word turns it round
     negations: bool = False
 
     def __post_init__(self) -> None:

@@ -165,18 +165,7 @@ def attempt(
     limit: int | None = None,
     batch_size: int = 64,
 ) -> tuple[Tried, Outcome]:
-    """Try one setting on the development split: effect, loops and price; arguments as in `tune`.
-
-    Args:
-        lm: the recipient, with nothing attached.
-        task: the effect.
-        adapter: made for the setting, of which it leaves the scale aside.
-        setting: which one.
-        passages: text on which drift is measured.
-        reference: `reply_log_probs` of the unmodified model on these.
-        limit: use the first so many development prompts.
-        batch_size: prompts per batch.
-    """
+    """Try one setting on the development split: effect, loops and price; arguments as in `tune`."""
     found = measure(lm, task, adapter, scale=setting.scale, split="dev", limit=limit, batch_size=batch_size)
     price = drift(lm, passages, adapter, scale=setting.scale, reference=reference).value
     return Tried(setting, found.score().value, price, loops=found.loop_rate().value), found
@@ -192,12 +181,7 @@ def choose(
 ) -> Tuned:
     """Choose among settings that were tried: the best within the budgets, of equally good ones the cheapest.
 
-    Args:
-        tried: all of them.
-        success: whether more or less of the effect is the aim.
-        affordable: those within the budgets, where that is known already.
-        budget: as in `tune`.
-        most_loops: as in `tune`.
+    `affordable` are those within the budgets, where that is known already; budgets as in `tune`.
     """
     if affordable is None:
         affordable = [

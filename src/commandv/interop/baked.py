@@ -46,20 +46,15 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.25, tor
 
 
 class Baked(NamedTuple):
-    """What was written and what its check found.
+    """What was written and what its check found."""
 
-    Attributes:
-        path: the model's directory.
-        difference: largest difference of log-probabilities between the model as it was saved and loaded again, and the
-            one that it stands for, in nats, over every token of the prompts of the check.
-        effect: largest difference that the adapter makes there.
-        kl: of an ablation, the mean KL at the last prompt token from the model with the adapter attached, which acts on
-            blocks' outputs only; None for additions, where these are the same model.
-    """
-
-    path: Path
+    path: Path  # the model's directory
+    # largest difference of log-probabilities between the model as it was saved and loaded again, and the one that it
+    # stands for, in nats, over every token of the prompts of the check
     difference: float
-    effect: float
+    effect: float  # largest difference that the adapter makes there
+    # of an ablation, the mean KL at the last prompt token from the model with the adapter attached, which acts on
+    # blocks' outputs only; None for additions, where these are the same model
     kl: float | None
 
 

@@ -53,12 +53,8 @@ def card_of(
 ) -> str:
     """Return the text of a repository's README.md.
 
-    Args:
-        artefact: what the repository holds.
-        repo_id: its name on the hub.
-        license: of the artefact, by the hub's name, such as `mit`.
-        licenses: model -> licence that its own card states.
-        record: what an artefact's files say of it beside the artefact itself.
+    `license` is that of the artefact, by the hub's name, `licenses` what the cards of models state of theirs, `record`
+    what the artefact's files say of it beside the artefact itself.
     """
     makers: dict[type, Any] = {Adapter: _adapter, Profile: _profile, Demonstrations: _demonstrations}
     template, head, facts = makers[type(artefact)](artefact, record or {})

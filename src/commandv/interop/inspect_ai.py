@@ -108,7 +108,7 @@ class CommandVAPI(ModelAPI):
         """Load the model and the adapter.
 
         Args:
-            model_name: what `commandv.load_model` takes.
+            model_name: what `commandv.load_model` takes, whose arguments are among these.
             base_url: must be None, as there is no address.
             api_key: must be None, as there is no key.
             config: generation settings of the model.
@@ -116,21 +116,13 @@ class CommandVAPI(ModelAPI):
             adapter: an adapter, what `commandv.load_adapter` takes, or None for the model alone.
             scale: factor on the adapter's deltas.
             layer: for a bare vector file, the layer it acts on.
-            dtype: as in `commandv.load_model`, and so are the others that load a model.
             device: where the model goes, such as `"cuda"` or `"auto"`.
-            revision: hub branch, tag or commit.
-            template: `"auto"`, `"chat"` or `"plain"`.
             system: system prompt of conversations that begin without one.
-            template_options: the chat template's own variables.
-            same_as: name of the model that it is taken for.
-            trust_remote_code: run Python code that comes with the model.
             batch_size: most requests per batch, and how many Inspect keeps open.
 
         Raises:
             InputError: a batch size below 1, a scale that is not finite, a base_url or an api_key.
-            ModelError: the model cannot be loaded.
-            FormatError: the adapter cannot be read.
-            MismatchError: the adapter is for another model.
+            CommandVError: what loading a model or an adapter raises, or the adapter is for another model.
         """
         super().__init__(model_name, base_url, api_key, [], config)
         # Inspect makes a second instance, with a made-up key, to look up what is known of a model's name. It lives with

@@ -70,20 +70,15 @@ class CommandVLM(HFLM):
         With the harness's `apply_chat_template` contexts are formatted as commandv formats a prompt.
 
         Args:
-            pretrained: a loaded model, or what `commandv.load_model` takes.
+            pretrained: a loaded model, or what `commandv.load_model` takes, whose arguments are among these.
             adapter: an adapter, what `commandv.load_adapter` takes, or None for the model alone.
             scale: factor on the adapter's deltas.
             layer: for a bare vector file, the layer it acts on.
-            dtype: as in `commandv.load_model`; not for a loaded model, and neither are the others that load one.
             device: where the model goes, such as `"cuda"` or `"auto"`; a `"cuda"` that is not there is the CPU.
-            revision: hub branch, tag or commit.
             template: which prompt format the adapter was made for.
             system: system prompt, where a task or `--system_instruction` gives none.
-            template_options: the chat template's own variables.
-            enable_thinking: the one of them that has this name, for model arguments on the command line.
+            enable_thinking: the template's option of this name, for model arguments on the command line.
             think_end_token: what ends a model's thinking in its answer, which is left out; as in the harness.
-            same_as: name of the model that it is taken for.
-            trust_remote_code: run Python code that comes with the model.
             batch_size: rows per forward pass, or the harness's `"auto"`.
             max_batch_size: where `"auto"` starts.
             max_length: longest input in tokens. Default: the model's context.
@@ -92,9 +87,7 @@ class CommandVLM(HFLM):
 
         Raises:
             InputError: loading options given with a loaded model, or a scale that is not a finite number.
-            ModelError: the model cannot be loaded.
-            FormatError: the adapter cannot be read.
-            MismatchError: the adapter is for another model.
+            CommandVError: what loading a model or an adapter raises, or the adapter is for another model.
         """
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         options = {**(template_options or {}), **thinking}

@@ -39,33 +39,19 @@ _HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_post|resid_pre|out|in)|(?:\w+\.)
 
 @dataclass(frozen=True, eq=False)
 class SAE:
-    """A sparse autoencoder of the residual stream at one layer.
+    """A sparse autoencoder of the residual stream at one layer."""
 
-    Attributes:
-        w_enc: [d_model, n_features].
-        b_enc: [n_features].
-        w_dec: [n_features, d_model].
-        b_dec: [d_model].
-        layer: whose output it reads, 0-based; -1 for the embeddings (`resid_pre` of block 0).
-        architecture: one of `ARCHITECTURES`.
-        threshold: [n_features], for jumprelu.
-        k: for topk.
-        centred: b_dec is taken off the input.
-        rescaled: topk features are measured in the norm of their decoder rows.
-        metadata: JSON-able facts of the file: model, hook, data.
-    """
-
-    w_enc: Tensor
-    b_enc: Tensor
-    w_dec: Tensor
-    b_dec: Tensor
-    layer: int
-    architecture: str = "standard"
-    threshold: Tensor | None = None
-    k: int | None = None
-    centred: bool = True
-    rescaled: bool = False
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    w_enc: Tensor  # [d_model, n_features]
+    b_enc: Tensor  # [n_features]
+    w_dec: Tensor  # [n_features, d_model]
+    b_dec: Tensor  # [d_model]
+    layer: int  # whose output it reads, 0-based; -1 for the embeddings (`resid_pre` of block 0)
+    architecture: str = "standard"  # one of `ARCHITECTURES`
+    threshold: Tensor | None = None  # [n_features], for jumprelu
+    k: int | None = None  # for topk
+    centred: bool = True  # b_dec is taken off the input
+    rescaled: bool = False  # topk features are measured in the norm of their decoder rows
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # JSON-able facts of the file: model, hook, data
 
     def __post_init__(self) -> None:
         require_known("SAE architecture", self.architecture, ARCHITECTURES)

@@ -20,27 +20,16 @@ from commandv.prompts.sets import Prompt
 
 
 class Places(NamedTuple):
-    """Paired tokens of one text.
+    """Paired tokens of one text."""
 
-    Attributes:
-        ids: the recipient's tokens.
-        donor_ids: the donor's.
-        start: the column of the recipient's first token of the text.
-        columns: of the recipient's tokens that have a counterpart, int64 [k].
-        partners: the columns of their counterparts, [k].
-        exact: bool [k], the counterpart ends at the same character; else before it.
-        is_end: bool [k], the last prompt token.
-        n_text: tokens of the text, with and without a counterpart, last prompt token not counted.
-    """
-
-    ids: list[int]
-    donor_ids: list[int]
-    start: int
-    columns: np.ndarray
-    partners: np.ndarray
-    exact: np.ndarray
-    is_end: np.ndarray
-    n_text: int
+    ids: list[int]  # the recipient's tokens
+    donor_ids: list[int]  # the donor's
+    start: int  # the column of the recipient's first token of the text
+    columns: np.ndarray  # of the recipient's tokens that have a counterpart, int64 [k]
+    partners: np.ndarray  # the columns of their counterparts, [k]
+    exact: np.ndarray  # bool [k], the counterpart ends at the same character; else before it
+    is_end: np.ndarray  # bool [k], the last prompt token
+    n_text: int  # tokens of the text, with and without a counterpart, last prompt token not counted
 
 
 class Pairing(NamedTuple):

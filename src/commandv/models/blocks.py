@@ -20,21 +20,14 @@ _KEEPS_NOTHING = getattr(cache_utils, "DummyLayer", DynamicLayer)
 
 
 class Found(NamedTuple):
-    """Decoder blocks.
+    """Decoder blocks."""
 
-    Attributes:
-        owner: the module that runs them.
-        blocks: in order; the output of block l is the residual stream at layer l.
-        d_model: width of the stream.
-        stream: which of several streams that a block puts out it works on (Gemma 3n has four).
-        recurrent: the model keeps more from token to token than keys and values, so that padding before a text, which
-            a mask hides from attention, may change it.
-    """
-
-    owner: nn.Module
-    blocks: tuple[nn.Module, ...]
-    d_model: int
-    stream: int
+    owner: nn.Module  # the module that runs them
+    blocks: tuple[nn.Module, ...]  # in order; the output of block l is the residual stream at layer l
+    d_model: int  # width of the stream
+    stream: int  # which of several streams that a block puts out it works on (Gemma 3n has four)
+    # the model keeps more from token to token than keys and values, so that padding before a text, which a mask hides
+    # from attention, may change it
     recurrent: bool
 
 

@@ -20,17 +20,12 @@ Turns: TypeAlias = Sequence[tuple[str, str]]
 
 
 class Encoded(NamedTuple):
-    """A formatted prompt as token ids.
+    """A formatted prompt as token ids."""
 
-    Attributes:
-        ids: token ids, with the tokenizer's own beginning (one BOS, mostly).
-        n_prompt: how many of them belong to the prompt (template included); the rest is the reply.
-        text_ends: for each token the offset in the *text* (reply if there is one, else the user's words) of the
-            character after its last one; -1 for tokens outside the text.
-    """
-
-    ids: list[int]
-    n_prompt: int
+    ids: list[int]  # token ids, with the tokenizer's own beginning (one BOS, mostly)
+    n_prompt: int  # how many of them belong to the prompt (template included); the rest is the reply
+    # for each token the offset in the *text* (reply if there is one, else the user's words) of the character after its
+    # last one; -1 for tokens outside the text
     text_ends: list[int]
 
 

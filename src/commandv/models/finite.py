@@ -15,15 +15,10 @@ from commandv.models.lm import LM
 
 
 def require_finite(lm: LM, logits: Tensor, number: int, ids: Sequence[int]) -> None:
-    """Raise `ModelError` where logits [..., vocabulary] are NaN, infinite or all minus infinity.
+    """Raise `ModelError` where logits [..., vocabulary] of one sequence are NaN, infinite or all minus infinity.
 
-    A single token may well be ruled out by minus infinity. One reduction, small beside the product with the head.
-
-    Args:
-        lm: the model, with whatever is attached.
-        logits: of one sequence.
-        number: of its prompt, from 1, for the message.
-        ids: the sequence, which is run again to find the layer.
+    A single token may well be ruled out by minus infinity. One reduction, small beside the product with the head. The
+    message says the prompt's number, from 1, and the layer, for which the sequence is run again.
     """
     if not torch.isfinite(logits.amax(-1)).all():
         raise ModelError(

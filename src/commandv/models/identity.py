@@ -22,25 +22,15 @@ _ALIKE = (torch.float32, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Which model something was made from or for; empty fields are unknown.
+    """Which model something was made from or for; empty fields are unknown."""
 
-    Attributes:
-        id: the name it was loaded by, or the name of the model that it is said to be the same as.
-        revision: hub commit, or hash of the file it was converted from.
-        d_model: width of the residual stream.
-        n_layers: number of decoder blocks; 0 when unknown.
-        template: hash of the prompt format in use.
-        weights: hash of the weights, the same in float32 and bfloat16 and under a LoRA that has learned nothing.
-        format: system prompt and template options, as JSON; empty where neither is set.
-    """
-
-    id: str = ""
-    revision: str = ""
-    d_model: int = 0
-    n_layers: int = 0
-    template: str = ""
-    weights: str = ""
-    format: str = ""
+    id: str = ""  # the name it was loaded by, or the name of the model that it is said to be the same as
+    revision: str = ""  # hub commit, or hash of the file it was converted from
+    d_model: int = 0  # width of the residual stream
+    n_layers: int = 0  # number of decoder blocks; 0 when unknown
+    template: str = ""  # hash of the prompt format in use
+    weights: str = ""  # hash of the weights, the same in float32 and bfloat16 and under a LoRA that has learned nothing
+    format: str = ""  # system prompt and template options, as JSON; empty where neither is set
 
     def require(self, other: ModelRef, what: str) -> None:
         """Raise `MismatchError` unless `other` is the same model; fields unknown on either side are not compared.

@@ -29,17 +29,13 @@ RESERVED = (
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a chat template is filled with beside the conversation.
+    """What a chat template is filled with beside the conversation."""
 
-    Attributes:
-        system: the system prompt; None leaves what the template itself says.
-        options: the template's own variables, such as `{"enable_thinking": False}`; plain values.
-        date: what a template that writes the date writes. Default: when this value was made, so that one loaded model
-            has one prompt for one text, whatever the clock says.
-    """
-
-    system: str | None = None
+    system: str | None = None  # the system prompt; None leaves what the template itself says
+    # the template's own variables, such as `{"enable_thinking": False}`; plain values
     options: Mapping[str, Any] = field(default_factory=dict)
+    # what a template that writes the date writes. Default: when this value was made, so that one loaded model has one
+    # prompt for one text, whatever the clock says
     date: datetime = field(default_factory=datetime.now, compare=False)
 
     def __post_init__(self) -> None:

@@ -31,21 +31,13 @@ def with_stream(output: Any, stream: Tensor, index: int) -> Any:
 
 
 class Pass(NamedTuple):
-    """One forward pass through the blocks.
+    """One forward pass through the blocks."""
 
-    Attributes:
-        tokens: token ids [batch, n], or their embeddings [batch, n, d].
-        ids: token ids [batch, n], None where only embeddings were given.
-        mask: the attention mask [batch, columns], None where nothing is padded; another shape hides the padding.
-        start: columns that ran before, from the cache; None where a recurrent state does not tell.
-        n_prompt: columns that are prompt, padding included; None where that is unknown.
-    """
-
-    tokens: Tensor
-    ids: Tensor | None
-    mask: Any
-    start: int | None
-    n_prompt: int | None
+    tokens: Tensor  # token ids [batch, n], or their embeddings [batch, n, d]
+    ids: Tensor | None  # token ids [batch, n], None where only embeddings were given
+    mask: Any  # the attention mask [batch, columns], None where nothing is padded; another shape hides the padding
+    start: int | None  # columns that ran before, from the cache; None where a recurrent state does not tell
+    n_prompt: int | None  # columns that are prompt, padding included; None where that is unknown
 
     def columns(self) -> tuple[int, int]:
         """Return the first column of this pass and one past its last.
@@ -110,19 +102,12 @@ class Addend(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Additions:
-    """Adds deltas to the outputs of layers; those of one layer read the same stream.
+    """Adds deltas to the outputs of layers; those of one layer read the same stream."""
 
-    Attributes:
-        name: what does it, for people.
-        addends: by layer.
-        scale: what their deltas are multiplied by already, for people.
-        n_prompt: columns of each batch that hold the prompt, where the pass itself does not tell.
-    """
-
-    name: str
-    addends: Mapping[int, Sequence[Addend]]
-    scale: float = 1.0
-    n_prompt: int | None = None
+    name: str  # what does it, for people
+    addends: Mapping[int, Sequence[Addend]]  # by layer
+    scale: float = 1.0  # what their deltas are multiplied by already, for people
+    n_prompt: int | None = None  # columns of each batch that hold the prompt, where the pass itself does not tell
 
     @property
     def layers(self) -> list[int]:

@@ -23,15 +23,10 @@ WORTHWHILE = 8  # tokens; a shorter beginning is not worth a pass of its own
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens that all rows begin with, and what the model keeps of them.
+    """Tokens that all rows begin with, and what the model keeps of them."""
 
-    Attributes:
-        length: in tokens; 0 where nothing is shared, or where it may not be.
-        cache: the model's keys and values of these tokens, for one row.
-    """
-
-    length: int = 0
-    cache: Any = None
+    length: int = 0  # in tokens; 0 where nothing is shared, or where it may not be
+    cache: Any = None  # the model's keys and values of these tokens, for one row
 
     def past(self, n: int) -> Any:
         """Return a cache of `n` rows to go on from; None without a prefix."""

@@ -20,18 +20,13 @@ _STEP = 1_000_003  # between the seeds of prompts
 class Sampling:
     """How tokens are chosen.
 
-    Attributes:
-        temperature: 0 takes the most likely token; else logits are divided by it.
-        top_p: sample among the fewest tokens that together have this probability.
-        seed: of the random numbers; None for fresh ones.
-
     Raises:
         InputError: a temperature outside 0 to 2, a top-p outside 0 to 1, or a seed that is none.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+    temperature: float = 0.0  # 0 takes the most likely token; else logits are divided by it
+    top_p: float = 1.0  # sample among the fewest tokens that together have this probability
+    seed: int | None = None  # of the random numbers; None for fresh ones
 
     def __post_init__(self) -> None:
         if self.seed is not None:

@@ -19,18 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class Identity(NamedTuple):
-    """What a model is at this moment.
+    """What a model is at this moment."""
 
-    Attributes:
-        key: hash of all that decides what it computes: every byte of the weights, configuration, tokenizer, and a
-            conversation as its template renders it (with this day's date, where it writes one).
-        doubts: what it does that the key does not tell; what is made meanwhile is not the model's own.
-        attached: an adapter of ours is attached.
-    """
-
+    # hash of all that decides what it computes: every byte of the weights, configuration, tokenizer, and a conversation
+    # as its template renders it (with this day's date, where it writes one)
     key: str
-    doubts: tuple[str, ...]
-    attached: bool
+    doubts: tuple[str, ...]  # what it does that the key does not tell; what is made meanwhile is not the model's own
+    attached: bool  # an adapter of ours is attached
 
 
 def identity(lm: LM) -> Identity:
@@ -71,11 +66,7 @@ def _doubts(lm: LM) -> Iterator[str]:
 
 
 def require_own(lm: LM, doing: str) -> None:
-    """Refuse a model with an adapter attached, and say what else is not the model's own.
-
-    Args:
-        lm: the model.
-        doing: what is about to be done with it, for the message.
+    """Refuse a model with an adapter attached before something is done with it; say what else is not its own.
 
     Raises:
         InputError: an adapter is attached.

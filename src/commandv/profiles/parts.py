@@ -19,16 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def write_part(target: Path, number: int, stamp: str, data: bytes) -> Path:
-    """Keep a part; the directory must be locked.
-
-    Args:
-        target: where the profile will be.
-        number: of the part.
-        stamp: hash of all that decides what is in it.
-        data: what is in it.
-
-    Returns:
-        The file.
+    """Keep a part and return its file; the directory must be locked, and `stamp` hashes all that decides what is in it.
 
     Raises:
         StorageError: the disk is full or not writable.

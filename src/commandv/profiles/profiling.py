@@ -160,17 +160,11 @@ def profile_in(
 
 
 class Described(NamedTuple):
-    """What decides a profile besides the texts.
+    """What decides a profile besides the texts."""
 
-    Attributes:
-        ref: the model, in its prompt format.
-        key: hash of all that the model is.
-        dtype: that it runs in.
-    """
-
-    ref: ModelRef
-    key: str
-    dtype: str
+    ref: ModelRef  # the model, in its prompt format
+    key: str  # hash of all that the model is
+    dtype: str  # that it runs in
 
 
 def _described(lm: LM, *, refuse: bool) -> Described | None:

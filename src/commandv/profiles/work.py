@@ -26,29 +26,17 @@ from commandv.storage.files import digest
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to run and which rows to keep; see `profile`.
+    """What to run and which rows to keep; see `profile`."""
 
-    Attributes:
-        items: prompts, then passages.
-        n_end: how many of them are prompts.
-        places: of text rows.
-        rows_per_text: most text rows of a passage.
-        batch_size: sequences per forward pass.
-        max_length: longer prompts are cut at their beginning.
-        padding: side.
-        hash: of the texts and of what decides the places in them.
-        sets: the sets of prompts that they come from: name, number and hash.
-    """
-
-    items: tuple[Prompt, ...]
-    n_end: int
-    places: Places
-    rows_per_text: int
-    batch_size: int
-    max_length: int | None
-    padding: Literal["left", "right"]
-    hash: str
-    sets: tuple[dict[str, Any], ...] = ()
+    items: tuple[Prompt, ...]  # prompts, then passages
+    n_end: int  # how many of them are prompts
+    places: Places  # of text rows
+    rows_per_text: int  # most text rows of a passage
+    batch_size: int  # sequences per forward pass
+    max_length: int | None  # longer prompts are cut at their beginning
+    padding: Literal["left", "right"]  # side
+    hash: str  # of the texts and of what decides the places in them
+    sets: tuple[dict[str, Any], ...] = ()  # the sets of prompts that they come from: name, number and hash
 
     @property
     def batches(self) -> int:
@@ -150,10 +138,7 @@ class Work:
     def run(self, number: int, report: Report, split: int = 1) -> dict[str, Tensor]:
         """Run a part: `layer.N` [rows, d_model] in bfloat16 for every layer, and `keys` [rows, 2].
 
-        Args:
-            number: of the part.
-            report: is told of every text that is done.
-            split: in how many passes each of its batches is run.
+        `report` is told of every text that is done; each batch is run in `split` passes.
 
         Raises:
             FormatError: an activation that is not finite, with its layer and prompt.

@@ -49,19 +49,13 @@ log = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):
-    """A kind of directory of ours.
+    """A kind of directory of ours."""
 
-    Attributes:
-        format: what its `config.json` states.
-        parts: regular expression of the names of its data files, without hash and suffix.
-        first: the parts that a configuration of version 1 has.
-        large: the data files are checked by CRC-32 when they are read, which a changed byte does not escape either and
-            which takes a quarter of the time.
-    """
-
-    format: str
-    parts: str
-    first: Callable[[Mapping[str, Any]], list[str]]
+    format: str  # what its `config.json` states
+    parts: str  # regular expression of the names of its data files, without hash and suffix
+    first: Callable[[Mapping[str, Any]], list[str]]  # the parts that a configuration of version 1 has
+    # the data files are checked by CRC-32 when they are read, which a changed byte does not escape either and which
+    # takes a quarter of the time
     large: bool = False
 
     def is_data(self, name: str, *, hashed: bool = False) -> bool:

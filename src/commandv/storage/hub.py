@@ -33,17 +33,11 @@ log = logging.getLogger(__name__)
 
 
 class Listed(NamedTuple):
-    """What the hub says of a repository.
+    """What the hub says of a repository."""
 
-    Attributes:
-        commit: of the revision that was asked for.
-        private: only its owner sees it.
-        files: name -> (size, SHA-256 where it is a large file, else git's hash).
-    """
-
-    commit: str
-    private: bool
-    files: dict[str, tuple[int | None, str]]
+    commit: str  # of the revision that was asked for
+    private: bool  # only its owner sees it
+    files: dict[str, tuple[int | None, str]]  # name -> (size, SHA-256 where it is a large file, else git's hash)
 
 
 def is_repo_id(text: str) -> bool:
@@ -75,15 +69,10 @@ def opened(source: str | Path, repo_type: RepoType, read: Callable[[Path], T], *
 
 
 def fetched(source: str, repo_type: RepoType, read: Callable[[Path], T], *, revision: str | None = None) -> T:
-    """Fetch a repository, or take it from the hub's cache, and read it.
+    """Fetch a repository, or take it from the hub's cache, and have its directory read.
 
-    Files that the hub's hashes say are damaged in the cache are fetched again, once.
-
-    Args:
-        source: hub id.
-        repo_type: of the repository.
-        read: reads the directory that holds its files.
-        revision: branch, tag or commit.
+    Files that the hub's hashes say are damaged in the cache are fetched again, once. `revision` is a branch, tag or
+    commit.
 
     Raises:
         HubError: not found, not allowed, not reachable and not in the cache.

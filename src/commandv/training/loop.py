@@ -27,40 +27,27 @@ BatchT = TypeVar("BatchT")
 
 
 class Learned(NamedTuple):
-    """What became of a descent, whose parameters hold the values of the epoch `best`.
+    """What became of a descent, whose parameters hold the values of the epoch `best`."""
 
-    Attributes:
-        losses: after each epoch, before any at index 0; empty where nothing is validated.
-        epochs: that were run.
-        best: the epoch whose values are kept: the last one unless patience says otherwise.
-    """
-
-    losses: list[float]
-    epochs: int
-    best: int
+    losses: list[float]  # after each epoch, before any at index 0; empty where nothing is validated
+    epochs: int  # that were run
+    best: int  # the epoch whose values are kept: the last one unless patience says otherwise
 
 
 @dataclass(frozen=True)
 class Descent(Generic[BatchT]):
-    """What is learned from what.
+    """What is learned from what."""
 
-    Attributes:
-        parameters: by name; changed in place.
-        optimizer: Adam or AdamW over these parameters, in their order.
-        batches: the batches of an epoch (from 0), a step each; may depend on nothing but the epoch.
-        losses: of a batch, whose gradients add up; each is let go before the next is computed.
-        validate: the loss on what is not learned from, after each epoch; None for none.
-        rate: factor on the learning rate at a step (from 0); None for 1.
-        patience: epochs without a better validation loss after which it stops and the best epoch's values are taken;
-            None goes to the end and takes the last one's.
-    """
-
-    parameters: Mapping[str, Tensor]
-    optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, Tensor]  # by name; changed in place
+    optimizer: torch.optim.Optimizer  # Adam or AdamW over these parameters, in their order
+    # the batches of an epoch (from 0), a step each; may depend on nothing but the epoch
     batches: Callable[[int], Sequence[BatchT]]
+    # of a batch, whose gradients add up; each is let go before the next is computed
     losses: Callable[[BatchT], Iterable[Tensor]]
-    validate: Callable[[], float] | None = None
-    rate: Callable[[int], float] | None = None
+    validate: Callable[[], float] | None = None  # the loss on what is not learned from, after each epoch; None for none
+    rate: Callable[[int], float] | None = None  # factor on the learning rate at a step (from 0); None for 1
+    # epochs without a better validation loss after which it stops and the best epoch's values are taken; None goes to
+    # the end and takes the last one's
     patience: int | None = None
 
     def run(self, epochs: int, title: str, *, stamp: str, checkpoint: Path | None = None) -> Learned:

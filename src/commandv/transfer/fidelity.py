@@ -51,15 +51,9 @@ def layer_fidelity(
     write: tuple[Tensor, Tensor],
     many: Sequence[Intervention],
 ) -> Fidelity:
-    """Measure one layer pair's converters.
+    """Measure one layer pair's converters, `into` the donor and `back`, for what is carried through them.
 
-    Args:
-        pair: the layers.
-        into: recipient -> donor.
-        back: donor -> recipient.
-        read: unseen (donor rows, recipient rows) of the reading side.
-        write: the same of the writing side.
-        many: what is carried through them.
+    `read` and `write` are unseen (donor rows, recipient rows) of either side.
     """
     y, x = (one.double() for one in read)
     y_text, x_text = (one.double() for one in write)
@@ -85,13 +79,8 @@ def layer_fidelity(
 def written(back: Converter, one: Intervention, states: Tensor) -> Tensor:
     """Return the directions [rank, d_y] that an intervention writes through a converter; lengths do not matter.
 
-    Each row of W is stepped along by the root mean square over these states of act(y Rᵀ + b), which is how far the
-    intervention steps; where the converter is affine that decides nothing.
-
-    Args:
-        back: donor -> recipient.
-        one: the donor's intervention.
-        states: of the donor, [n, d_x] float64.
+    Each row of W is stepped along by the root mean square over the donor's states [n, d_x] of act(y Rᵀ + b), which is
+    how far the intervention steps; where the converter is affine that decides nothing.
     """
     coefficients = ACTIVATIONS[one.activation](states @ one.read.double().T + one.bias.double())
     return back.steps(coefficients.square().mean(0).sqrt()[:, None] * one.write.double(), states)

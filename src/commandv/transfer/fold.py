@@ -34,15 +34,10 @@ class Passage(NamedTuple):
 def carried(
     many: Sequence[Intervention], into: Callable[[], Converter], back: Callable[[], Converter], d_model: int
 ) -> Passage:
-    """Return a layer's interventions in the recipient.
+    """Return the donor's interventions of a layer in the recipient, of width `d_model`.
 
-    Where nothing is read, as in a steering vector, an affine converter for reading is not fitted.
-
-    Args:
-        many: the donor's.
-        into: fits recipient -> donor.
-        back: fits donor -> recipient.
-        d_model: the recipient's width.
+    `into` fits recipient -> donor, `back` donor -> recipient. Where nothing is read, as in a steering vector, an affine
+    converter for reading is not fitted.
 
     Raises:
         InputError: what is written comes out as nothing, so that the fit found no relation at all.

@@ -32,17 +32,10 @@ _SPECIAL = re.compile(r"([\\`*_|~$]|(?<=\])[(\[:])")  # a bracket alone is harml
 
 
 def write_report(run: Run, out: Path) -> tuple[Path, Path]:
-    """Write `report.html` and `report.md`.
+    """Write `report.html` and `report.md` of a run, complete or not, into a directory; return their paths.
 
     Neither holds more than the run does: the HTML file has its style and figures inside and loads nothing. Absolute
     paths in settings and errors are cut down to their last part.
-
-    Args:
-        run: complete or not; see `load_run`.
-        out: directory for both.
-
-    Returns:
-        The paths of the HTML file and of its Markdown twin.
 
     Raises:
         InputError: matplotlib is not installed.

@@ -33,12 +33,9 @@ def require_matplotlib() -> None:
 
 
 def effect_against_price(table: Table, label: str, name: str) -> str:
-    """Draw every arm of a table by what it does and what it costs, both with 95 % intervals.
+    """Draw every arm of a table that has a price by what it does and what it costs, both with 95 % intervals.
 
-    Args:
-        table: arms without a price are left out; the unmodified recipient costs nothing.
-        label: what the figure shows, in words.
-        name: unique on the page.
+    The unmodified recipient costs nothing. `label` says the figure in words, `name` is unique on the page.
 
     Returns:
         SVG, empty when no arm has a price.

@@ -21,46 +21,29 @@ ORDER = (*ARMS, DONOR)
 
 
 class Row(NamedTuple):
-    """One arm of one table, over all seeds.
+    """One arm of one table, over all seeds."""
 
-    Attributes:
-        arm: its name.
-        found: score, difference from the unmodified recipient, p-values, recovered fraction; None without any label.
-        by_seed: share or mean of each seed's own labels.
-        unjudged: answers that the judge gave no label.
-        price: measure -> mean, each passage or answer averaged over seeds first: they come back in every seed.
-        scales: distinct factors on the deltas, over seeds.
-        layers: distinct recipient layers acted on, over seeds.
-    """
-
-    arm: str
+    arm: str  # its name
+    # score, difference from the unmodified recipient, p-values, recovered fraction; None without any label
     found: Comparison | None
-    by_seed: list[float]
-    unjudged: int
+    by_seed: list[float]  # share or mean of each seed's own labels
+    unjudged: int  # answers that the judge gave no label
+    # measure -> mean, each passage or answer averaged over seeds first: they come back in every seed
     price: dict[str, Score]
-    scales: list[float]
-    layers: list[int]
+    scales: list[float]  # distinct factors on the deltas, over seeds
+    layers: list[int]  # distinct recipient layers acted on, over seeds
 
 
 @dataclass(frozen=True)
 class Table:
-    """One task of one pair and behaviour.
+    """One task of one pair and behaviour."""
 
-    Attributes:
-        task: what was asked.
-        unit: of the labels.
-        success: whether more or less is the aim.
-        rows: one an arm, in the order of `ORDER`, then others.
-        verdict: of the paste.
-        notes: what a reader must know and no column tells.
-    """
-
-    task: str
-    unit: str
-    success: Success
-    rows: list[Row]
-    verdict: Verdict
-    notes: list[str]
+    task: str  # what was asked
+    unit: str  # of the labels
+    success: Success  # whether more or less is the aim
+    rows: list[Row]  # one an arm, in the order of `ORDER`, then others
+    verdict: Verdict  # of the paste
+    notes: list[str]  # what a reader must know and no column tells
 
     def score(self, arm: str) -> Score | None:
         """Return an arm's figure."""

@@ -23,19 +23,13 @@ log = logging.getLogger(__name__)
 
 
 class KeptArm(pydantic.BaseModel):
-    """One arm as it was measured.
-
-    Attributes:
-        arm: what was found.
-        graded: task -> judge and version of the graders.
-        answers: task -> answers, of tasks that keep them.
-    """
+    """One arm as it was measured."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
-    arm: Arm
-    graded: dict[str, str]
-    answers: dict[str, list[str]]
+    arm: Arm  # what was found
+    graded: dict[str, str]  # task -> judge and version of the graders
+    answers: dict[str, list[str]]  # task -> answers, of tasks that keep them
 
 
 def answers_key(content: dict[str, Any], *more: Any) -> str:
@@ -49,13 +43,7 @@ def answers_key(content: dict[str, Any], *more: Any) -> str:
 
 
 def measured_once(key: str, tasks: Sequence[Task], measure: Callable[[Sequence[Task]], tuple[Arm, Measured]]) -> Arm:
-    """Return an arm: as kept, graded anew from kept answers, or measured.
-
-    Args:
-        key: see `answers_key`.
-        tasks: what is asked.
-        measure: makes the arm and measures it on some of the tasks.
-    """
+    """Return an arm: as kept under a key (see `answers_key`), graded anew from kept answers, or measured."""
     file = cache_dir() / "answers" / f"{key}.json"
     kept = found(file, KeptArm)
     stale = [task for task in tasks if kept is None or kept.graded.get(task.name) != _grader(task)]

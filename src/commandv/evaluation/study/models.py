@@ -25,10 +25,8 @@ class ModelSource:
     def __init__(self, study: Study, *, rehearsal: int | None = None) -> None:
         """Prepare; nothing is loaded yet.
 
-        Args:
-            study: whose models.
-            rehearsal: replace every model by one of random weights in its shape, with its widths divided by this
-                number; a run then proves plumbing, and its figures mean nothing.
+        With `rehearsal` every model is replaced by one of random weights in its shape, with its widths divided by this
+        number: a run then proves plumbing, and its figures mean nothing.
 
         Raises:
             InputError: a number below 1.

@@ -49,16 +49,12 @@ FEWEST = 8
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """What was run, and what it took.
+    """What was run, and what it took."""
 
-    Attributes:
-        models: name -> id, dtype, d_model; layers, vocabulary and parameters as (run, of the whole model).
-        pairs: "donor -> recipient" -> its stages.
-        facts: tokenizer, dtype, device, threads, prompts, rows of either kind, greatest memory of the process.
-    """
-
+    # name -> id, dtype, d_model; layers, vocabulary and parameters as (run, of the whole model)
     models: dict[str, dict[str, Any]]
-    pairs: dict[str, tuple[Stage, ...]]
+    pairs: dict[str, tuple[Stage, ...]]  # "donor -> recipient" -> its stages
+    # tokenizer, dtype, device, threads, prompts, rows of either kind, greatest memory of the process
     facts: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:

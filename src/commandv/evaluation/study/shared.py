@@ -69,17 +69,11 @@ def _tensors(one: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Native:
-    """A model's own direction for a behaviour, at the strength chosen for it, and what it does there.
+    """A model's own direction for a behaviour, at the strength chosen for it, and what it does there."""
 
-    Attributes:
-        adapter: the direction on the layers chosen.
-        arm: its labels and price on the test split.
-        curve: settings tried on the development split.
-    """
-
-    adapter: Adapter
-    arm: Arm
-    curve: list[Tried]
+    adapter: Adapter  # the direction on the layers chosen
+    arm: Arm  # its labels and price on the test split
+    curve: list[Tried]  # settings tried on the development split
 
 
 class Shared:

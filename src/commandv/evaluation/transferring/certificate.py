@@ -75,20 +75,11 @@ def certified(
     missing: Mapping[str, str],
     seconds: Mapping[str, float],
 ) -> Transferred:
-    """Judge what was measured, and write the certificate into the adapter.
+    """Judge what was measured on the test prompts, and write the certificate into the adapter, made by the arm `name`.
 
-    Args:
-        job: what was to be done.
-        task: by which it was measured.
-        adapter: the recipient's, scaled as chosen.
-        name: its arm.
-        arms: measured on the test prompts.
-        base: the unmodified recipient on the development prompts.
-        after: the chosen setting there.
-        donors: the donor "without" and "with" its adapter there.
-        tried: method's arm -> its settings.
-        missing: method or control -> why it could not be made.
-        seconds: that each stage took.
+    On the development prompts `base` is the unmodified recipient, `after` the chosen setting, and `donors` the donor
+    "without" and "with" its adapter. `tried` are the settings of each method's arm, `missing` says why a method or
+    control could not be made, and `seconds` what each stage took.
     """
     by_name = {arm.method: arm for arm in arms}
     unit = task.judge.unit

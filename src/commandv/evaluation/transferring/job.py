@@ -90,35 +90,20 @@ class TransferSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """One transfer, ready to run; see `prepare`.
+    """One transfer, ready to run; see `prepare`."""
 
-    Attributes:
-        donor: with nothing attached.
-        adapter: the donor's.
-        recipient: with nothing attached.
-        task: what is asked and how it counts; None to compare with the donor's own answers.
-        dev: prompts to choose on.
-        test: prompts to report on.
-        asked: prompts that the donor answers.
-        prompts: of the profiles.
-        text: passages of the profiles.
-        passages: benign text on which the price is measured.
-        settings: how.
-        folder: where finished parts are kept.
-    """
-
-    donor: LM
-    adapter: Adapter
-    recipient: LM
-    task: Task | None
-    dev: PromptSet
-    test: PromptSet
-    asked: PromptSet
-    prompts: PromptSet
-    text: PromptSet
-    passages: PromptSet
-    settings: TransferSettings
-    folder: Path = field(default_factory=lambda: cache_dir() / "transfers")
+    donor: LM  # with nothing attached
+    adapter: Adapter  # the donor's
+    recipient: LM  # with nothing attached
+    task: Task | None  # what is asked and how it counts; None to compare with the donor's own answers
+    dev: PromptSet  # prompts to choose on
+    test: PromptSet  # prompts to report on
+    asked: PromptSet  # prompts that the donor answers
+    prompts: PromptSet  # of the profiles
+    text: PromptSet  # passages of the profiles
+    passages: PromptSet  # benign text on which the price is measured
+    settings: TransferSettings  # how
+    folder: Path = field(default_factory=lambda: cache_dir() / "transfers")  # where finished parts are kept
 
     @property
     def arms(self) -> list[str]:

@@ -41,13 +41,9 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a transfer will do.
+    """What a transfer will do."""
 
-    Attributes:
-        stages: in their order.
-    """
-
-    stages: tuple[Stage, ...]
+    stages: tuple[Stage, ...]  # in their order
 
     @property
     def seconds(self) -> float:

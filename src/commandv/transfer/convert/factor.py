@@ -65,20 +65,13 @@ class Factor:
 
     A quarter of the time of a spectrum, and no more memory than K. Source: Eldén, BIT 17 (1977), who bidiagonalises X;
     Golub and Van Loan, Matrix Computations, section 8.3.1.
-
-    Attributes:
-        rows: X.
-        reflectors: Q as Householder vectors in the place of K, [k, k] with k = min(n, d).
-        factors: of the reflectors, [k - 1].
-        diagonal: of T, [k].
-        beside: what stands beside it, [k - 1].
     """
 
-    rows: Rows
-    reflectors: np.ndarray
-    factors: np.ndarray
-    diagonal: np.ndarray
-    beside: np.ndarray
+    rows: Rows  # X
+    reflectors: np.ndarray  # Q as Householder vectors in the place of K, [k, k] with k = min(n, d)
+    factors: np.ndarray  # of the reflectors, [k - 1]
+    diagonal: np.ndarray  # of T, [k]
+    beside: np.ndarray  # what stands beside it, [k - 1]
 
     @classmethod
     def of(cls, rows: Rows, dtype: type) -> Factor:
@@ -121,21 +114,13 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Regularised(_GramSolver):
-    """X⁺ of ridge: M = Q (L D Lᵀ)⁻¹ Qᵀ with T + lambda I = L D Lᵀ.
+    """X⁺ of ridge: M = Q (L D Lᵀ)⁻¹ Qᵀ with T + lambda I = L D Lᵀ."""
 
-    Attributes:
-        rows: X.
-        factor: of X.
-        penalty: lambda in units of the eigenvalues.
-        pivots: D, [k].
-        lower: what stands below the diagonal of L, [k - 1].
-    """
-
-    rows: Rows
-    factor: Factor
-    penalty: float
-    pivots: np.ndarray
-    lower: np.ndarray
+    rows: Rows  # X
+    factor: Factor  # of X
+    penalty: float  # lambda in units of the eigenvalues
+    pivots: np.ndarray  # D, [k]
+    lower: np.ndarray  # what stands below the diagonal of L, [k - 1]
 
     @property
     def dtype(self) -> Any:
@@ -156,17 +141,11 @@ class Regularised(_GramSolver):
 
 @dataclass(frozen=True, eq=False)
 class Spectral(_GramSolver):
-    """X⁺ in float64 without the singular values below a cut: M = V diag(1/e, or 0) Vᵀ, the minimum-norm solution.
+    """X⁺ in float64 without the singular values below a cut: M = V diag(1/e, or 0) Vᵀ, the minimum-norm solution."""
 
-    Attributes:
-        rows: X.
-        vectors: V, [k, k].
-        gains: 1/e, or 0 below the cut, [k].
-    """
-
-    rows: Rows
-    vectors: np.ndarray
-    gains: np.ndarray
+    rows: Rows  # X
+    vectors: np.ndarray  # V, [k, k]
+    gains: np.ndarray  # 1/e, or 0 below the cut, [k]
 
     @classmethod
     def of(cls, rows: Rows, rtol: float) -> Spectral:

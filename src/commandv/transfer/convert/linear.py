@@ -98,21 +98,14 @@ class AffineMap(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class Solved(AffineMap):
-    """A converter kept as a solver over its fitting rows: A = X⁺ Y, never formed.
+    """A converter kept as a solver over its fitting rows: A = X⁺ Y, never formed."""
 
-    Attributes:
-        solver: applies X⁺.
-        x: the predictors, as fitted (centred, scaled).
-        y: the targets, centred but not scaled.
-        project: optional [d_y, k] pair (V, Vᵀ-side inverse) that restricts the output to a subspace.
-        facts: what the fit chose, JSON-able.
-    """
-
-    solver: Solver
-    x: Rows
-    y: Rows
+    solver: Solver  # applies X⁺
+    x: Rows  # the predictors, as fitted (centred, scaled)
+    y: Rows  # the targets, centred but not scaled
+    # optional [d_y, k] pair (V, Vᵀ-side inverse) that restricts the output to a subspace
     project: tuple[np.ndarray, np.ndarray] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # what the fit chose, JSON-able
 
     @property
     def d_y(self) -> int:

@@ -33,17 +33,11 @@ def own_pages(shape: tuple[int, ...], dtype: type) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """X = (raw - mean) / scale for raw activations [n, d].
+    """X = (raw - mean) / scale for raw activations [n, d]."""
 
-    Attributes:
-        raw: [n, d] in any floating dtype.
-        mean: [d] float64, zeros when not centred.
-        scale: [d] float64, ones when not standardised.
-    """
-
-    raw: Tensor
-    mean: np.ndarray
-    scale: np.ndarray
+    raw: Tensor  # [n, d] in any floating dtype
+    mean: np.ndarray  # [d] float64, zeros when not centred
+    scale: np.ndarray  # [d] float64, ones when not standardised
 
     @classmethod
     def of(cls, raw: Tensor, *, centre: bool, standardise: bool) -> Rows:
