@@ -134,9 +134,6 @@ def low_rank(one: Edit, what: str) -> Intervention:
     Args:
         one: any.
         what: what needs them, for the message.
-
-    Raises:
-        InputError: it is of another kind.
     """
     if not isinstance(one, Intervention):
         raise InputError(

@@ -18,11 +18,7 @@ def builtin_adapters() -> list[str]:
 
 
 def builtin_path(name: str) -> Path:
-    """Return the directory of a shipped adapter, `BEHAVIOUR@MODEL`.
-
-    Raises:
-        FormatError: there is no such adapter; the message lists those there are.
-    """
+    """Return the directory of a shipped adapter, `BEHAVIOUR@MODEL`."""
     known = builtin_adapters()
     if name not in known:
         raise FormatError(

@@ -121,11 +121,7 @@ def make_arm(name: str, material: Material) -> Made:
 
 
 def arms_without(left_out: Collection[str]) -> dict[str, Arm]:
-    """Return the arms but for those that are left out by name.
-
-    Raises:
-        InputError: a name that is no arm, or one that every comparison needs.
-    """
+    """Return the arms but for those that are left out by name."""
     if wrong := [name for name in left_out if name not in ARMS or name in (UNMODIFIED, PASTED)]:
         others = ", ".join(name for name in ARMS if name not in (UNMODIFIED, PASTED))
         raise InputError(f"arms {wrong} cannot be left out; expected some of {others}")
@@ -136,9 +132,6 @@ def methods(by: str) -> list[str]:
     """Return the arms that are the methods named, in the order of the table.
 
     `by` is `"auto"` for all that need no training, or one or several of `METHODS`, separated by commas.
-
-    Raises:
-        InputError: an unknown one.
     """
     wanted = [one.strip() for one in by.split(",")]
     if unknown := [one for one in wanted if one != AUTO and one not in METHODS]:

@@ -249,9 +249,6 @@ def constant(adapter: Adapter, layer: int, form: str) -> Tensor:
         adapter: whose.
         layer: one of its layers.
         form: what is to hold the vector, for the message.
-
-    Raises:
-        InputError: it reads the state, acts on some tokens only, or has an activation.
     """
     total = torch.zeros(adapter.d_model)
     for edit in adapter.interventions[layer]:

@@ -20,11 +20,7 @@ _OPENERS = {
 
 
 def detect(path: str | Path) -> str:
-    """Tell what a path holds: an adapter, a profile, demonstrations, `pyreft`, `vector` or `control-vector`.
-
-    Raises:
-        FormatError: none of these; says what was found.
-    """
+    """Tell what a path holds: an adapter, a profile, demonstrations, `pyreft`, `vector` or `control-vector`."""
     path = Path(path)
     if path.is_file():
         if path.suffix in SUFFIXES:
@@ -56,11 +52,7 @@ def detect(path: str | Path) -> str:
 
 
 def require_adapter_kind(source: str | Path) -> str:
-    """Return what kind of file or directory an adapter is in, as `detect` tells it.
-
-    Raises:
-        FormatError: it is in none, or holds a profile or demonstrations.
-    """
+    """Return what kind of file or directory an adapter is in, as `detect` tells it."""
     kind = detect(source)
     if kind in _OPENERS:
         raise FormatError(f"{source}: {_OPENERS[kind]}")

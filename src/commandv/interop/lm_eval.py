@@ -189,11 +189,7 @@ class CommandVLM(HFLM):
 
 
 def _loaded(pretrained: LM | str, *, device: str | None, template: Template, **options: Any) -> LM:
-    """Load a model; one that is loaded already is taken as it is, without options.
-
-    Raises:
-        InputError: options given with a loaded model.
-    """
+    """Load a model; one that is loaded already is taken as it is, without options."""
     if not isinstance(pretrained, LM):
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the command line says cuda:0 where the user says nothing; its own model does the same

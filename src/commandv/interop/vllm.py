@@ -44,11 +44,7 @@ def register() -> None:
 
 
 def sources(text: str) -> dict[str, str]:
-    """Return name -> source of the adapters in the environment variable's text, `NAME=SOURCE,NAME=SOURCE`.
-
-    Raises:
-        InputError: not of this form, or a name twice.
-    """
+    """Return name -> source of the adapters in the environment variable's text, `NAME=SOURCE,NAME=SOURCE`."""
     found: dict[str, str] = {}
     for part in filter(None, (one.strip() for one in text.split(","))):
         name, equals, source = part.partition("=")
@@ -139,11 +135,7 @@ def _marked(positions: Any, rows: tuple[int, int], start: int, n_prompt: int) ->
 
 
 def blocks_of(model: nn.Module, n_layers: int) -> list[nn.Module]:
-    """Return the decoder blocks of a model of vLLM.
-
-    Raises:
-        ModelError: no list of that many blocks.
-    """
+    """Return the decoder blocks of a model of vLLM."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return list(module)

@@ -57,9 +57,6 @@ def place(donor: LM, recipient: LM, one: Prompt, until: int | None = None) -> Pl
         one: the text.
         until: stop after so many of the recipient's tokens of the text, before the last prompt token; None goes on to
             the end.
-
-    Raises:
-        InputError: an empty text, one longer than a context, or one without a single pair.
     """
     whole = until is None
     theirs, ours = (_marked(lm, one, whole) for lm in (donor, recipient))

@@ -37,9 +37,6 @@ def find_blocks(model: Any) -> Found:
     Candidates have as many entries as the text configuration has layers. A vision tower or a list of experts of the
     same length is told apart by running two tokens: every block must run once and put out [batch, 2, d_model]. Blocks
     that a text does not go through (cross-attention to an image) are left out.
-
-    Raises:
-        ModelError: no such list, or later tokens change earlier states.
     """
     config = model.config.get_text_config(decoder=True)
     n_layers = config.num_hidden_layers

@@ -44,11 +44,7 @@ def pad_token(lm: LM) -> int:
 
 
 def format_prompt(lm: LM, prompt: str, turns: Turns = ()) -> str:
-    """Return the text that the model sees for one user turn after earlier ones, up to where its reply starts.
-
-    Raises:
-        InputError: the prompt is empty, or the chat template refuses it.
-    """
+    """Return the text that the model sees for one user turn after earlier ones, up to where its reply starts."""
     if not prompt.strip():
         raise InputError("an empty prompt; give it a text")
     if turns and not lm.chat:  # the plain format is one question and its answer, again and again
@@ -60,11 +56,7 @@ def format_prompt(lm: LM, prompt: str, turns: Turns = ()) -> str:
 
 
 def encode_conversation(lm: LM, turns: Sequence[Mapping[str, str]]) -> list[int]:
-    """Return a conversation as token ids, formatted as a prompt is; a last turn of the assistant begins the reply.
-
-    Raises:
-        InputError: no turns, or a prompt format that does not take them.
-    """
+    """Return a conversation as token ids, formatted as a prompt is; a last turn of the assistant begins the reply."""
     if not turns:
         raise InputError("a conversation without messages")
     ids, _ = _tokens(lm, render(lm, turns, begun=turns[-1]["role"] == "assistant"))
@@ -190,9 +182,6 @@ def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = 
         rows: token ids.
         side: where the padding goes.
         shared: so many tokens that all rows begin with stay in the first columns, before the padding.
-
-    Raises:
-        InputError: padding at the left of a recurrent model, which would read it.
     """
     width = max(len(row) for row in rows)
     if side == "left" and lm.recurrent and any(len(row) < width for row in rows):

@@ -39,10 +39,6 @@ def converted(name: str) -> Path:
 
     Weights are kept in bfloat16, whose rounding (2^-9) is far below that of the quantised file. The directory's
     name ends in the hash of the GGUF file. Of a split model (`NAME-00001-of-00003.gguf`) any part may be given.
-
-    Raises:
-        ModelError: not installed, no such file, a part of a split model missing or of another model, not a GGUF file
-            that transformers can read, or one whose tensors are not exactly those of the model.
     """
     if name in PACKAGED:
         parts, stem = packaged_files(name), name
@@ -195,9 +191,6 @@ def _understand_rope(reader: gguf.GGUFReader, architecture: str, config: Any, so
 
     llama.cpp divides the frequency of each pair of dimensions by its factor in `rope_freqs` (Llama 3.1 and later), at
     every length: what transformers calls longrope, with the same factors for short and for long.
-
-    Raises:
-        ModelError: scaling of another kind.
     """
     field = reader.fields.get(f"{architecture}.rope.scaling.type")
     if field is not None and field.contents() != "none" and architecture != "gpt-oss":  # transformers reads that one's

@@ -51,9 +51,6 @@ def choose_layers(choice: LayerChoice | str | Iterable[int], n_layers: int) -> l
     """Return the layers that a choice names: a function, a name in `LAYER_CHOICES`, or the layers themselves.
 
     A choice in words may also be numbers, `"4,8,12"`, or a depth, `"60%"`: the one layer that ends there or beyond.
-
-    Raises:
-        InputError: an unknown name, or a layer that does not exist.
     """
     if isinstance(choice, str):
         choice = LAYER_CHOICES[choice] if choice in LAYER_CHOICES else _in_words(choice, n_layers)

@@ -198,11 +198,7 @@ def _configured(place: str) -> str:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """Return the torch dtype for a name; None picks bfloat16 where the hardware multiplies it fast, else float32.
-
-    Raises:
-        InputError: not a floating-point dtype that models run in.
-    """
+    """Return the torch dtype for a name; None picks bfloat16 where the hardware multiplies it fast, else float32."""
     if dtype is None:
         if torch.cuda.is_available():
             fast = torch.cuda.is_bf16_supported()

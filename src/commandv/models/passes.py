@@ -40,11 +40,7 @@ class Pass(NamedTuple):
     n_prompt: int | None  # columns that are prompt, padding included; None where that is unknown
 
     def columns(self) -> tuple[int, int]:
-        """Return the first column of this pass and one past its last.
-
-        Raises:
-            InputError: they are unknown.
-        """
+        """Return the first column of this pass and one past its last."""
         if self.start is None:
             raise InputError(
                 "this model goes on from a recurrent state, which does not tell how many tokens came before, so that "
@@ -53,11 +49,7 @@ class Pass(NamedTuple):
         return self.start, self.start + self.tokens.shape[1]
 
     def prompt(self, n_prompt: int) -> Tensor:
-        """Return bool [batch, n_prompt], true at the prompt's real tokens.
-
-        Raises:
-            InputError: the mask does not show where the padding is.
-        """
+        """Return bool [batch, n_prompt], true at the prompt's real tokens."""
         if self.mask is None:
             return torch.ones((self.tokens.shape[0], n_prompt), dtype=torch.bool, device=self.tokens.device)
         if isinstance(self.mask, Tensor) and self.mask.ndim == 2:
@@ -125,11 +117,7 @@ class Additions:
         return f"{self.name} on layers {layers} at {at}, scale {self.scale:g}"
 
     def edits(self, run: Pass) -> dict[int, Edit]:
-        """Return the layers that are changed in this pass, with what changes them.
-
-        Raises:
-            InputError: where it acts is unknown in this pass.
-        """
+        """Return the layers that are changed in this pass, with what changes them."""
         start, stop = run.columns()
         n_prompt = self.n_prompt if self.n_prompt is not None else run.n_prompt
         if n_prompt is None:

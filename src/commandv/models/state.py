@@ -66,11 +66,7 @@ def _doubts(lm: LM) -> Iterator[str]:
 
 
 def require_own(lm: LM, doing: str) -> None:
-    """Refuse a model with an adapter attached before something is done with it; say what else is not its own.
-
-    Raises:
-        InputError: an adapter is attached.
-    """
+    """Refuse a model with an adapter attached before something is done with it; say what else is not its own."""
     if attached(lm):
         raise InputError(f"an adapter is attached to {lm.id}; detach it before {doing}")
     for doubt in _doubts(lm):

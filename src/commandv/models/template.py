@@ -36,9 +36,6 @@ def render(lm: LM, turns: Sequence[Mapping[str, str]], *, begun: bool = False) -
         turns: `{"role": ..., "content": ...}` each. The model's own system prompt goes before them unless they begin
             with one.
         begun: the last turn is the beginning of the reply.
-
-    Raises:
-        InputError: the template raises, or the plain format cannot hold the conversation.
     """
     roles = ", ".join(turn["role"] for turn in turns)
     if not lm.chat:
@@ -141,11 +138,7 @@ def end_of_turn(lm: LM) -> int | None:
 
 
 def stop_tokens(lm: LM) -> list[int]:
-    """Return the tokens at which generation stops: the reply's end, the tokenizer's, the generation configuration's.
-
-    Raises:
-        ModelError: the configuration's are no numbers of tokens.
-    """
+    """Return the tokens at which generation stops: the reply's end, the tokenizer's, the generation configuration's."""
     own = lm.model.generation_config.eos_token_id
     listed = own if isinstance(own, list | tuple) else [own]
     found = [end_of_turn(lm), lm.tokenizer.eos_token_id, *listed]

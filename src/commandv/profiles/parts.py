@@ -42,11 +42,7 @@ def find_part(target: Path, number: int, stamp: str) -> Path | None:
 
 
 def tensor_of(file: Path, name: str) -> Tensor:
-    """Return one tensor of a part, mapped for as long as it is in use.
-
-    Raises:
-        FormatError: the file is gone or damaged.
-    """
+    """Return one tensor of a part, mapped for as long as it is in use."""
     try:
         with safetensors.safe_open(file, "pt") as opened:
             return opened.get_tensor(name)

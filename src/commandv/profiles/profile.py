@@ -203,11 +203,7 @@ def _read(path: Path) -> Profile:
 
 
 def _mapped(file: Path) -> Tensor:
-    """Map a layer's rows.
-
-    Raises:
-        FormatError: the file is gone, since another profile took its place, or has been changed.
-    """
+    """Map a layer's rows."""
     try:
         return read_safetensors(file).content["rows"]
     except KeyError as error:
@@ -224,10 +220,6 @@ def paired_rows(donor: Profile, recipient: Profile, rows: Rows) -> tuple[np.ndar
 
     Returns:
         (row numbers in `donor`, row numbers in `recipient`, prompt numbers), each int64 [pairs].
-
-    Raises:
-        MismatchError: profiles of different prompts.
-        InputError: fewer than 2 shared rows of this sort.
     """
     if donor.prompts != recipient.prompts:
         raise MismatchError(

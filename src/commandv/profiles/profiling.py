@@ -198,11 +198,7 @@ def _settings(model: Described, wanted: Wanted) -> dict[str, Any]:
 
 
 def _key(lm: LM, *, refuse: bool) -> str | None:
-    """Return what the model is, None when nobody can vouch for that.
-
-    Raises:
-        InputError: an adapter is attached; with `refuse`, whatever cannot be vouched for.
-    """
+    """Return what the model is, None when nobody can vouch for that."""
     known = identity(lm)
     if known.attached:
         raise InputError(f"an adapter is attached to {lm.id}; detach it, or profile the changed model with cache=False")

@@ -200,11 +200,7 @@ def _builtin_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def file_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file and line number, row) of a .txt, .csv or .jsonl file, or of a built-in set, `builtin:NAME`.
-
-    Raises:
-        InputError: missing file, not UTF-8, or a malformed row.
-    """
+    """Yield (file and line number, row) of a .txt, .csv or .jsonl file, or of a built-in set, `builtin:NAME`."""
     if str(source).startswith("builtin:"):
         yield from _builtin_rows(str(source).removeprefix("builtin:"))
         return
@@ -270,11 +266,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def to_prompt(row: dict[str, Any], where: str, column: str | None = None) -> Prompt:
-    """Make a prompt of a row, by the usual names of columns; a number for a reply becomes its text.
-
-    Raises:
-        InputError: no prompt in it, or a prompt or reply that is not a text.
-    """
+    """Make a prompt of a row, by the usual names of columns; a number for a reply becomes its text."""
     wanted = (column,) if column else PROMPT_COLUMNS
     key = next((name for name in wanted if name in row), None)
     if key is None:

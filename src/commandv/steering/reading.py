@@ -232,11 +232,7 @@ def _log_norms(rows: Tensor) -> Tensor:
 
 
 def _encoded(lm: LM, prompts: PromptSet, positions: Positions, trigger: str | None) -> list[Encoded]:
-    """Return token ids in which every prompt has the chosen positions.
-
-    Raises:
-        InputError: positions outside a prompt, no reply for `gN`, or a trigger that is not there.
-    """
+    """Return token ids in which every prompt has the chosen positions."""
     out = []
     for number, one in enumerate(prompts, start=1):
         where = f"{prompts.name}, prompt {number}"

@@ -152,11 +152,7 @@ def write_artefact(target: Path, kind: Kind, config: Mapping[str, Any], parts: I
 
 
 def _config_bytes(target: Path, config: Mapping[str, Any]) -> bytes:
-    """Return a configuration as it is written.
-
-    Raises:
-        FormatError: it is one that would not be read again.
-    """
+    """Return a configuration as it is written."""
     try:
         data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     except (ValueError, TypeError, RecursionError) as error:
@@ -217,11 +213,7 @@ def _written(target: Path) -> tuple[int, int] | None:
 
 
 def read_config(target: Path, kind: Kind) -> dict[str, Any]:
-    """Read the configuration of a directory of ours.
-
-    Raises:
-        FormatError: not of this kind, or of an unknown version.
-    """
+    """Read the configuration of a directory of ours."""
     try:
         raw = read_json(target / CONFIG)
     except FormatError as error:

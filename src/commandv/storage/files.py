@@ -33,11 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """Return the cache directory: `$COMMANDV_CACHE`, or the platform's cache directory for commandv.
-
-    Raises:
-        InputError: the variable begins with the name of a user that there is not.
-    """
+    """Return the cache directory: `$COMMANDV_CACHE`, or the platform's cache directory for commandv."""
     override = os.environ.get(CACHE_VARIABLE)
     try:
         return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("commandv"))
@@ -137,11 +133,7 @@ def write_bytes(target: Path, data: bytes) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a file; a reader sees the old content or the new, never a part. Raises as `writing` does.
-
-    Raises:
-        FormatError: the text is none that a file can hold.
-    """
+    """Write a file; a reader sees the old content or the new, never a part. Raises as `writing` does."""
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -156,11 +148,7 @@ def write_text(target: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def exclusive(file: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file; it is removed afterwards, which those who wait for it notice.
-
-    Raises:
-        InputError: not to `wait`, and another process holds it.
-    """
+    """Hold a lock file; it is removed afterwards, which those who wait for it notice."""
     held: set[Path] = _held.__dict__.setdefault("files", set())
     if file in held:
         yield
@@ -230,11 +218,7 @@ def require_writable(place: Path) -> None:
 
 
 def real(target: Path) -> Path:
-    """Return where a path leads, links followed.
-
-    Raises:
-        InputError: it holds a NUL character, or bytes that are no UTF-8, which safetensors cannot open again.
-    """
+    """Return where a path leads, links followed."""
     name = str(target)
     if "\0" in name or name != name.encode("utf-8", "ignore").decode():
         raise InputError(f"{name!r}: a path can hold neither a NUL character nor bytes that are no UTF-8; rename it")

@@ -72,11 +72,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def require_regular(path: Path, *, most: int | None = None, error: type[CommandVError] = FormatError) -> int:
-    """Return a file's size after checking that it can be read to an end.
-
-    Raises:
-        error: no such file, not a regular file, empty, a git-LFS pointer, or of more than `most` bytes.
-    """
+    """Return a file's size after checking that it can be read to an end."""
     try:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):
@@ -108,11 +104,7 @@ def read_bytes(path: Path, *, most: int = MOST_CONFIG, error: type[CommandVError
 
 
 def read_text(path: Path, *, most: int = MOST_TEXT, error: type[CommandVError] = FormatError) -> str:
-    """Return a file's text, without a byte-order mark.
-
-    Raises:
-        error: as `require_regular` does, or not UTF-8.
-    """
+    """Return a file's text, without a byte-order mark."""
     try:
         return read_bytes(path, most=most, error=error).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -125,13 +117,7 @@ def read_text(path: Path, *, most: int = MOST_TEXT, error: type[CommandVError] =
 def parse_json(
     text: str | bytes, where: str, *, digits: int = DIGITS, once: bool = True, error: type[CommandVError] = FormatError
 ) -> Any:
-    """Parse JSON; `where` opens the messages.
-
-    Raises:
-        error: not JSON, nested deeper than `DEPTH`, a whole number of more than `digits` digits, a number beyond
-            float64, with `once` a name twice in one object, or a text with half of a surrogate pair, which no file can
-            hold.
-    """
+    """Parse JSON; `where` opens the messages."""
     hook = _once if once else None
     try:
         value = json.loads(
@@ -157,12 +143,7 @@ def read_json(
 
 
 def read_yaml(path: Path, *, error: type[CommandVError] = FormatError) -> Any:
-    """Read a YAML file of settings: plain values only, a date is a text.
-
-    Raises:
-        error: as `read_text` does, not YAML, or beyond the bounds of `parse_json`; names for repeated parts (anchors)
-            may not make the whole larger than the file could be.
-    """
+    """Read a YAML file of settings: plain values only, a date is a text."""
     text = read_text(path, most=MOST_YAML, error=error)
     try:
         _require_shallow(text)  # the parser takes quadratic time for what is open

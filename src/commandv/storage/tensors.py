@@ -35,11 +35,7 @@ class Stored(NamedTuple):
 
 
 def read_safetensors(path: Path) -> Stored:
-    """Read a safetensors file.
-
-    Raises:
-        FormatError: as `require_regular` does, truncated, damaged, or not safetensors.
-    """
+    """Read a safetensors file."""
     require_regular(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -50,11 +46,7 @@ def read_safetensors(path: Path) -> Stored:
 
 
 def safetensors_bytes(name: str, tensor: Tensor) -> memoryview:
-    """Return one tensor as a safetensors file, which takes the memory of one copy where the library takes three.
-
-    Raises:
-        FormatError: of a dtype that no file of ours has.
-    """
+    """Return one tensor as a safetensors file, which takes the memory of one copy where the library takes three."""
     if (kind := _NAMES.get(tensor.dtype)) is None:
         raise FormatError(f"{name} of {tensor.dtype}: expected one of {sorted(map(str, _NAMES))}")
     size = tensor.numel() * tensor.element_size()
@@ -70,11 +62,7 @@ def safetensors_bytes(name: str, tensor: Tensor) -> memoryview:
 
 
 def read_numpy(path: Path) -> Stored:
-    """Read a `.npy` file, or a `.npz` archive as a dictionary, without unpickling anything.
-
-    Raises:
-        FormatError: as `require_regular` does, truncated, damaged, pickled, or one that unpacks to far more than it is.
-    """
+    """Read a `.npy` file, or a `.npz` archive as a dictionary, without unpickling anything."""
     size = require_regular(path)
     try:
         with path.open("rb") as file:
@@ -121,12 +109,7 @@ def _as_tensor(array: Any, where: str) -> Tensor:
 
 
 def read_torch(path: Path) -> Any:
-    """Load a torch file (`.pt`, `.bin`) that holds plain tensors, numbers and text only.
-
-    Raises:
-        FormatError: as `require_regular` does, it holds other Python objects (refused, they could run code), is
-            damaged or compressed, or has tensors that are larger than what is stored of them.
-    """
+    """Load a torch file (`.pt`, `.bin`) that holds plain tensors, numbers and text only."""
     require_regular(path)
     try:
         if zipfile.is_zipfile(path):

@@ -37,11 +37,7 @@ class Example(NamedTuple):
 
 
 def read_examples(lm: LM, examples: PromptSet, max_response: int) -> list[Example]:
-    """Encode all examples.
-
-    Raises:
-        InputError: one has no response.
-    """
+    """Encode all examples."""
     missing = [number for number, one in enumerate(examples, start=1) if not one.response.strip()]
     if missing:
         raise InputError(f"{examples.name}: example {missing[0]} has no response; training needs prompt and response")

@@ -38,9 +38,6 @@ def carried(
 
     `into` fits recipient -> donor, `back` donor -> recipient. Where nothing is read, as in a steering vector, an affine
     converter for reading is not fitted.
-
-    Raises:
-        InputError: what is written comes out as nothing, so that the fit found no relation at all.
     """
     through = None
     pulled: list[tuple[Tensor, Tensor] | None]

@@ -21,11 +21,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">")
 
 
 def require_matplotlib() -> None:
-    """Check that figures can be drawn.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
+    """Check that figures can be drawn."""
     try:
         import matplotlib.backends.backend_svg  # noqa: F401
     except ImportError:

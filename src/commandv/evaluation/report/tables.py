@@ -169,11 +169,7 @@ def tried(group: Group) -> Grid:
 
 
 def fits(group: Group) -> Grid:
-    """Return the converters' quality on prompts that they were not fitted on, averaged over seeds.
-
-    Raises:
-        FormatError: a damaged cell.
-    """
+    """Return the converters' quality on prompts that they were not fitted on, averaged over seeds."""
     found: dict[tuple[str, int, int], list[dict[str, float]]] = {}
     for cell in group.cells:
         for method, rows in cell.fidelity.items():

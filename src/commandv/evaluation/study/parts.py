@@ -15,11 +15,7 @@ from commandv.positions import as_positions
 
 
 def plain_name(name: str) -> str:
-    """Return a name that may go into file names and tables.
-
-    Raises:
-        ValueError: it is empty, longer than 80 characters, begins with a dot, or holds a slash or control character.
-    """
+    """Return a name that may go into file names and tables."""
     if not 1 <= len(name) <= 80 or name.startswith(".") or name != name.strip():
         raise ValueError(f"{name[:90]!r}: expected a name of 1 to 80 characters that begins with no dot or space")
     if bad := sorted({one for one in name if one in "/\\" or not one.isprintable()}):

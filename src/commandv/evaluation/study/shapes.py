@@ -30,9 +30,6 @@ def config_of(spec: ModelSpec) -> Any:
 
     Its own is that of a local directory, of a packaged model or GGUF file, or in the hub's cache; the hub itself is
     asked for models that are not in `PUBLISHED`.
-
-    Raises:
-        ModelError: none is to be had.
     """
     import huggingface_hub
 
@@ -59,11 +56,7 @@ def config_of(spec: ModelSpec) -> Any:
 
 
 def altered(config: Any, changes: dict[str, Any]) -> Any:
-    """Return a configuration with other sizes; lists by layer are cut to the new depth.
-
-    Raises:
-        InputError: a depth below 1 or beyond the model's.
-    """
+    """Return a configuration with other sizes; lists by layer are cut to the new depth."""
     made, deep = copy.deepcopy(config), config.num_hidden_layers
     layers = changes.get("num_hidden_layers", deep)
     if not 1 <= layers <= deep:

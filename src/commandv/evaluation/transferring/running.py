@@ -178,11 +178,7 @@ class _Run:
     # -- stages -------------------------------------------------------------------------------------------------------
 
     def _donor_shows_it(self) -> dict[str, Arm]:
-        """Return the donor without and with its adapter on the development prompts.
-
-        Raises:
-            InputError: with it the donor shows no more of the behaviour than without.
-        """
+        """Return the donor without and with its adapter on the development prompts."""
         job, task = self.job, self.task
         meter = Meter(job.donor, [replace(task, test=task.dev, dev=task.test)], passages=job.passages[:1],
                       batch_size=job.settings.batch_size)  # fmt: skip

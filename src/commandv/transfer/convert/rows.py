@@ -41,11 +41,7 @@ class Rows:
 
     @classmethod
     def of(cls, raw: Tensor, *, centre: bool, standardise: bool) -> Rows:
-        """Wrap activations [n, d]; constant columns get scale 1.
-
-        Raises:
-            InputError: fewer than 2 rows, or not finite.
-        """
+        """Wrap activations [n, d]; constant columns get scale 1."""
         if raw.ndim != 2 or raw.shape[0] < 2:
             raise InputError(f"activations of shape {tuple(raw.shape)}: expected [rows, d_model] with 2 rows or more")
         if not torch.isfinite(torch.stack(torch.aminmax(raw))).all():
