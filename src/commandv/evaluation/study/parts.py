@@ -51,38 +51,24 @@ class Strict(pydantic.BaseModel):
 
 
 class ModelSpec(Strict):
-    """A model. A fine-tuned or altered one is a directory that was made before, see `experiments/organisms`.
+    """A model. A fine-tuned or altered one is a directory that was made before, see `experiments/organisms`."""
 
-    Attributes:
-        id: what `load_model` takes: a hub id, a directory, a packaged model.
-        revision: of a hub model.
-        dtype: what `load_model` takes.
-        template: what `load_model` takes, and so are the next three.
-        system: system prompt.
-        template_options: variables of the chat template.
-        same_as: name of the model that it is taken for.
-    """
-
-    id: str
-    revision: str | None = None
-    dtype: str | None = None
-    template: Literal["auto", "chat", "plain"] = "auto"
-    system: str | None = None
-    template_options: dict[str, Any] = {}
-    same_as: str = ""
+    id: str  # what `load_model` takes: a hub id, a directory, a packaged model
+    revision: str | None = None  # of a hub model
+    dtype: str | None = None  # what `load_model` takes
+    template: Literal["auto", "chat", "plain"] = "auto"  # what `load_model` takes, and so are the next three
+    system: str | None = None  # system prompt
+    template_options: dict[str, Any] = {}  # variables of the chat template
+    same_as: str = ""  # name of the model that it is taken for
 
 
 class Workers(Strict):
-    """What one worker has when a study runs on a cluster, see `commandv.executors`; it decides no result.
+    """What one worker has when a study runs on a cluster, see `commandv.executors`; it decides no result."""
 
-    Attributes:
-        cpus: and as many threads.
-        gpus: null for as many as the models need, by their size, where the cluster has any.
-        count: of workers at most; null for as many as there is room for.
-    """
-
-    cpus: Annotated[float, pydantic.Field(gt=0)] = 1.0
+    cpus: Annotated[float, pydantic.Field(gt=0)] = 1.0  # and as many threads
+    # null for as many as the models need, by their size, where the cluster has any
     gpus: Annotated[float, pydantic.Field(ge=0)] | None = None
+    # of workers at most; null for as many as there is room for
     count: Annotated[int, pydantic.Field(ge=1)] | None = None
 
 
@@ -101,53 +87,32 @@ class Training(Strict):
 
 
 class Vector(Strict):
-    """A steering vector, found in either model from the same contrast; see `steer`.
+    """A steering vector, found in either model from the same contrast; see `steer`."""
 
-    Attributes:
-        contrast: what `load_contrast` takes.
-        negative: the other side, where `contrast` is one.
-        pairs: so many of the prompts of either side, drawn with the cell's seed; null for all.
-        method: a name in `METHODS`.
-        positions: tokens that are read.
-        trigger: read at the last token of this string instead.
-        kind: how it is applied.
-        strength: 1 for the direction of the positive side, -1 for that of the negative.
-        at: tokens to act on.
-        rows: for the writing converter, see `paste`; last-token rows suit what is read there.
-        rescale: as in `carry_directions`.
-    """
-
-    contrast: str
-    negative: str | None = None
+    contrast: str  # what `load_contrast` takes
+    negative: str | None = None  # the other side, where `contrast` is one
+    # so many of the prompts of either side, drawn with the cell's seed; null for all
     pairs: Annotated[int, pydantic.Field(ge=2)] | None = None
-    method: Annotated[str, among(Direction)] = "caa"
-    positions: Places = "l1"
-    trigger: str | None = None
-    kind: Annotated[str, among(Application)] = "add"
-    strength: float = 1.0
-    at: Places = "all"
+    method: Annotated[str, among(Direction)] = "caa"  # a name in `METHODS`
+    positions: Places = "l1"  # tokens that are read
+    trigger: str | None = None  # read at the last token of this string instead
+    kind: Annotated[str, among(Application)] = "add"  # how it is applied
+    strength: float = 1.0  # 1 for the direction of the positive side, -1 for that of the negative
+    at: Places = "all"  # tokens to act on
+    # for the writing converter, see `paste`; last-token rows suit what is read there
     rows: Literal["end", "text", "both"] = "end"
-    rescale: Literal["norm share"] | None = None
+    rescale: Literal["norm share"] | None = None  # as in `carry_directions`
 
 
 class Behaviour(Strict):
-    """What is carried: one of a trained adapter, ready adapters and a steering vector.
+    """What is carried: one of a trained adapter, ready adapters and a steering vector."""
 
-    Attributes:
-        task: how it is measured: a name in `TASKS`, with `:FILE` where the task wants one.
-        examples: training examples, a prompt set; donors are trained on them with each seed.
-        adapters: ready adapters by model instead.
-        training: of adapters from examples.
-        vector: a steering vector instead.
-        also: further tasks measured with every arm (over-refusal beside refusal).
-    """
-
-    task: str
-    examples: str | None = None
-    adapters: dict[str, str] = {}
-    training: Training = Training()
-    vector: Vector | None = None
-    also: tuple[str, ...] = ()
+    task: str  # how it is measured: a name in `TASKS`, with `:FILE` where the task wants one
+    examples: str | None = None  # training examples, a prompt set; donors are trained on them with each seed
+    adapters: dict[str, str] = {}  # ready adapters by model instead
+    training: Training = Training()  # of adapters from examples
+    vector: Vector | None = None  # a steering vector instead
+    also: tuple[str, ...] = ()  # further tasks measured with every arm (over-refusal beside refusal)
 
     @pydantic.model_validator(mode="after")
     def _one_kind(self) -> Behaviour:

@@ -232,12 +232,7 @@ def _run_cell(shared: Shared, _report: Report, spec: CellSpec, settings: dict[st
 
 
 def claim(study: Study, out: Path) -> None:
-    """Refuse a directory that holds results of another study, or anything else, or that is being written.
-
-    Raises:
-        InputError: it holds another study, or another process is writing it.
-        FormatError: it holds no study but something else, or a damaged `run.json`.
-    """
+    """Refuse a directory that holds results of another study, or anything else, or that is being written."""
     with storage_errors(out):
         if out.exists() and not out.is_dir():
             raise FormatError(f"{out}: a file, expected a run directory or nothing; choose another place")
