@@ -129,12 +129,7 @@ class Intervention(Edit):
 
 
 def low_rank(one: Edit, what: str) -> Intervention:
-    """Return an edit as one that has read, bias and write of its own.
-
-    Args:
-        one: any.
-        what: what needs them, for the message.
-    """
+    """Return an edit as one that has read, bias and write of its own; `what` needs them, for the message."""
     if not isinstance(one, Intervention):
         raise InputError(
             f"{what} needs read, bias and write, which an intervention that goes through converters that are not "

@@ -94,11 +94,7 @@ class Ray:
 
 
 def _room(settings: Ray) -> tuple[int, float]:
-    """Return how many workers the cluster's nodes have room for, and how many GPUs each takes.
-
-    Raises:
-        WorkerError: there is room for none.
-    """
+    """Return how many workers the cluster's nodes have room for, and how many GPUs each takes."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -167,29 +163,17 @@ def _actor_class() -> Any:
 
 @dataclass(eq=False)
 class _Worker:
-    """This process's side of a worker.
+    """This process's side of a worker."""
 
-    Attributes:
-        actor: its handle.
-        hello: its greeting, until it has come.
-        host: the machine it is on.
-        made: whether it has made what it keeps; where that fails, so does its first task, which says why.
-        had: what the tasks that it had are like.
-        task: that it is at.
-        value: of that task, to come.
-        seen: steps of that task that have been told.
-        asked: for its steps.
-    """
-
-    actor: Any
-    hello: Any
-    host: str = ""
-    made: Any = None
-    had: set[str] = field(default_factory=set)
-    task: Task | None = None
-    value: Any = None
-    seen: int = 0
-    asked: Any = None
+    actor: Any  # its handle
+    hello: Any  # its greeting, until it has come
+    host: str = ""  # the machine it is on
+    made: Any = None  # whether it has made what it keeps; where that fails, so does its first task, which says why
+    had: set[str] = field(default_factory=set)  # what the tasks that it had are like
+    task: Task | None = None  # that it is at
+    value: Any = None  # of that task, to come
+    seen: int = 0  # steps of that task that have been told
+    asked: Any = None  # for its steps
 
 
 class _Workers:

@@ -51,12 +51,10 @@ class Pairing(NamedTuple):
 def place(donor: LM, recipient: LM, one: Prompt, until: int | None = None) -> Places:
     """Pair the tokens of a user turn, and of the reply to it if there is one, each model using its own prompt format.
 
-    Args:
-        donor: a model.
-        recipient: the other.
-        one: the text.
-        until: stop after so many of the recipient's tokens of the text, before the last prompt token; None goes on to
-            the end.
+    With `until`, stop after so many of the recipient's tokens of the text, before the last prompt token.
+
+    Raises:
+        InputError: an empty text, one longer than a context, or one without a single pair.
     """
     whole = until is None
     theirs, ours = (_marked(lm, one, whole) for lm in (donor, recipient))

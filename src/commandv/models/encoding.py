@@ -177,11 +177,7 @@ class Batch(NamedTuple):
 def pad(lm: LM, rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "left", *, shared: int = 0) -> Batch:
     """Pad rows of token ids to one length; positions count from each row's first real token.
 
-    Args:
-        lm: the model.
-        rows: token ids.
-        side: where the padding goes.
-        shared: so many tokens that all rows begin with stay in the first columns, before the padding.
+    The `shared` tokens that all rows begin with stay in the first columns, before the padding.
     """
     width = max(len(row) for row in rows)
     if side == "left" and lm.recurrent and any(len(row) < width for row in rows):

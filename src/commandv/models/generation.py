@@ -118,10 +118,7 @@ def greedy(lm: LM, max_new_tokens: int) -> transformers.GenerationConfig:
 def batches(lengths: Sequence[int], batch_size: int, *, alike: Sequence[int] | None = None) -> Iterator[list[int]]:
     """Yield batches of indices, longest first, so that rows of one batch are of similar length.
 
-    Args:
-        lengths: of the rows.
-        batch_size: most rows in a batch.
-        alike: a value of each row that those of one batch share; lengths, where nothing may be padded.
+    Rows of one batch share their value of `alike`: lengths, where nothing may be padded.
     """
     kinds = alike or [0] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda i: (-kinds[i], -lengths[i]))

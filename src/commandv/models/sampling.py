@@ -42,12 +42,7 @@ class Sampling:
 
 
 def choose(logits: Tensor, how: Sequence[Sampling], draws: Sequence[random.Random]) -> list[int]:
-    """Return the next token of each row.
-
-    Args:
-        logits: float32 [batch, vocabulary], finite but for ruled-out tokens.
-        how: of each row.
-        draws: of each row.
+    """Return the next token of each row of logits, float32 [batch, vocabulary], finite but for ruled-out tokens.
 
     Source: nucleus sampling, Holtzman et al. 2020 (arXiv 1904.09751).
     """

@@ -47,9 +47,6 @@ def create_app(
         api_key: what clients must send to `/v1/...`; None asks for nothing.
         max_tokens: longest answer that a client may ask for, and gets when a chat request does not say.
         max_body: bytes of the longest request.
-
-    Raises:
-        InputError: a key that is empty, which everybody has, or no text.
     """
     if api_key is not None and not (is_text(api_key) and api_key.strip()):
         raise InputError("api_key: expected a text that is not empty; leave it out to let everybody in")

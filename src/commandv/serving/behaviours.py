@@ -34,10 +34,6 @@ def parse_behaviour(text: str, known: Collection[str]) -> Behaviour:
     Args:
         text: the name.
         known: names of adapters.
-
-    Raises:
-        UnknownBehaviour: it does not start with `base`, or an adapter is not among the known ones; says which is near.
-        InputError: an adapter twice, or a scale that is not a finite number.
     """
     first, *words = text.split("+")
     if first != BASE:

@@ -16,9 +16,6 @@ def conversation_ids(lm: LM, messages: Sequence[Mapping[str, str]]) -> tuple[int
     Args:
         lm: the model; the plain format takes questions and answers by turns, and no system prompt.
         messages: `{"role": ..., "content": ...}` each.
-
-    Raises:
-        InputError: nothing asked, or a conversation that the prompt format cannot hold.
     """
     if not messages or not messages[-1]["content"].strip():
         raise InputError("an empty prompt; the last message needs a text")

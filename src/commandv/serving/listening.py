@@ -10,11 +10,7 @@ from commandv.errors import InputError
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, before anything slow is loaded; port 0 takes a free one.
-
-    Raises:
-        InputError: the port is taken, or the address is none of this machine's.
-    """
+    """Return a socket that listens, before anything slow is loaded; port 0 takes a free one."""
     if not 0 <= port <= 65535:
         raise InputError(f"port {port}: expected 0 to 65535")
     try:

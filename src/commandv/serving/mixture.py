@@ -65,13 +65,9 @@ class Row(NamedTuple):
 
 @dataclass(eq=False)
 class Mixture:
-    """The change that an engine attaches to its model, once; `prepare` says what the next pass is.
+    """The change that an engine attaches to its model, once; `prepare` says what the next pass is."""
 
-    Attributes:
-        adapters: by name.
-    """
-
-    adapters: Mapping[str, Adapter]
+    adapters: Mapping[str, Adapter]  # by name
     _plan: Mapping[int, Edit] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:

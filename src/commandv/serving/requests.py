@@ -25,46 +25,28 @@ class QueueFull(CommandVError, RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is asked of an engine.
+    """What is asked of an engine."""
 
-    Attributes:
-        ids: the prompt's tokens.
-        behaviour: what is attached for this request.
-        max_tokens: longest answer.
-        sampling: how tokens are chosen.
-        stop: texts before which the answer ends.
-        strip: leave out white space around the answer.
-        logprobs: alternatives told for each token, 0 for the chosen one only; None for no log-probabilities.
-        stream: tell the answer in pieces, not at its end.
-    """
-
-    ids: tuple[int, ...]
-    behaviour: Behaviour = ()
-    max_tokens: int = 64
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    strip: bool = False
+    ids: tuple[int, ...]  # the prompt's tokens
+    behaviour: Behaviour = ()  # what is attached for this request
+    max_tokens: int = 64  # longest answer
+    sampling: Sampling = field(default_factory=Sampling)  # how tokens are chosen
+    stop: tuple[str, ...] = ()  # texts before which the answer ends
+    strip: bool = False  # leave out white space around the answer
+    # alternatives told for each token, 0 for the chosen one only; None for no log-probabilities
     logprobs: int | None = None
-    stream: bool = True
+    stream: bool = True  # tell the answer in pieces, not at its end
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A part of an answer.
+    """A part of an answer."""
 
-    Attributes:
-        text: what it adds.
-        told: log-probabilities of the tokens that it adds, where they were asked for.
-        n_tokens: tokens generated so far, a final end token included.
-        finish: why the answer is complete; None while it is not.
-        error: what ended it instead.
-    """
-
-    text: str
-    told: tuple[Told, ...] = ()
-    n_tokens: int = 0
-    finish: Finish | None = None
-    error: Exception | None = None
+    text: str  # what it adds
+    told: tuple[Told, ...] = ()  # log-probabilities of the tokens that it adds, where they were asked for
+    n_tokens: int = 0  # tokens generated so far, a final end token included
+    finish: Finish | None = None  # why the answer is complete; None while it is not
+    error: Exception | None = None  # what ended it instead
 
     @property
     def last(self) -> bool:

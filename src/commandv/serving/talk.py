@@ -19,25 +19,15 @@ SIDES = ("before", "after")
 
 @dataclass
 class Talk:
-    """Two conversations with the same questions, one without and one with behaviours.
+    """Two conversations with the same questions, one without and one with behaviours."""
 
-    Attributes:
-        engine: what answers; all its adapters are on at first.
-        sampling: how tokens are chosen.
-        max_tokens: longest answer.
-        system: system prompt; None leaves what the model was loaded with.
-        scales: factor of each adapter.
-        on: the adapters that are on, in the order in which they act.
-        turns: messages of each conversation.
-    """
-
-    engine: Engine
-    sampling: Sampling = field(default_factory=Sampling)
-    max_tokens: int = 256
-    system: str | None = None
-    scales: dict[str, float] = field(init=False)
-    on: list[str] = field(init=False)
-    turns: tuple[list[dict[str, str]], list[dict[str, str]]] = field(init=False)
+    engine: Engine  # what answers; all its adapters are on at first
+    sampling: Sampling = field(default_factory=Sampling)  # how tokens are chosen
+    max_tokens: int = 256  # longest answer
+    system: str | None = None  # system prompt; None leaves what the model was loaded with
+    scales: dict[str, float] = field(init=False)  # factor of each adapter
+    on: list[str] = field(init=False)  # the adapters that are on, in the order in which they act
+    turns: tuple[list[dict[str, str]], list[dict[str, str]]] = field(init=False)  # messages of each conversation
 
     def __post_init__(self) -> None:
         self.scales = dict.fromkeys(self.engine.adapters, 1.0)
@@ -80,11 +70,7 @@ class Talk:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer or " "}]
 
     def command(self, line: str) -> str:
-        """Do what a line that begins with a slash says, and return what to tell.
-
-        Raises:
-            InputError: no such command, or not with these words.
-        """
+        """Do what a line that begins with a slash says, and return what to tell."""
         name, _, rest = line.removeprefix("/").strip().partition(" ")
         if name not in COMMANDS:
             raise InputError(f"/{name}: no such command{did_you_mean(name, COMMANDS, '/')}; /help lists them")
@@ -102,11 +88,7 @@ class Talk:
         return "; ".join([*told, f"system: {self.system}"] if self.system is not None else told)
 
     def adapter(self, name: str) -> str:
-        """Return an adapter's name if there is one of it.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Return an adapter's name if there is one of it."""
         if name not in self.scales:
             what = f"no adapter {name!r}{did_you_mean(name, self.scales)}" if name else "name an adapter"
             raise InputError(f"{what}; there are: {', '.join(self.scales) or 'none'}")

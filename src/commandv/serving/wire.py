@@ -75,11 +75,7 @@ class Asked(_Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts before which an answer ends.
-
-        Raises:
-            InputError: an empty one, or more than four.
-        """
+        """Texts before which an answer ends."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if "" in stops or len(stops) > MOST_STOPS:
             raise InputError(f"stop: {len(stops)} texts, expected at most {MOST_STOPS}, none of them empty")
@@ -145,11 +141,7 @@ class TextAsked(Asked):
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
-        """Return each prompt, as text or as tokens.
-
-        Raises:
-            InputError: none, or too many.
-        """
+        """Return each prompt, as text or as tokens."""
         given = self.prompt
         single = isinstance(given, str) or (given and isinstance(given[0], int))
         many: list[Any] = [given] if single else list(given)

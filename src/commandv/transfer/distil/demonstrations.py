@@ -30,24 +30,16 @@ MOST = 30.0  # nats; log-ratios beyond are kept as this
 
 
 class Changes(NamedTuple):
-    """What an adapter changes in its donor's next-token distribution, at n places of the answers.
+    """What an adapter changes in its donor's next-token distribution, at n places of the answers."""
 
-    Attributes:
-        places: (number of the prompt, characters of the answer that stand before the token to come), int64 [n, 2].
-        tokens: numbers in `Demonstrations.vocabulary` of the tokens that are likeliest with the adapter or without it,
-            int64 [n, top].
-        ratio: log p(token | with the adapter) - log p(token | without), [n, top].
-        log_p: log p(token | with the adapter), [n, top].
-        rest: the log-ratio of all other tokens together, [n].
-        divergence: KL(with || without) in nats, [n].
-    """
-
-    places: Tensor
+    places: Tensor  # (number of the prompt, characters of the answer that stand before the token to come), int64 [n, 2]
+    # numbers in `Demonstrations.vocabulary` of the tokens that are likeliest with the adapter or without it, int64 [n,
+    # top]
     tokens: Tensor
-    ratio: Tensor
-    log_p: Tensor
-    rest: Tensor
-    divergence: Tensor
+    ratio: Tensor  # log p(token | with the adapter) - log p(token | without), [n, top]
+    log_p: Tensor  # log p(token | with the adapter), [n, top]
+    rest: Tensor  # the log-ratio of all other tokens together, [n]
+    divergence: Tensor  # KL(with || without) in nats, [n]
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,19 +18,12 @@ CLOSE = 0.02  # of the logits' size: more is another function
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """logits = norm(h) Wᵀ, norm(h) = g ⊙ (h - m) / r + b with m the mean of h (LayerNorm) or 0, r its root mean square.
+    """logits = norm(h) Wᵀ, norm(h) = g ⊙ (h - m) / r + b with m the mean of h (LayerNorm) or 0, r its root mean square."""
 
-    Attributes:
-        norm: the model's own.
-        weight: W, [V, d_model], in the model's precision.
-        gain: g, [d_model].
-        centred: whether the mean is taken off.
-    """
-
-    norm: nn.Module
-    weight: Tensor
-    gain: Tensor
-    centred: bool
+    norm: nn.Module  # the model's own
+    weight: Tensor  # W, [V, d_model], in the model's precision
+    gain: Tensor  # g, [d_model]
+    centred: bool  # whether the mean is taken off
 
     @classmethod
     def of(cls, lm: LM) -> Head:

@@ -25,21 +25,13 @@ LENGTHS = tuple(2.0 ** (k / 2) for k in range(-14, 5))  # of a step, in standard
 
 
 class Wanted(NamedTuple):
-    """Distributions q wanted at n states over the tokens of `Words`.
+    """Distributions q wanted at n states over the tokens of `Words`."""
 
-    Attributes:
-        mean: E_q of the head's rows, [n, d_model].
-        rest: q of the rest, [n].
-        entropy: of q in nats, [n].
-        tokens: those that count at each state, as columns [n, t].
-        q: of these, [n, t].
-    """
-
-    mean: Tensor
-    rest: Tensor
-    entropy: Tensor
-    tokens: Tensor
-    q: Tensor
+    mean: Tensor  # E_q of the head's rows, [n, d_model]
+    rest: Tensor  # q of the rest, [n]
+    entropy: Tensor  # of q in nats, [n]
+    tokens: Tensor  # those that count at each state, as columns [n, t]
+    q: Tensor  # of these, [n, t]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +40,11 @@ class Words:
 
     Some thousand in place of the whole vocabulary, through which the states pass once. The rest's logit is
     y · (mean row) + level, with the level that gives it its mass at the given states.
-
-    Attributes:
-        head: with the rows of these tokens, and the mean row of all as the last, [m + 1, d_model].
-        columns: of each token of the vocabulary, m for the rest, [V].
-        level: of the rest, [n].
     """
 
-    head: Head
-    columns: Tensor
-    level: Tensor
+    head: Head  # with the rows of these tokens, and the mean row of all as the last, [m + 1, d_model]
+    columns: Tensor  # of each token of the vocabulary, m for the rest, [V]
+    level: Tensor  # of the rest, [n]
 
     @classmethod
     def at(cls, head: Head, states: Tensor, named: Tensor) -> Words:
@@ -89,23 +76,14 @@ class Words:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where the recipient predicts a token of the answers.
+    """Where the recipient predicts a token of the answers."""
 
-    Attributes:
-        states: the last block's output, [n, d_model].
-        groups: prompt numbers, [n].
-        held_out: places of prompts on which nothing is fitted, bool [n].
-        ends: characters of the answer that stand before, [n].
-        columns: tokens of the answer that stand before, [n].
-        tokens: the token that follows in the answer, [n]; -1 after a last one that was cut off.
-    """
-
-    states: Tensor
-    groups: Tensor
-    held_out: Tensor
-    ends: Tensor
-    columns: Tensor
-    tokens: Tensor
+    states: Tensor  # the last block's output, [n, d_model]
+    groups: Tensor  # prompt numbers, [n]
+    held_out: Tensor  # places of prompts on which nothing is fitted, bool [n]
+    ends: Tensor  # characters of the answer that stand before, [n]
+    columns: Tensor  # tokens of the answer that stand before, [n]
+    tokens: Tensor  # the token that follows in the answer, [n]; -1 after a last one that was cut off
 
     def at(self, index: Tensor) -> Places:
         """Return some of the places."""

@@ -36,15 +36,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _AtTheLastBlock:
-    """Rounds of ridge regression at the last block; see `commandv.transfer.distil.rounds.descend`.
+    """Rounds of ridge regression at the last block; see `commandv.transfer.distil.rounds.descend`."""
 
-    Attributes:
-        rounds: at most so many.
-        places: at most so many; of an answer's later tokens a random part is used.
-    """
-
-    rounds: int = 4
-    places: int = 2560
+    rounds: int = 4  # at most so many
+    places: int = 2560  # at most so many; of an answer's later tokens a random part is used
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.places < 32:
