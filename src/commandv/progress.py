@@ -17,6 +17,11 @@ log = logging.getLogger(__name__)
 
 Report: TypeAlias = Callable[[int], None]  # tells that so many further steps are done
 
+
+def unreported(_steps: int) -> None:
+    """Tell nobody."""
+
+
 LOG_EVERY = 15.0  # seconds between log lines when there is no terminal
 
 _bar = threading.Lock()  # one terminal has room for one bar; work beside it logs

@@ -143,11 +143,6 @@ def methods(by: str) -> list[str]:
 # -- how they are made ------------------------------------------------------------------------------------------------
 
 
-def shuffled(material: Material) -> Adapter:
-    """Return the adapter pasted through converters that were fitted on wrongly paired prompts."""
-    return material.pasted(replace(material.linked(), shuffle=material.seed))
-
-
 def few_shot(material: Material) -> list[tuple[str, str]]:
     """Return some of the donor's answers, drawn with the seed, as the earlier turns of a conversation."""
     answers = material.donors_answers().prompts
@@ -271,7 +266,12 @@ ARMS: dict[str, Arm] = {
         needs=_LINK,
         strength="mirrored",
     ),
-    SHUFFLED: Arm(shuffled, "the same fit on wrongly paired prompts", needs=_LINK, strength="mirrored"),
+    SHUFFLED: Arm(
+        lambda one: one.pasted(replace(one.linked(), shuffle=one.seed)),
+        "the same fit on wrongly paired prompts",
+        needs=_LINK,
+        strength="mirrored",
+    ),
     "mean-ablation": Arm(
         lambda one: one.mean_ablation(), "the state replaced by its mean where the paste acts", needs=_LINK
     ),

@@ -42,7 +42,12 @@ class Evaluation:
         return {
             "task": self.task.name,
             "success": self.task.success,
-            "judges": {judge: [_plain(row) for row in rows] for judge, rows in self.rows.items()},
+            "judges": {
+                judge: [
+                    {k: v._asdict() if isinstance(v, Score) else v for k, v in row._asdict().items()} for row in rows
+                ]
+                for judge, rows in self.rows.items()
+            },
             "price": {
                 arm: {measure: score._asdict() for measure, score in many.items()} for arm, many in self.price.items()
             },
@@ -145,8 +150,3 @@ def _agreement(panel: Sequence[Judge], outcomes: dict[str, list[Outcome]]) -> li
                 b = [label for many in outcomes.values() for label in many[i].labels]
                 found.append((other.name, one.name, *kappa(a, b)))
     return found
-
-
-def _plain(row: Comparison) -> dict[str, Any]:
-    """Return a comparison with its scores as mappings."""
-    return {key: value._asdict() if isinstance(value, Score) else value for key, value in row._asdict().items()}

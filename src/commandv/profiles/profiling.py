@@ -24,7 +24,7 @@ from commandv.models.state import identity
 from commandv.profiles.parts import find_part, joined, tensor_of, write_part
 from commandv.profiles.profile import Layers, Places, Profile, load_profile, write_profile
 from commandv.profiles.work import Wanted, Work
-from commandv.progress import Report, track
+from commandv.progress import Report, track, unreported
 from commandv.prompts.sets import PromptSet
 from commandv.storage.directories import CONFIG, kept, read_config, require_place
 from commandv.storage.files import cache_dir, digest, file_name
@@ -152,7 +152,7 @@ def profile_in(
     Raises:
         InputError: a worker cannot vouch for what the model is.
     """
-    (found,) = pool.run(functools.partial(_plan, of), [Task("what to profile", (), like)], _unreported)
+    (found,) = pool.run(functools.partial(_plan, of), [Task("what to profile", (), like)], unreported)
     if found.error is not None:
         raise found.error
     model, parts = found.value
@@ -278,10 +278,6 @@ def _itself(work: Work) -> Work:
 
 def _loaded(load: Callable[[], LM], wanted: Wanted) -> Work:
     return Work(load(), wanted)
-
-
-def _unreported(_steps: int) -> None:
-    pass
 
 
 def _plan(of: Callable[[Any], Work], kept: Any, _report: Report) -> tuple[Described, list[list[int]]]:

@@ -21,7 +21,7 @@ from commandv.evaluation.tuning import Setting, Tried
 from commandv.evaluation.verdicts import DONOR
 from commandv.models.generation import generate
 from commandv.positions import as_positions
-from commandv.prompts.sets import PromptSet, load_prompts
+from commandv.prompts.sets import load_prompts
 from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.link import link
 from commandv.transfer.match import MATCHERS
@@ -38,12 +38,9 @@ def is_tuned(name: str, arm: Arm, vector: bool) -> bool:
     return arm.strength == "tuned" or (vector and (name == DIRECT or name.startswith(RANDOM)))
 
 
-def run_cell(shared: Shared, spec: CellSpec, identity: Mapping[str, Any]) -> Cell:
-    """Return a cell's result; `identity` are its own fields and settings."""
-    return _CellRun(shared, spec, identity).run()
+class CellRun:
+    """The run of one cell; `identity` are its own fields and settings."""
 
-
-class _CellRun:
     def __init__(self, shared: Shared, spec: CellSpec, identity: Mapping[str, Any]) -> None:
         self.identity = identity
         self.content = {key: value for key, value in identity["settings"].items() if key != "content"}
@@ -55,14 +52,15 @@ class _CellRun:
 
     def _material(self) -> Material:
         shared, (donor, recipient, behaviour, seed) = self.shared, self.spec
-        vector = self.vector
+        vector, examples = self.vector, self.study.behaviours[behaviour].examples
         profiles = shared.profiled(donor), shared.profiled(recipient)
         common: dict[str, Any] = {
             "link": link(*profiles) if vector is None else link(*profiles, write_rows=vector.rows),
             "donor_lm": shared.models[donor],
             "recipient_lm": self.recipient,
             "prompts": self.study.profile_prompts(),
-            "asked": self._asked(),
+            # What the donor was trained on, or else the development split.
+            "asked": self.tasks[0].dev if examples is None else load_prompts(examples)[:N_ASKED],
             "setting": self.study.settings()[0],
             "seed": seed,
         }
@@ -82,11 +80,6 @@ class _CellRun:
             raise InputError(f"behaviour {behaviour}: no adapter for the donor {donor}")
         direct = None if DIRECT in self.study.leave_out else shared.adapter(behaviour, recipient, seed)
         return Material(adapter=adapter, direct=direct, **common)
-
-    def _asked(self) -> PromptSet:
-        """Return the prompts that the donor was trained on, or else those of the development split."""
-        examples = self.study.behaviours[self.spec.behaviour].examples
-        return self.tasks[0].dev if examples is None else load_prompts(examples)[:N_ASKED]
 
     def run(self) -> Cell:
         """Return the cell's result."""

@@ -16,7 +16,7 @@ import torch
 from commandv.errors import CommandVError, FormatError, InputError, MismatchError, WorkerError
 from commandv.evaluation.catalogue import NO_TASKS
 from commandv.evaluation.results import Cell, Run, cell_key, found, load_head, load_run, save_cell, save_head
-from commandv.evaluation.study.cell import run_cell
+from commandv.evaluation.study.cell import CellRun
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.planning import trained
 from commandv.evaluation.study.schema import CellSpec, Study
@@ -26,7 +26,7 @@ from commandv.evaluation.versions import VERSIONS
 from commandv.executors.executor import Executor, Local, Pool, Task, out_of_memory, versions
 from commandv.profiles.profiling import profile_in
 from commandv.profiles.work import Work
-from commandv.progress import Report, track
+from commandv.progress import Report, track, unreported
 from commandv.prompts.sets import load_prompts
 from commandv.steering import load_contrast
 from commandv.storage.files import LOCK, is_temporary, locked, require_free, storage_errors, tidy
@@ -119,7 +119,8 @@ def _finished(spec: CellSpec, file: Path) -> bool:
 def _identify(pool: Pool, shared: Shared) -> None:
     """Have the workers tell what every model and adapter is, so that this process need not load them."""
     names = list(dict.fromkeys(name for pair in shared.study.pairs for name in pair))
-    for task, told, error in pool.run(_identities, [Task(name, (name,), frozenset([name])) for name in names], _silent):
+    asking = [Task(name, (name,), frozenset([name])) for name in names]
+    for task, told, error in pool.run(_identities, asking, unreported):
         if error is not None:
             told = {behaviour: {"not there": str(error)} for behaviour in shared.study.behaviours}
         shared.identities |= {(task.args[0], behaviour): known for behaviour, known in told.items()}
@@ -141,7 +142,7 @@ def _prepare(pool: Pool, shared: Shared, specs: Sequence[CellSpec]) -> None:
         Task(f"training {behaviour} on {name}, seed {seed}", (name, behaviour, seed), frozenset([name]))
         for name, behaviour, seed in sorted(trained(shared.study, specs))
     ]
-    for trying in pool.run(_train, to_train, _silent):
+    for trying in pool.run(_train, to_train, unreported):
         if problem := trying.value or trying.error:
             log.warning("%s: %s", trying.task.key, problem)
 
@@ -159,7 +160,7 @@ def _run_cells(
         }
         args = (spec, {"content": key, **content}, study.batch_size)
         tasks.append(Task(str(spec), args, frozenset(shares)))
-    for outcome in pool.run(_run_cell, tasks, _silent, _smaller):
+    for outcome in pool.run(_run_cell, tasks, unreported, _smaller):
         spec, settings, _ = outcome.task.args
         cell = outcome.value if outcome.error is None else _failed(spec, settings, outcome.error)
         save_cell(cell, _file(out, settings["content"]))
@@ -177,10 +178,6 @@ def _smaller(task: Task) -> Task | None:
 def _failed(spec: CellSpec, settings: dict[str, Any], error: Exception) -> Cell:
     log.warning("%s: failed: %s", spec, error)
     return Cell(**spec._asdict(), settings=settings, state="failed", error=f"{type(error).__name__}: {error}")
-
-
-def _silent(_steps: int) -> None:
-    """Steps within cells are not told."""
 
 
 # -- what workers do ---------------------------------------------------------------------------------------------------
@@ -223,7 +220,7 @@ def _run_cell(shared: Shared, _report: Report, spec: CellSpec, settings: dict[st
                     f"the worker on {socket.gethostname()} has another {side} {getattr(spec, side)}, or another "
                     "adapter for it, than the study was planned with; give every node the same files"
                 )
-        cell = run_cell(shared, spec, {**spec._asdict(), "settings": settings})
+        cell = CellRun(shared, spec, {**spec._asdict(), "settings": settings}).run()
     except (CommandVError, RuntimeError, MemoryError, OSError) as error:
         if out_of_memory(error):
             raise

@@ -85,7 +85,7 @@ class Shared:
         self.batch_size = study.batch_size
         self.passages = load_prompts("builtin:drift", limit=study.n_drift)
         self.meter = functools.lru_cache(maxsize=2)(self._meter)
-        self.work = functools.cache(self._work)
+        self.work = functools.cache(lambda name: Work(models[name], self.wanted()))
         self.profiled = functools.cache(self._profiled)
         self.directions = functools.cache(self._directions)
         self.native = functools.cache(self._native)
@@ -167,9 +167,6 @@ class Shared:
         """Return what profiles are of."""
         study = self.study
         return Wanted.of(study.profile_prompts(), load_prompts(study.text) if study.text else None, places=study.places)
-
-    def _work(self, name: str) -> Work:
-        return Work(self.models[name], self.wanted())
 
     def _profiled(self, name: str) -> Profile:
         """Return a model's profile; from the cache directory when it was made before."""

@@ -144,7 +144,11 @@ def prepare(
     for choice in settings.layers:
         choose_layers(choice, recipient.n_layers)
     known = load_task(task) if isinstance(task, str) else task
-    dev, test = _questions() if known is None else (known.dev, known.test)
+    dev, test = (
+        (load_prompts("builtin:questions-dev"), load_prompts("builtin:questions-test"))
+        if known is None
+        else (known.dev, known.test)
+    )
     if (judge := settings.judge) is not None:
         known = Task(judge.name, dev, test, judge) if known is None else replace(known, judge=judge)
     if known is not None:
@@ -163,10 +167,6 @@ def prepare(
         passages=settings.passages or load_prompts("builtin:drift"),
         settings=settings,
     )
-
-
-def _questions() -> tuple[PromptSet, PromptSet]:
-    return load_prompts("builtin:questions-dev"), load_prompts("builtin:questions-test")
 
 
 def _require_donors(adapter: Adapter, donor: LM, recipient: LM) -> None:

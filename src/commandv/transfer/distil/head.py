@@ -18,7 +18,7 @@ CLOSE = 0.02  # of the logits' size: more is another function
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """logits = norm(h) Wᵀ, norm(h) = g ⊙ (h - m) / r + b with m the mean of h (LayerNorm) or 0, r its root mean square."""
+    """logits = norm(h) Wᵀ, norm(h) = g ⊙ (h - m) / r + b; m is the mean of h (LayerNorm) or 0, r its quadratic mean."""
 
     norm: nn.Module  # the model's own
     weight: Tensor  # W, [V, d_model], in the model's precision
