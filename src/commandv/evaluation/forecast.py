@@ -6,11 +6,10 @@ raises of them is the evidence; a logistic regression on real attempts between m
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.resources
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
-from commandv.adapters.attach import attach
 from commandv.errors import InputError
-from commandv.models.encoding import Encoded, encode, last_logits, pad_replies
+from commandv.models.encoding import Encoded, encode
 from commandv.models.generation import batches
 from commandv.models.lm import LM
 from commandv.models.state import require_own
-from commandv.transfer.distil.demonstrate import places
+from commandv.transfer.distil.demonstrate import log_probs_after, places
 from commandv.transfer.distil.demonstrations import Demonstrations
 from commandv.transfer.distil.texts import beginning
 
@@ -217,7 +215,7 @@ def _read(lm: LM, adapter: Adapter, shown: Demonstrations, scale: float) -> list
     with torch.inference_mode():
         for members in batches(lengths, at_once, alike=lengths if lm.recurrent else None):
             rows = [encoded[i] for i in members]
-            off, on = _log_p(lm, rows, None, scale), _log_p(lm, rows, adapter, scale)
+            off, on = (log_probs_after(lm, rows, one, scale) for one in (None, adapter))
             for i, row, without, with_it in zip(members, rows, off, on, strict=True):
                 found += _places(row, without, with_it, donor[chosen[i]], len(lead))
     return found
@@ -226,14 +224,6 @@ def _read(lm: LM, adapter: Adapter, shown: Demonstrations, scale: float) -> list
 def _cut(one: Encoded) -> Encoded:
     end = one.n_prompt + TOKENS
     return one._replace(ids=one.ids[:end], text_ends=one.text_ends[:end])
-
-
-def _log_p(lm: LM, rows: Sequence[Encoded], adapter: Adapter | None, scale: float) -> Tensor:
-    """Return log-probabilities after the last prompt token and after every reply token, [rows, tokens + 1, V]."""
-    batch, n_prompt = pad_replies(lm, rows)
-    with attach(lm, adapter, scale=scale, n_prompt=n_prompt) if adapter else contextlib.nullcontext():
-        logits = last_logits(lm, batch, batch.input_ids.shape[1] - n_prompt + 1)
-    return logits.float().log_softmax(-1).cpu()
 
 
 def _places(one: Encoded, off: Tensor, on: Tensor, donor: Mapping[int, float], lead: int) -> list[_Place]:

@@ -142,7 +142,7 @@ def _changes(
     with torch.inference_mode(), track(f"what {adapter.name} changes in {donor.id}", total=len(encoded)) as advance:
         for members in batches(lengths, batch_size, alike=lengths if donor.recurrent else None):
             rows = [encoded[i] for i in members]
-            on, off = _log_p(donor, rows, adapter), _log_p(donor, rows, None)
+            on, off = log_probs_after(donor, rows, adapter), log_probs_after(donor, rows, None)
             for number, one, with_it, without in zip(members, rows, on, off, strict=True):
                 ends, at = places(one)
                 parts.append(_told(number, ends, with_it[at], without[at], unnamed, min(top, len(texts))))
@@ -168,10 +168,10 @@ def places(one: Encoded) -> tuple[list[int], list[int]]:
     return list(last), list(last.values())
 
 
-def _log_p(lm: LM, rows: Sequence[Encoded], adapter: Adapter | None) -> Tensor:
+def log_probs_after(lm: LM, rows: Sequence[Encoded], adapter: Adapter | None, scale: float = 1.0) -> Tensor:
     """Return log-probabilities after the last prompt token and after every reply token, [rows, tokens + 1, V]."""
     batch, n_prompt = pad_replies(lm, rows)
-    with attach(lm, adapter, n_prompt=n_prompt) if adapter else contextlib.nullcontext():
+    with attach(lm, adapter, scale=scale, n_prompt=n_prompt) if adapter else contextlib.nullcontext():
         logits = last_logits(lm, batch, batch.input_ids.shape[1] - n_prompt + 1)
     return logits.float().log_softmax(-1).cpu()
 
