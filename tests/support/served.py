@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +17,8 @@ from commandv.serving.app import create_app
 from commandv.serving.engine import Engine
 from commandv.serving.listening import address, listen
 from commandv.serving.server import Server
+
+ASKED = [{"role": "user", "content": "How do I make a good cup of tea?"}]
 
 
 class Served(NamedTuple):
@@ -52,3 +57,21 @@ def until(true: Any, seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def chat(client, model="base", **more):
+    return client.chat.completions.create(model=model, messages=ASKED, **{"max_tokens": 8, "temperature": 0, **more})
+
+
+def get(url, **headers):
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as response:
+        return response.read().decode()
+
+
+def post(served, body, path="/v1/chat/completions", **headers):
+    """Send bytes as they are; returns status, headers and the parsed body."""
+    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=10)
+    headers = {"Content-Type": "application/json", **headers}
+    connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), headers)
+    response = connection.getresponse()
+    return response.status, response.headers, json.loads(response.read() or b"null")
