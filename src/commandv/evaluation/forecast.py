@@ -203,7 +203,10 @@ def _read(lm: LM, adapter: Adapter, shown: Demonstrations, scale: float) -> list
         )
     chosen = sorted({int(i) for i in torch.linspace(0, len(shown) - 1, ASKED).round()})
     lead = beginning(lm, shown.prompts)
-    encoded = [_cut(encode(lm, shown.prompts[i], lead + shown.answers[i])) for i in chosen]
+    whole = [encode(lm, shown.prompts[i], lead + shown.answers[i]) for i in chosen]
+    encoded = [
+        one._replace(ids=one.ids[: (end := one.n_prompt + TOKENS)], text_ends=one.text_ends[:end]) for one in whole
+    ]
     gains = shown.changes.ratio.gather(1, shown.changes.log_p.argmax(1, keepdim=True))[:, 0].tolist()
     donor: dict[int, dict[int, float]] = {i: {} for i in chosen}
     for (i, end), gain in zip(shown.changes.places.tolist(), gains, strict=True):

@@ -67,11 +67,6 @@ def drift_values(
     """Return `drift` passage by passage, in nats per token, for paired tests; arguments as there."""
     plain = reply_log_probs(lm, passages, tokens=tokens, batch_size=batch_size) if reference is None else reference
     changed = reply_log_probs(lm, passages, adapter, scale=scale, tokens=tokens, batch_size=batch_size)
-    return divergences(plain, changed)
-
-
-def divergences(plain: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> list[float]:
-    """Return the mean KL(plain || changed) of each passage, nats per token; both as `reply_log_probs` gives them."""
     return [float(one.mean()) for one in _by_token(plain, changed)]
 
 

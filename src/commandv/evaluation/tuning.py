@@ -202,7 +202,7 @@ def choose_layer(
     adapter: Adapter,
     task: Task,
     *,
-    layers: LayerChoice | str | Iterable[int] | None = None,
+    layers: LayerChoice | None = None,
     strengths: Sequence[float] = (1.0,),
     budget: float | None = BUDGET,
     side_task: Task | None = None,

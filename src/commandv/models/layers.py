@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from commandv.errors import InputError
 
-LayerChoice = Callable[[int], list[int]]
+LayerChoice = Callable[[int], list[int]] | str | Iterable[int]  # see `choose_layers`
 
 
 def all_layers(n_layers: int) -> list[int]:
@@ -38,7 +38,7 @@ def every_other(n_layers: int) -> list[int]:
 
 AUTO_LAYERS = "auto"  # what pasting makes of it: see `Link.layer_pairs`
 
-LAYER_CHOICES: dict[str, LayerChoice] = {
+LAYER_CHOICES: dict[str, Callable[[int], list[int]]] = {
     "all_layers": all_layers,
     "last_third": last_third,
     "last_half": last_half,
@@ -47,7 +47,7 @@ LAYER_CHOICES: dict[str, LayerChoice] = {
 }
 
 
-def choose_layers(choice: LayerChoice | str | Iterable[int], n_layers: int) -> list[int]:
+def choose_layers(choice: LayerChoice, n_layers: int) -> list[int]:
     """Return the layers that a choice names: a function, a name in `LAYER_CHOICES`, or the layers themselves.
 
     A choice in words may also be numbers, `"4,8,12"`, or a depth, `"60%"`: the one layer that ends there or beyond.

@@ -6,7 +6,7 @@ probe is what an intervention with W = 0 reads, and goes through into(h) = h A +
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -29,7 +29,7 @@ def carry_directions(
     link: Link,
     *,
     match: Matcher = proportional,
-    layers: LayerChoice | str | Iterable[int] = all_layers,
+    layers: LayerChoice = all_layers,
     rescale: Rescale | None = None,
 ) -> dict[int, Tensor]:
     """Carry directions of the donor into the recipient: v B, through the writing converter and without its bias.
@@ -79,11 +79,7 @@ def carry_directions(
 
 
 def carry_probes(
-    probes: Mapping[int, Probe],
-    link: Link,
-    *,
-    match: Matcher = proportional,
-    layers: LayerChoice | str | Iterable[int] = all_layers,
+    probes: Mapping[int, Probe], link: Link, *, match: Matcher = proportional, layers: LayerChoice = all_layers
 ) -> dict[int, Probe]:
     """Carry probes of the donor into the recipient: w A ᵀ and b + w · a, through the reading converter.
 
@@ -119,7 +115,7 @@ def carry_probes(
 
 
 def _carried(
-    interventions: Mapping[int, Intervention], link: Link, match: Matcher, layers: LayerChoice | str | Iterable[int]
+    interventions: Mapping[int, Intervention], link: Link, match: Matcher, layers: LayerChoice
 ) -> dict[LayerPair, Intervention]:
     """Carry one intervention per layer, so that no two meet, and return them by layer pair."""
     one = Adapter({layer: (made,) for layer, made in interventions.items()}, link.donor.model, "directions")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -167,7 +167,7 @@ def steer(
     method: str = "caa",
     positions: Positions | str = "l1",
     trigger: Triggers = None,
-    layers: LayerChoice | str | Iterable[int] = "middle_third",
+    layers: LayerChoice = "middle_third",
     kind: str = "add",
     strength: float = 1.0,
     relative: bool = False,
@@ -237,7 +237,7 @@ def probes(
     *,
     positions: Positions | str = "l1",
     trigger: Triggers = None,
-    layers: LayerChoice | str | Iterable[int] = "all_layers",
+    layers: LayerChoice = "all_layers",
     strength: float | None = None,
     batch_size: int = 16,
 ) -> dict[int, Probe]:

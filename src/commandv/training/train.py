@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,7 +48,7 @@ class ReFT:
 
     kind: ClassVar[str]
     rank: int = 8
-    layers: LayerChoice | str | Iterable[int] = every_other
+    layers: LayerChoice = every_other
     positions: Positions | str = "l1"
     activation: str = "linear"
 

@@ -153,11 +153,7 @@ class Link:
     # -- uses ---------------------------------------------------------------------------------------------------------
 
     def layer_pairs(
-        self,
-        layers: Iterable[int],
-        *,
-        match: Matcher = proportional,
-        allowed: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
+        self, layers: Iterable[int], *, match: Matcher = proportional, allowed: LayerChoice = AUTO_LAYERS
     ) -> list[LayerPair]:
         """Return the pairs of the donor's `layers` whose recipient layer is among the `allowed` ones.
 
@@ -197,12 +193,7 @@ class Link:
         return dict(zip(pairs, parallel(one, pairs, memory=self._memory()), strict=True))
 
     def paste(
-        self,
-        adapter: Adapter,
-        *,
-        match: Matcher = proportional,
-        layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
-        scale: float = 1.0,
+        self, adapter: Adapter, *, match: Matcher = proportional, layers: LayerChoice = AUTO_LAYERS, scale: float = 1.0
     ) -> Adapter:
         """Carry an adapter of the donor into the recipient; see `commandv.paste`."""
         adapter.model.require(self.donor.model, f"adapter {adapter.name}")
@@ -226,11 +217,7 @@ class Link:
         return Adapter(interventions, self.recipient.model, adapter.name, provenance)
 
     def fidelity(
-        self,
-        adapter: Adapter,
-        *,
-        match: Matcher = proportional,
-        layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
+        self, adapter: Adapter, *, match: Matcher = proportional, layers: LayerChoice = AUTO_LAYERS
     ) -> list[Fidelity]:
         """Measure the converters on the prompts that they were not fitted on, per layer pair.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -24,7 +23,7 @@ def paste(
     *,
     fit: AnyFitter = Ridge(),
     match: Matcher = proportional,
-    layers: LayerChoice | str | Iterable[int] = AUTO_LAYERS,
+    layers: LayerChoice = AUTO_LAYERS,
     scale: float = 1.0,
     read_rows: Rows = "end",
     write_rows: Rows | None = None,
