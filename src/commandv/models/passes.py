@@ -130,7 +130,7 @@ class Additions:
         if not any(one.touches(n_prompt, start) for one in self.positions):
             return {}
         prompt = run.prompt(n_prompt)
-        places = {one: _Places(one.select(prompt, start, stop)) for one in self.positions}
+        places = {one: Places(one.select(prompt, start, stop)) for one in self.positions}
         acting = {
             layer: [(one, places[one.positions]) for one in many if places[one.positions].any]
             for layer, many in self.addends.items()
@@ -138,7 +138,7 @@ class Additions:
         return {layer: _adding(many) for layer, many in acting.items() if many}
 
 
-class _Places:
+class Places:
     """Positions in one forward pass as row and column indices, computed once for all layers."""
 
     def __init__(self, mask: Tensor) -> None:
@@ -147,12 +147,13 @@ class _Places:
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {mask.device: (self.rows, self.columns)}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the indices on a device."""
         if device not in self._moved:
             self._moved[device] = (self.rows.to(device), self.columns.to(device))
         return self._moved[device]
 
 
-def _adding(many: Sequence[tuple[Addend, _Places]]) -> Edit:
+def _adding(many: Sequence[tuple[Addend, Places]]) -> Edit:
     def edit(h: Tensor) -> Tensor:
         found = [(at := places.on(h.device), one.delta(h[at])) for one, places in many]  # before any is added
         for at, delta in found:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import ACTIVATIONS, Adapter, Intervention
 from commandv.adapters.edit import Edit as Acting
-from commandv.models.passes import Edit, Pass
+from commandv.models.passes import Edit, Pass, Places
 from commandv.positions import Positions
 from commandv.serving.behaviours import Behaviour
 
@@ -118,7 +118,7 @@ class Mixture:
         names = [name for name in names if any(acting[one].any() for one in self.adapters[name].positions)]
         if not names:
             return {}
-        shared: dict[Hashable, tuple[_Places, Tensor] | None] = {}  # most layers have the same members
+        shared: dict[Hashable, tuple[Places, Tensor] | None] = {}  # most layers have the same members
         edits = {}
         for layer, stacks in self._stacks(tuple(names)).items():
             ready = []
@@ -159,26 +159,16 @@ def _selected(positions: Positions, rows: Sequence[Row], mask: Tensor | None) ->
     return positions.select(mask.bool().cpu(), 0, mask.shape[1])
 
 
-class _Places:
-    """Tokens of a pass as row and column indices, on whatever device the stream is."""
-
-    def __init__(self, mask: Tensor) -> None:
-        self.indices = mask.nonzero(as_tuple=True)
-
-    def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(one.to(device) for one in self.indices)
-
-
 def _factors(
     members: Sequence[_Member], scales: Mapping[str, Tensor], acting: Mapping[Positions, Tensor]
-) -> tuple[_Places, Tensor] | None:
+) -> tuple[Places, Tensor] | None:
     """Return the tokens at which any of a stack's members acts, and its factor there, [tokens, members]."""
     factors = torch.stack([scales[one.adapter][:, None] * acting[one.positions] for one in members], -1)
-    places = _Places((factors != 0).any(-1))
-    return (places, factors[places.indices]) if len(places.indices[0]) else None
+    places = Places((factors != 0).any(-1))
+    return (places, factors[places.rows, places.columns]) if places.any else None
 
 
-def _adding(ready: Sequence[tuple[_Stack, _Places, Tensor]]) -> Edit:
+def _adding(ready: Sequence[tuple[_Stack, Places, Tensor]]) -> Edit:
     def edit(h: Tensor) -> Tensor:
         found = []
         for stack, places, factors in ready:  # all read the same stream

@@ -15,7 +15,7 @@ from commandv.adapters.network import Network
 from commandv.errors import InputError, require_seed
 from commandv.storage.files import digest
 from commandv.training.loop import Descent, Learned
-from commandv.transfer.convert.fitters import check_pairs
+from commandv.transfer.convert.fitters import Groups, check_pairs
 from commandv.transfer.convert.kept import Kept
 from commandv.transfer.convert.linear import Converter, Dense
 from commandv.transfer.convert.rows import Rows
@@ -73,9 +73,7 @@ class Autoencoder:
         if not (np.isfinite(self.learning_rate) and self.learning_rate > 0 and 0 <= self.validation < 1):
             raise InputError("learning_rate: expected above 0; validation: a share from 0 to below 1")
 
-    def __call__(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
-    ) -> Converter:
+    def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit; see `Fitter`. Training keeps nothing of `x` alone."""
         check_pairs(x, y)
         rows, targets = (Rows.of(one, centre=True, standardise=True) for one in (x, y))

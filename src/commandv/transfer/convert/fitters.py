@@ -9,7 +9,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from commandv.transfer.convert.linear import Converter, Dense, Solved
 from commandv.transfer.convert.rows import Rows
 from commandv.transfer.convert.strength import FLOAT32_FLOOR, choose_strength
 
+Groups: TypeAlias = np.ndarray | None  # prompt number of each row
+
 
 class Fitter(Protocol):
     """Hyper-parameters of a converter; the data goes to the call.
@@ -30,9 +32,7 @@ class Fitter(Protocol):
     `name` has its fields recorded in what is pasted by it.
     """
 
-    def __call__(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
-    ) -> Converter:
+    def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit y from x.
 
         Args:
@@ -82,9 +82,7 @@ class Pinv:
     name: ClassVar[str] = "pinv"
     exact: bool = False
 
-    def __call__(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
-    ) -> Converter:
+    def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)
         rows = Rows.of(x, centre=False, standardise=False)
@@ -98,9 +96,7 @@ class Affine:
 
     name: ClassVar[str] = "affine"
 
-    def __call__(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
-    ) -> Converter:
+    def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)
         rows = Rows.of(x, centre=True, standardise=False)
@@ -131,15 +127,13 @@ class Ridge:
         if self.select not in ("loo", "gcv"):
             raise InputError(f"select={self.select!r}: expected 'loo' or 'gcv'")
 
-    def __call__(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
-    ) -> Converter:
+    def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit; see `Fitter`."""
         solver, rows, targets, facts = self.solve(x, y, groups=groups, kept=kept)
         return Solved(solver, rows, targets.unscaled(), facts=facts)
 
     def solve(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None, kept: Kept | None
+        self, x: Tensor, y: Tensor, *, groups: Groups, kept: Kept | None
     ) -> tuple[Solver, Rows, Rows, dict[str, Any]]:
         """Return the regularised pseudo-inverse of x, its rows, the rows of y standardised, and what was chosen."""
         check_pairs(x, y)
@@ -180,9 +174,7 @@ class ReducedRank:
         if self.rank < 1:
             raise InputError(f"rank={self.rank}: expected 1 or more")
 
-    def __call__(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
-    ) -> Converter:
+    def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit; see `Fitter`."""
         solver, rows, targets, facts = self.ridge.solve(x, y, groups=groups, kept=kept)
         everything = targets.dense(np.float32)
@@ -203,9 +195,7 @@ class Procrustes:
 
     name: ClassVar[str] = "procrustes"
 
-    def __call__(
-        self, x: Tensor, y: Tensor, *, groups: np.ndarray | None = None, kept: Kept | None = None
-    ) -> Converter:
+    def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit; see `Fitter`."""
         check_pairs(x, y)
         rows = Rows.of(x, centre=True, standardise=True)
