@@ -53,42 +53,37 @@ class Job(NamedTuple):
         return [(n, d, min(n, d)) for n, d in both]
 
 
-def _profiled(one: Sizes) -> tuple[float, float]:
+def _profiled(one: Sizes) -> Work:
+    """Return the blocks' parameters, which every token passes, and layers x width, of which every row is."""
     return one.blocks, one.n_layers * one.d_model
 
 
-def _fit(job: Job) -> tuple[float, float]:
-    """The Gram matrix, n d k; its reduction to tridiagonal form, 4/3 k^3, half of it at a third of the speed."""
-    kept = job.pairs * sum(2 * n * d + 8 * k * k for n, d, k in job.sides())
-    return job.pairs * sum(n * d * k + 4 * k**3 for n, d, k in job.sides()), min(kept, KEPT)
+def _solved(job: Job, row: Callable[[int, int, int], float]) -> float:
+    return job.pairs * sum(row(*side) for side in job.sides())
 
 
-def _paste(job: Job) -> tuple[float, float]:
-    return job.pairs * sum(k * k + n * d for n, d, k in job.sides()), job.pairs * job.recipient.d_model
-
-
-def _adapter(job: Job) -> tuple[float, float]:
-    return (job.pairs * job.recipient.d_model,) * 2
-
-
-def _square(job: Job) -> tuple[float, float]:
-    return (job.pairs * job.recipient.d_model**2,) * 2
+def _adapter(job: Job, power: int = 1) -> Work:
+    return (job.pairs * job.recipient.d_model**power,) * 2
 
 
 # Stage -> (work that its seconds follow, work that its bytes follow), both up to a factor that cancels.
-GROWTH: dict[str, Callable[[Job], tuple[float, float]]] = {
+GROWTH: dict[str, Callable[[Job], Work]] = {
     "build donor": lambda job: (job.donor.all, job.donor.all),
     "build recipient": lambda job: (job.recipient.all, job.recipient.all),
-    "profile donor": lambda job: _profiled(job.donor),  # blocks' parameters x tokens; rows x layers x width
+    "profile donor": lambda job: _profiled(job.donor),
     "profile recipient": lambda job: _profiled(job.recipient),
     "match": lambda job: (1, 1),  # of rows only
-    "fit": _fit,
-    "paste": _paste,
+    # The Gram matrix, n d k; its reduction to tridiagonal form, 4/3 k^3, half of it at a third of the speed.
+    "fit": lambda job: (
+        _solved(job, lambda n, d, k: n * d * k + 4 * k**3),
+        min(_solved(job, lambda n, d, k: 2 * n * d + 8 * k * k), KEPT),
+    ),
+    "paste": lambda job: (_solved(job, lambda n, d, k: k * k + n * d), job.pairs * job.recipient.d_model),
     "attach": _adapter,
     "generate": lambda job: (job.recipient.blocks + job.recipient.head, 1),  # parameters x tokens
     "save": _adapter,
     "load": _adapter,
-    "export": _square,  # pyreft's rotations are d_model x d_model a layer
+    "export": lambda job: _adapter(job, 2),  # pyreft's rotations are d_model x d_model a layer
 }
 
 

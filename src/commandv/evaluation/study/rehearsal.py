@@ -9,7 +9,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +128,14 @@ class _Clock:
         self.device, self.took = device, took
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Keep the seconds of a stage; what it leaves is told afterwards, by `left`."""
+    def stage(self, name: str, size: Callable[[], int | None] = lambda: None) -> Iterator[None]:
+        """Keep the seconds of a stage, and the bytes that it leaves."""
         self._wait()
         began = time.perf_counter()
         yield
         self._wait()
-        self.took[name] = (time.perf_counter() - began, None)
-
-    def left(self, name: str, size: int) -> None:
-        """Keep the bytes of a stage."""
-        self.took[name] = (self.took[name][0], size)
+        seconds = time.perf_counter() - began
+        self.took[name] = (seconds, size())
 
     def _wait(self) -> None:
         if self.device == "cuda":
@@ -203,14 +200,11 @@ class _Run:
         return wrap_model(model, self.words, f"{spec.id}, random weights")
 
     def _profiled(self, name: str, clock: _Clock) -> Profile:
-        with clock.stage("build"):
+        with clock.stage("build", lambda: sum(one.nbytes for one in lm.model.parameters())):
             lm = self._model(name)
-        clock.left("build", sum(one.nbytes for one in lm.model.parameters()))
         asked, passages = (load_prompts(f"builtin:{one}", limit=self.prompts) for one in ("general", "text"))
-        with clock.stage("profile"):
-            made = profile(lm, asked, text=passages, cache=self.place / f"profile-{name}")
-        clock.left("profile", _disk(self.place / f"profile-{name}"))
-        return made
+        with clock.stage("profile", lambda: _disk(self.place / f"profile-{name}")):
+            return profile(lm, asked, text=passages, cache=self.place / f"profile-{name}")
 
     def _training(self) -> Training:
         return next((one.training for one in self.study.behaviours.values()), Training())
@@ -221,12 +215,10 @@ class _Run:
         with clock.stage("match"):
             both = link(donor, recipient)
             pairs = both.layer_pairs(adapter.layers, allowed="all_layers")
-        with clock.stage("fit"):
+        with clock.stage("fit", lambda: both.kept.nbytes if both.kept else 0):
             parallel(lambda pair: (both.into(pair), both.back(pair)), pairs)
-        clock.left("fit", both.kept.nbytes if both.kept else 0)
-        with clock.stage("paste"):
+        with clock.stage("paste", lambda: _size(pasted)):
             pasted = both.paste(adapter, layers="all_layers")
-        clock.left("paste", _size(pasted))
         lm = self._model(names[1])
         _ = lm.ref  # weights are hashed once a model, which is no part of attaching
         with contextlib.ExitStack() as stack:
@@ -235,15 +227,12 @@ class _Run:
             with clock.stage("generate"):
                 generate(lm, load_prompts("builtin:general", limit=ANSWERS), max_new_tokens=TOKENS)
         folder = self.place / "-".join(names)
-        with clock.stage("save"):
+        with clock.stage("save", lambda: _disk(folder)):
             save(pasted, folder)
-        clock.left("save", _disk(folder))
-        with clock.stage("load"):
+        with clock.stage("load", lambda: _size(again)):
             again = load_adapter(str(folder))
-        clock.left("load", _size(again))
-        with clock.stage("export"):
+        with clock.stage("export", lambda: _disk(written)):
             written = write_pyreft(again, self.place / f"{folder.name}-pyreft")
-        clock.left("export", _disk(written))
 
     def _told(self, donor: str, recipient: str, took: Mapping[str, Took], rows: Mapping[str, int]) -> tuple[Stage, ...]:
         """Return the stages of a pair with what they come to elsewhere."""
