@@ -57,31 +57,18 @@ Figures = Annotated[list[float], pydantic.PlainSerializer(lambda values: [_short
 
 
 class Arm(_Strict):
-    """One row of a table: an arm at one setting, prompt by prompt, with effect and price together.
+    """One row of a table: an arm at one setting, prompt by prompt, with effect and price together."""
 
-    Attributes:
-        method: a name in `arms.ARMS`, a method of the study, or `"donor"`: the donor with its own adapter.
-        setting: that was chosen for it; that of the paste where it mirrors it.
-        layers: recipient layers that it acts on.
-        labels: task -> one label per test prompt, None where the judge had no judgment.
-        units: task -> unit of its labels, `"rate"` for 0 and 1.
-        loops: task -> 1 for each answer that loops.
-        words: task -> number of words of each answer.
-        price: measure (see `prices`) -> figure of each passage.
-        cost: of making it, and per request.
-        seconds: wall clock of measuring it.
-    """
-
-    method: str
-    setting: Setting = Setting()
-    layers: list[int] = []
-    labels: dict[str, Labels] = {}
-    units: dict[str, str] = {}
-    loops: dict[str, Labels] = {}
-    words: dict[str, list[int]] = {}
-    price: dict[str, Figures] = {}
-    cost: Cost = Cost()
-    seconds: float = 0.0
+    method: str  # a name in `arms.ARMS`, a method of the study, or `"donor"`: the donor with its own adapter
+    setting: Setting = Setting()  # that was chosen for it; that of the paste where it mirrors it
+    layers: list[int] = []  # recipient layers that it acts on
+    labels: dict[str, Labels] = {}  # task -> one label per test prompt, None where the judge had no judgment
+    units: dict[str, str] = {}  # task -> unit of its labels, `"rate"` for 0 and 1
+    loops: dict[str, Labels] = {}  # task -> 1 for each answer that loops
+    words: dict[str, list[int]] = {}  # task -> number of words of each answer
+    price: dict[str, Figures] = {}  # measure (see `prices`) -> figure of each passage
+    cost: Cost = Cost()  # of making it, and per request
+    seconds: float = 0.0  # wall clock of measuring it
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> Arm:

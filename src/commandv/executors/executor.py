@@ -23,16 +23,11 @@ Do = Callable[..., Any]  # (what the worker keeps, report, *args) -> value
 
 
 class Task(NamedTuple):
-    """One piece of work.
+    """One piece of work."""
 
-    Attributes:
-        key: what it is, for messages.
-        args: what it is done with.
-        like: what it has in common with others: a worker that had such a task before is asked first.
-    """
-
-    key: str
-    args: tuple[Any, ...]
+    key: str  # what it is, for messages
+    args: tuple[Any, ...]  # what it is done with
+    # what it has in common with others: a worker that had such a task before is asked first
     like: frozenset[str] = frozenset()
 
 
@@ -40,16 +35,11 @@ Smaller = Callable[[Task], Task | None]  # the same work in less memory, None wh
 
 
 class Outcome(NamedTuple):
-    """What became of a task.
+    """What became of a task."""
 
-    Attributes:
-        task: which one.
-        value: what it gave.
-        error: why it gave nothing: too little memory even for the smallest task, or workers that were lost with it.
-    """
-
-    task: Task
-    value: Any = None
+    task: Task  # which one
+    value: Any = None  # what it gave
+    # why it gave nothing: too little memory even for the smallest task, or workers that were lost with it
     error: Exception | None = None
 
 

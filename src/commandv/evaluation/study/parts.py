@@ -122,20 +122,12 @@ class Behaviour(Strict):
 
 
 class Method(Strict):
-    """A way to paste, beside the default.
+    """A way to paste, beside the default."""
 
-    Attributes:
-        fit: a name in `FITTERS`.
-        match: a name in `MATCHERS`; null for `proportional`, or `covering` where a vector is carried.
-        layers: a layer choice; null to take the one that calibration picks.
-        read_rows: see `paste`.
-        write_rows: see `paste`.
-        prompts: use the first so many profile prompts only.
-    """
-
-    fit: Annotated[str, among(Fitter)] = "ridge"
+    fit: Annotated[str, among(Fitter)] = "ridge"  # a name in `FITTERS`
+    # a name in `MATCHERS`; null for `proportional`, or `covering` where a vector is carried
     match: Annotated[str, among(Matcher)] | None = None
-    layers: str | None = None
-    read_rows: Literal["end", "text", "both"] = "end"
-    write_rows: Literal["end", "text", "both"] | None = None
-    prompts: int | None = None
+    layers: str | None = None  # a layer choice; null to take the one that calibration picks
+    read_rows: Literal["end", "text", "both"] = "end"  # see `paste`
+    write_rows: Literal["end", "text", "both"] | None = None  # see `paste`
+    prompts: int | None = None  # use the first so many profile prompts only
