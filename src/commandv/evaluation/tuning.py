@@ -224,13 +224,9 @@ def choose_layer(
         task: the effect; its test split is never touched.
         layers: the layers to try. Default: all of the adapter's.
         strengths: factors on the adapter's deltas.
-        budget: as in `tune`.
-        side_task: as in `tune`.
-        side_budget: as in `tune`.
+        budget: as in `tune`, and so are the next two.
         depth: share of the layers, from the first, that may be chosen.
-        passages: as in `tune`.
-        limit: as in `tune`.
-        batch_size: as in `tune`.
+        passages: as in `tune`, and so are the next two.
 
     Raises:
         InputError: no layer or strength to try, or a depth that is no share.

@@ -52,9 +52,6 @@ def place(donor: LM, recipient: LM, one: Prompt, until: int | None = None) -> Pl
     """Pair the tokens of a user turn, and of the reply to it if there is one, each model using its own prompt format.
 
     With `until`, stop after so many of the recipient's tokens of the text, before the last prompt token.
-
-    Raises:
-        InputError: an empty text, one longer than a context, or one without a single pair.
     """
     whole = until is None
     theirs, ours = (_marked(lm, one, whole) for lm in (donor, recipient))

@@ -223,8 +223,7 @@ class Link:
 
         Args:
             adapter: the donor's adapter, as given to `paste`.
-            match: as given to `paste`.
-            layers: as given to `paste`.
+            match: as given to `paste`, and so is the next.
 
         Raises:
             InputError: nothing is held out, or the layers are matched to none.

@@ -44,10 +44,7 @@ def paste(
         layers: recipient layers on which the pasted adapter may act; `"auto"` is the last third, where layers disturb
             each other least, and all of them for an adapter that has nothing there (steering of middle layers).
         scale: factor on the result's deltas.
-        read_rows: as in `link`.
-        write_rows: as in `link`.
-        holdout: as in `link`.
-        shuffle: as in `link`.
+        read_rows: as in `link`, and so are the next three.
 
     Returns:
         An adapter of the recipient.
