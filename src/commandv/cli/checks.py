@@ -177,8 +177,7 @@ def require_adapter(
     """Raise what reading an adapter and attaching it would raise, as far as names and configurations can tell."""
     from commandv.adapters.outline import outline_of
     from commandv.adapters.shipped import BUILTIN
-    from commandv.interop.conventions import require_convention
-    from commandv.interop.detect import require_adapter_kind, require_layer
+    from commandv.interop.detect import require_adapter_kind, require_convention, require_layer
     from commandv.storage.hub import is_repo, require_there
 
     require_fits([], model, scale)

@@ -62,9 +62,6 @@ def describe(source: str, *, layer: int | None = None, convention: str | None = 
 
 
 def _profile_facts(one: Profile) -> dict[str, Any]:
-    from commandv.profiles.profile import END
-
-    n_end = int((one.keys[:, 1] == END).sum())
     return {
         "what": PROFILE.format,
         "model": one.model.id,
@@ -73,8 +70,8 @@ def _profile_facts(one: Profile) -> dict[str, Any]:
         "template": one.model.format or "as the model has it",
         "layers": sorted(one.activations),
         "d_model": one.d_model,
-        "end_rows": n_end,
-        "text_rows": len(one) - n_end,
+        "end_rows": one.n_end,
+        "text_rows": len(one) - one.n_end,
         "prompts": one.prompts,
     }
 

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from commandv.adapters.adapter import Adapter
 from commandv.models.identity import ModelRef
 from commandv.models.names import PACKAGED
-from commandv.profiles.profile import END, Profile
+from commandv.profiles.profile import Profile
 from commandv.storage.hub import is_repo_id
 from commandv.transfer.distil.demonstrations import Demonstrations
 
@@ -173,14 +173,13 @@ def _known_as(name: str) -> str:
 
 
 def _profile(one: Profile, record: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    n_end = int((one.keys[:, 1] == END).sum())
     facts = {
         "model": hub_id(one.model) or one.model.id,
         "revision": one.model.revision,
         "layers": len(one.activations),
         "d_model": one.d_model,
-        "n_end": n_end,
-        "n_text": len(one) - n_end,
+        "n_end": one.n_end,
+        "n_text": len(one) - one.n_end,
         "prompts": one.prompts,
         "sets": [_Set(**one) for one in record.get("sets") or [] if isinstance(one, dict) and set(one) == _SET],
         "made": _rows({name: record.get(name) for name in ("dtype", "max_length", "places", "rows_per_text")}),

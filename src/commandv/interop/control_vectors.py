@@ -25,7 +25,7 @@ from commandv.adapters.adapter import Adapter, Intervention, low_rank
 from commandv.adapters.edit import require_numbers
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, StorageError
-from commandv.interop.conventions import Convention, require_convention
+from commandv.interop.detect import Convention, require_convention
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 from commandv.storage.files import writing

@@ -1,10 +1,11 @@
-"""What a path holds, found out from names and headers, without torch but for what is a GGUF file."""
+"""What a path holds and how it may count layers, told by names and headers, without torch but for a GGUF file."""
 
 from __future__ import annotations
 
 import pickletools
 import zipfile
 from pathlib import Path
+from typing import Literal, get_args
 
 from commandv.errors import FormatError, InputError
 from commandv.storage.directories import CONFIG
@@ -17,6 +18,10 @@ _OPENERS = {
     PROFILE.format: "a profile, not an adapter; use load_profile()",
     DEMONSTRATIONS.format: "demonstrations, not an adapter; use distil()",
 }
+LayerConvention = Literal["blocks", "hidden-states"]
+Convention = Literal["llama.cpp", "from-zero"]
+# How files of a kind may count layers; those of the others say it.
+CONVENTIONS: dict[str, tuple[str, ...]] = {"vector": get_args(LayerConvention), "control-vector": get_args(Convention)}
 
 
 def detect(path: str | Path) -> str:
@@ -89,3 +94,10 @@ def _stated_format(target: Path) -> str | None:
         return None
     format = raw.get("format") if isinstance(raw, dict) else None
     return format if isinstance(format, str) else None
+
+
+def require_convention(kind: str, convention: str | None) -> None:
+    """Raise `InputError` for a convention of counting layers that files of a kind, where they have any, do not have."""
+    known = CONVENTIONS.get(kind)
+    if convention is not None and known is not None and convention not in known:
+        raise InputError(f"convention={convention!r}: expected {' or '.join(map(repr, known))}")

@@ -27,7 +27,7 @@ from commandv.adapters.edit import require_numbers
 from commandv.adapters.kinds import steering_vector
 from commandv.adapters.outline import MOST_LAYERS
 from commandv.errors import FormatError, InputError
-from commandv.interop.conventions import require_convention
+from commandv.interop.detect import require_convention
 from commandv.models.identity import ModelRef
 from commandv.positions import EVERYWHERE
 from commandv.storage.reading import number_of, read_json

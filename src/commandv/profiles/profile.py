@@ -96,12 +96,17 @@ class Profile:
         """Width of the residual stream."""
         return self.model.d_model
 
+    @property
+    def n_end(self) -> int:
+        """Number of last-token rows; all others are text rows."""
+        return int((self.keys[:, 1] == END).sum())
+
     def __len__(self) -> int:
         return len(self.keys)
 
     def __repr__(self) -> str:
-        n_end = int((self.keys[:, 1] == END).sum())
-        return f"Profile({self.model.id}, {n_end} end rows, {len(self) - n_end} text rows, {self.n_layers} layers)"
+        n_text = len(self) - self.n_end
+        return f"Profile({self.model.id}, {self.n_end} end rows, {n_text} text rows, {self.n_layers} layers)"
 
     def layer(self, layer: int) -> Tensor:
         """Return one layer's rows, [rows, d_model].

@@ -17,7 +17,7 @@ from commandv.adapters.edit import Edit
 from commandv.adapters.outline import require_scale
 from commandv.errors import InputError
 from commandv.models.layers import AUTO_LAYERS, LayerChoice, all_layers, choose_layers, last_third
-from commandv.profiles.profile import END, Profile, Rows, paired_rows
+from commandv.profiles.profile import Profile, Rows, paired_rows
 from commandv.transfer.convert.fitters import AnyFitter, Ridge, fitted, fitter_settings
 from commandv.transfer.convert.kept import Kept
 from commandv.transfer.convert.linear import Converter
@@ -66,7 +66,7 @@ class Link:
         if not 0 <= self.holdout < 1:
             raise InputError(f"holdout={self.holdout}: expected a share from 0 up to, not including, 1")
         if self.write_rows is None:
-            has_text = all((one.keys[:, 1] != END).any() for one in (self.donor, self.recipient))
+            has_text = all(one.n_end < len(one) for one in (self.donor, self.recipient))
             object.__setattr__(self, "write_rows", "text" if has_text else "end")
             if not has_text:
                 log.warning(

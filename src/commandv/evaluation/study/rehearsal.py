@@ -32,7 +32,7 @@ from commandv.models.generation import generate
 from commandv.models.layers import choose_layers
 from commandv.models.lm import LM
 from commandv.models.load import resolve_dtype, wrap_model
-from commandv.profiles.profile import END, Profile
+from commandv.profiles.profile import Profile
 from commandv.profiles.profiling import profile
 from commandv.progress import track
 from commandv.prompts.sets import load_prompts
@@ -262,8 +262,7 @@ def _random_adapter(donor: Profile, training: Training) -> Adapter:
 
 
 def _rows(one: Profile) -> dict[str, int]:
-    end = int((one.keys[:, 1] == END).sum())
-    return {"end": end, "text": len(one) - end}
+    return {"end": one.n_end, "text": len(one) - one.n_end}
 
 
 def _size(one: Adapter) -> int:
