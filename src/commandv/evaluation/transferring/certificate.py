@@ -14,7 +14,7 @@ from commandv.evaluation.meter import price_scores
 from commandv.evaluation.report.tables import figure, number
 from commandv.evaluation.results import Arm, Attempt, Sample
 from commandv.evaluation.scores import Score, pooled
-from commandv.evaluation.statistics import compare, difference
+from commandv.evaluation.statistics import Comparison, compare, difference
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.transferring.job import Job
 from commandv.evaluation.tuning import Tuned
@@ -89,18 +89,7 @@ def certified(
     found = {row.method: row for row in compare(asked, unit, task.success)}
     judgment = verdict(asked, found, unit, task.success, arm=name, controls=CONTROLS)
     scores = {arm: pooled(arm, one, unit) for arm, one in labels.items()}
-    facts: dict[str, Any] = {
-        arm: {
-            "score": scores[arm]._asdict(),
-            "difference": gap._asdict() if arm in found and (gap := found[arm].difference) else None,
-            "adjusted_p": found[arm].adjusted if arm in found else None,
-            "loops": pooled("loops", [one.loops[task.name]], "rate")._asdict(),
-            "words": statistics.fmean(one.words[task.name]),
-            "price": {measure: score._asdict() for measure, score in price_scores(one.price).items()},
-            "tokens_per_request": one.cost.tokens,
-        }
-        for arm, one in by_name.items()
-    }
+    facts = {arm: _facts(task, one, scores[arm], found.get(arm)) for arm, one in by_name.items()}
     chosen = tried[name]
     sentence = _sentence(job, task, judgment, name, chosen, scores, facts, labels)
     samples = _samples(task, base, after)
@@ -130,6 +119,18 @@ def certified(
     }  # fmt: skip
     whole = replace(adapter, provenance={**adapter.provenance, "certificate": certificate})
     return Transferred(whole, judgment, sentence, ARMS[name].by, by_name, samples, certificate)
+
+
+def _facts(task: Task, arm: Arm, score: Score, found: Comparison | None) -> dict[str, Any]:
+    return {
+        "score": score._asdict(),
+        "difference": found.difference._asdict() if found and found.difference else None,
+        "adjusted_p": found.adjusted if found else None,
+        "loops": pooled("loops", [arm.loops[task.name]], "rate")._asdict(),
+        "words": statistics.fmean(arm.words[task.name]),
+        "price": {measure: one._asdict() for measure, one in price_scores(arm.price).items()},
+        "tokens_per_request": arm.cost.tokens,
+    }
 
 
 def _task(task: Task, job: Job) -> dict[str, Any]:
