@@ -7,6 +7,7 @@ needs of it, what it costs to make and at every request, and whether its strengt
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import random
@@ -282,24 +283,14 @@ ARMS: dict[str, Arm] = {
         strength="tuned",
     ),
     FEW_SHOT: Arm(few_shot, f"{DEMONSTRATIONS} of the donor's answers as earlier turns", needs=_DONOR),
-    "context": Arm(
-        lambda one: distilled(one, "context"),
-        "fitted to what the donor's answers as context change",
-        by="context",
-        needs=_DONOR,
-    ),
-    "vocabulary": Arm(
-        lambda one: distilled(one, "vocabulary"),
-        "fitted to what the adapter changes in the donor's words, through shared tokens",
-        by="vocabulary",
-        needs=_DONOR,
-    ),
-    "answers": Arm(
-        lambda one: distilled(one, "answers"),
-        "fitted, without training, to the tokens of the donor's answers",
-        by="answers",
-        needs=_DONOR,
-    ),
+    **{
+        by: Arm(functools.partial(distilled, by=by), about, by=by, needs=_DONOR)
+        for by, about in {
+            "context": "fitted to what the donor's answers as context change",
+            "vocabulary": "fitted to what the adapter changes in the donor's words, through shared tokens",
+            "answers": "fitted, without training, to the tokens of the donor's answers",
+        }.items()
+    },
     "donor-answers": Arm(
         trained_on_answers,
         "trained on the donor's answers",
