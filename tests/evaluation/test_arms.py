@@ -268,9 +268,7 @@ def span(one) -> torch.Tensor:
     return torch.nn.functional.normalize(one.write[0], dim=0)
 
 
-@pytest.mark.parametrize(
-    "name", ["pasted", "published", "random", "random-in-span", "shuffled", "mean-ablation", "direct"]
-)
+@pytest.mark.parametrize("name", ["pasted", "published", "random", "random-in-span", "shuffled", "mean-ablation"])
 def test_every_arm_applies_one_direction_per_layer_in_the_same_way(directed, name):
     made, pasted = adapter(name, directed), adapter("pasted", directed)
     made.model.require(directed.recipient_lm.ref, name)
@@ -288,10 +286,7 @@ def test_every_arm_applies_one_direction_per_layer_in_the_same_way(directed, nam
             assert one.read.any()
 
 
-def test_the_own_arm_has_the_recipients_directions(directed):
-    for layer, (one,) in adapter("direct", directed).interventions.items():
-        expected = torch.nn.functional.normalize(directed.native[layer].float(), dim=0)
-        assert abs(float(span(one) @ expected)) > 0.9999
+def test_fidelity_of_directions_compares_them_with_the_recipients_own(directed):
     rows = directed.fidelity()
     assert [row["recipient"] for row in rows] == adapter("pasted", directed).layers
     assert all(abs(row["native_cosine"]) <= 1 for row in rows)

@@ -298,7 +298,7 @@ ARMS: dict[str, Arm] = {
         needs=_DONOR,
         epochs=PRACTICE_SETTINGS.epochs,
     ),
-    DIRECT: Arm(lambda one: one.own(), "trained on the original data", needs=frozenset({"direct"})),
+    DIRECT: Arm(lambda one: one.direct, "trained on the original data", needs=frozenset({"direct"})),
 }
 
 # Methods of carrying, those of the arms that are one: what `commandv transfer --by` takes -> the arm's name.

@@ -12,7 +12,7 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.errors import InputError
 from commandv.evaluation.tuning import Setting
-from commandv.models.layers import all_layers, choose_layers
+from commandv.models.layers import all_layers
 from commandv.models.lm import LM
 from commandv.positions import EVERYWHERE, Positions
 from commandv.profiles.profile import END
@@ -118,16 +118,6 @@ class Material:
         interventions = {layer: replaced(layer) for layer in like.layers}
         return Adapter(interventions, like.model, f"mean ablation where {like.name} acts")
 
-    def own(self) -> Adapter:
-        """Return the adapter trained on the recipient itself.
-
-        Raises:
-            InputError: there is none.
-        """
-        if self.direct is None:
-            raise InputError("no adapter trained on the recipient is given; give one, or leave the direct arm out")
-        return self.direct
-
     def demonstrations(self) -> Demonstrations:
         """Return the donor's answers to the behaviour's prompts, and what its adapter changes in them.
 
@@ -217,11 +207,6 @@ class DirectionMaterial(Material):
     def mean_ablation(self) -> Adapter:
         """Return what gives every state the mean's part along the carried direction."""
         return self._applied(self._carried(), "mean-ablate", 1.0)
-
-    def own(self) -> Adapter:
-        """Return the recipient's own directions on the same layers."""
-        layers = choose_layers(self.setting.layers, self.linked().recipient.n_layers)
-        return self._applied({layer: self.native[layer] for layer in layers}, self.kind)
 
     def _carried(self, link: Link | None = None) -> dict[int, Tensor]:
         return carry_directions(
