@@ -86,6 +86,9 @@ MISTAKES = {
         "generate @model hi --device-map cuda:7", INPUT, ("--device-map cuda:7",), CUDA
     ),
     "a device that is none": Mistake("generate @model hi --device-map cdua", INPUT, ("did you mean cuda?", "mps")),
+    "examples without answers": Mistake(
+        "train @model @lines.txt -o @out", INPUT, ("example 1 has no response", "{prompt, response}")
+    ),
     "a place that is taken": Mistake("train @model @rows.jsonl -o @model", FORMAT, ("choose another place",)),
     "a place below a file": Mistake("train @model @rows.jsonl -o @rows.jsonl/out", STORAGE, ("rows.jsonl",)),
     "a profile that is none": Mistake("paste @wide @empty @empty -o @out", FORMAT, ("empty", "not a commandv-profile")),
@@ -150,6 +153,7 @@ def folder(tmp_path_factory) -> Path:
     torch.save(torch.ones(32), made / "bare.pt")
     torch.save(torch.ones(4, 32), made / "stack.pt")
     (made / "rows.jsonl").write_text(json.dumps({"prompt": "What is tea?", "response": "a drink"}) + "\n")
+    (made / "lines.txt").write_text("What is tea?\n")
     wrong = {**STUDY, "scalse": [1.0]}
     wrong["behaviours"] = {"list": {"task": "json", "vector": {"contrast": "builtin:sentiment", "kind": "albate"}}}
     (made / "study.yaml").write_text(json.dumps(wrong))

@@ -27,6 +27,7 @@ from commandv.cli import app
 from commandv.evaluation import catalogue, expecting
 from commandv.evaluation.study import Study
 from commandv.evaluation.transferring import job
+from commandv.models import names
 from commandv.prompts import sets
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.serving import listening, server
@@ -161,10 +162,10 @@ def stage(monkeypatch, tmp_path, twins, behaviours):
         "load_adapter": adapter,
     }.items():
         monkeypatch.setattr(cv, name, value)
-    monkeypatch.setattr("commandv.steering.contrast.load_contrast", contrast)
     monkeypatch.setattr(sets, "load_prompt_sets", lambda sources, **_: load_sets(sources, limit=16))
     monkeypatch.setattr(catalogue, "load_task", brief)
     monkeypatch.setattr(job, "prepare", prepared)
+    monkeypatch.setattr(names, "shape_of", lambda _name: None)  # of the real ones
     monkeypatch.setattr("commandv.evaluation.material.ANSWER_TOKENS", 4)
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: False)
     listen = listening.listen
@@ -199,9 +200,10 @@ def run(line: str, monkeypatch: Any) -> None:
         monkeypatch.setattr(sys, "argv", ["lm_eval", *words[3:], "--include_path", "tasks"])
         cli_evaluate()
     elif words[0] == "inspect":
+        import click.testing
         from inspect_ai._cli.main import inspect
 
-        ran = CliRunner().invoke(inspect, [*words[1:], "--display", "none"])
+        ran = click.testing.CliRunner().invoke(inspect, [*words[1:], "--display", "none"])
         assert ran.exit_code == 0, f"{line}: {ran.exception!r}\n{ran.output}"
     else:
         assert words[:2] == ["pip", "install"], line
@@ -217,22 +219,22 @@ def test_the_blocks_of_a_page_run(page, stage, monkeypatch, request):
     if page.name == "evaluation-suites.md":
         request.getfixturevalue("suites")
     if page.name == "share.md":
-        cv.profile(cv.load_model("smollm2-135m-instruct"), SUMS, cache="profiles/smol")
+        cv.profile(cv.load_model("smollm2-135m-instruct"), SUMS, text=None, cache="profiles/smol")
     if page.name == "transfer.md":
         monkeypatch.setattr(catalogue, "load_task", lambda *_: dataclasses.replace(expecting(f"^{WORD}"), dev=SUMS[:8]))
-    names: dict[str, Any] = {}
+    globals_: dict[str, Any] = {}
     file: dict[str, Any] = {}
     for block in blocks(page):
         if block.among(ELSEWHERE) or block.among(NOT_RUN):
             continue
         if block.language == "python":
-            exec(block.text, names)
+            exec(block.text, globals_)
         elif block.language == "yaml":  # a later one says what is other in the study of the first
             file |= yaml.safe_load(block.text)
             Study.model_validate({**file, "pairs": [list(file["models"])]})
         elif block.text.startswith("{"):
             Path("rows.jsonl").write_text(block.text)
-            assert cv.load_prompts("rows.jsonl")[0].response
+            assert cv.load_prompts("rows.jsonl").prompts[0].response
         else:
             for line in commands(block):
                 run(line, monkeypatch)

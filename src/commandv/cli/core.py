@@ -123,6 +123,7 @@ def train(
 ) -> None:
     """Train an adapter of the ReFT family on examples."""
     import commandv as cv
+    from commandv.prompts.sets import require_replies
     from commandv.storage.directories import require_place
     from commandv.storage.kinds import ADAPTER
 
@@ -130,6 +131,7 @@ def train(
     require_layers(layers, model)
     require_place(out, ADAPTER)
     rows = cv.load_prompts(examples)
+    require_replies(rows)
 
     from commandv.training.train import TRAINABLE
 

@@ -42,16 +42,17 @@ def export(
         require_new(out, CONFIG)
     reading.check(adapter)
 
-    from commandv.interop.control_vectors import require_control_vector, write_control_vector
-    from commandv.interop.pyreft import write_pyreft
-
     if to == "gguf":
+        from commandv.interop.control_vectors import require_control_vector, write_control_vector
+
         require_control_vector(out)
     one = reading.load(adapter)
     facts: dict[str, Any] = {}
     if to == "gguf":
         write_control_vector(one, out, model_hint)
     elif to == "pyreft":
+        from commandv.interop.pyreft import write_pyreft
+
         write_pyreft(one, out)
     else:
         from commandv.interop.baked import bake

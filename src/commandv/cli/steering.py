@@ -47,8 +47,8 @@ def steer(
     as_json: Json = False,
 ) -> None:
     """Make a steering adapter from contrasting prompts or replies."""
+    import commandv as cv
     from commandv.errors import InputError
-    from commandv.steering.contrast import load_contrast
     from commandv.storage.directories import require_place
     from commandv.storage.kinds import ADAPTER
 
@@ -57,10 +57,7 @@ def steer(
     require_positions(positions, at)
     require_layers(layers, model)
     require_place(out, ADAPTER)
-    sides = load_contrast(contrast, negative, paired=paired)
-
-    import commandv as cv
-
+    sides = cv.load_contrast(contrast, negative, paired=paired)
     lm = how.load(model)
     both = (trigger, negative_trigger) if trigger is not None and negative_trigger is not None else trigger
     adapter = cv.steer(

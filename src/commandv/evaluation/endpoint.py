@@ -124,9 +124,9 @@ class Endpoint(CostlyJudge):
             parts = urllib.parse.urlsplit("")
         host = parts.netloc.rpartition("@")[2]
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or re.search(r"\s", host):
-            shown = f"{parts.scheme}://{host}" if parts.scheme and host else "an address"
+            shown = f"got '{parts.scheme}://{host}'" if parts.scheme and host else "that is no address"
             raise InputError(
-                f"endpoint: got {shown!r}, expected an address that starts with http:// or https:// and a host, and "
+                f"endpoint: {shown}; expected one that starts with http:// or https:// and a host, and "
                 "has one # at most, before the model"
             )
         if parts.username is not None:

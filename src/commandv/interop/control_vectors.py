@@ -254,7 +254,10 @@ def constant(adapter: Adapter, layer: int, form: str) -> Tensor:
     for edit in adapter.interventions[layer]:
         one = low_rank(edit, form)
         if reason := _refusal(one):
-            raise InputError(f"{adapter.name} cannot be {form}: on layer {layer} it {reason}")
+            raise InputError(
+                f"{adapter.name} cannot be {form}: on layer {layer} it {reason}; attach it, or see what holds it in "
+                "docs/run-elsewhere.md"
+            )
         total += (one.bias.detach().float() @ one.write.detach().float()).cpu()
     return total
 

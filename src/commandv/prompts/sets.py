@@ -94,6 +94,16 @@ class PromptSet:
         return digest([(prompt.text, prompt.response) for prompt in self.prompts])
 
 
+def require_replies(examples: PromptSet) -> None:
+    """Raise `InputError` for examples of which one has no response."""
+    missing = [number for number, one in enumerate(examples, start=1) if not one.response.strip()]
+    if missing:
+        raise InputError(
+            f"{examples.name}: example {missing[0]} has no response; training needs prompt and response: .jsonl lines "
+            "{prompt, response}, or a .csv with these columns"
+        )
+
+
 def as_prompts(prompts: PromptSet | Sequence[str]) -> PromptSet:
     """Return `prompts` as a `PromptSet`; a sequence of strings becomes a set without replies."""
     if isinstance(prompts, PromptSet):

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
-from commandv.errors import InputError
 from commandv.models.encoding import Batch, Encoded, encode, last_logits, pad_replies, read_ahead
 from commandv.models.lm import LM
 from commandv.models.prefix import NOT_SHARED, Prefix, shared_prefix
 from commandv.models.template import end_of_turn
 from commandv.positions import EVERYWHERE, Positions
-from commandv.prompts.sets import PromptSet
+from commandv.prompts.sets import PromptSet, require_replies
 
 
 class Example(NamedTuple):
@@ -38,9 +37,7 @@ class Example(NamedTuple):
 
 def read_examples(lm: LM, examples: PromptSet, max_response: int) -> list[Example]:
     """Encode all examples."""
-    missing = [number for number, one in enumerate(examples, start=1) if not one.response.strip()]
-    if missing:
-        raise InputError(f"{examples.name}: example {missing[0]} has no response; training needs prompt and response")
+    require_replies(examples)
     return [Example.of(lm, one.text, one.response, max_response) for one in examples]
 
 
