@@ -78,7 +78,7 @@ def effect_against_price(table: Table, label: str, name: str) -> str:
             axes.set_ylim(-0.04, 1.04)
         drawn, named = axes.get_legend_handles_labels()
         figure.legend(
-            [points for points, *_ in drawn],  # without intervals, which make one mark look like another
+            [one[0] for one in drawn],  # without intervals, which make one mark look like another
             named,
             loc="outside lower center",
             ncols=3 if max(len(row.arm) for row, *_ in rows) < 20 else 1,
