@@ -76,10 +76,10 @@ def effect_against_price(table: Table, label: str, name: str) -> str:
         axes.set_ylabel("share of answers" if table.unit == "rate" else table.unit)
         if table.unit == "rate":
             axes.set_ylim(-0.04, 1.04)
-        drawn, named = axes.get_legend_handles_labels()
+        drawn: tuple[list[Any], list[str]] = axes.get_legend_handles_labels()
         figure.legend(
-            [one[0] for one in drawn],  # without intervals, which make one mark look like another
-            named,
+            [points for points, *_ in drawn[0]],  # without intervals, which make one mark look like another
+            drawn[1],
             loc="outside lower center",
             ncols=3 if max(len(row.arm) for row, *_ in rows) < 20 else 1,
             frameon=False,
