@@ -16,7 +16,7 @@ from typing import Any
 
 from commandv.errors import InputError, JudgeError
 from commandv.evaluation.client import MOST_REPLY, Response, Round
-from commandv.evaluation.judgments import CostlyJudge, Judgment
+from commandv.evaluation.judgments import CostlyJudge, Judgment, by_word
 from commandv.prompts.sets import Prompt
 from commandv.storage.reading import parse_json
 
@@ -213,13 +213,9 @@ class Endpoint(CostlyJudge):
 
     def judgment(self, place: int, reply: str) -> Judgment:
         """Return what a reply says of an answer."""
-        found = re.match(r"\W*([\w-]+)", reply)
-        word = found[1].lower() if found else ""
-        known = {word.lower(): float(label) for word, label in self.words.items()}
-        if word in known:
-            return Judgment(place, known[word], word)
-        self.usage.nonsense += 1
-        return Judgment(place, math.nan)  # its word is not kept: it may be the judged text's
+        found = by_word(place, reply, self.words)
+        self.usage.nonsense += not found.word
+        return found
 
     def reply(self, response: Response) -> str:
         """Return a reply's text, and count what it cost.

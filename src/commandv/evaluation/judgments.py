@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -141,6 +141,14 @@ class Cached:
                     judged=done,
                 ) from error
         return _reported(self.name, [known[key] for key in keys])
+
+
+def by_word(place: int, reply: str, labels: Mapping[str, float]) -> Judgment:
+    """Return what the first word of a reply says; another word is not kept: it may be the judged text's."""
+    found = re.match(r"\W*([\w-]+)", reply)
+    word = found[1].lower() if found else ""
+    known = {one.lower(): float(label) for one, label in labels.items()}
+    return Judgment(place, known[word], word) if word in known else Judgment(place, math.nan)
 
 
 def _reported(name: str, found: list[float]) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from commandv.errors import InputError, ModelError
-from commandv.evaluation.judgments import CostlyJudge, Judgment
+from commandv.evaluation.judgments import CostlyJudge, Judgment, by_word
 from commandv.models.encoding import pad
 from commandv.models.generation import batches, greedy
 from commandv.models.lm import LM
@@ -165,13 +165,8 @@ class Guard(CostlyJudge):
             yield [self._read(place, reply) for place, reply in zip(places, replies, strict=True)]
 
     def _read(self, place: int, reply: str) -> Judgment:
-        found = re.match(r"\W*([\w-]+)", reply.strip().removeprefix(self.lead))
-        word = found[1].lower() if found else ""
-        if word in map(str.lower, self.unsafe):
-            return Judgment(place, 1.0, word)
-        if word in map(str.lower, self.safe):
-            return Judgment(place, 0.0, word)
-        return Judgment(place, math.nan)  # its word is not kept: it may be the judged text's
+        labels = {**dict.fromkeys(self.safe, 0.0), **dict.fromkeys(self.unsafe, 1.0)}
+        return by_word(place, reply.strip().removeprefix(self.lead), labels)
 
     @functools.cached_property
     def _lm(self) -> LM:
