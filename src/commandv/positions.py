@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 MOST = 9_999_999  # tokens
 
 
+@checked
 @dataclass(frozen=True)
 class Positions:
     """Token positions in the notation of pyreft, extended: `l1`, `f3+l5`, `g5`, `all`.

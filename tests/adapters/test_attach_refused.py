@@ -45,7 +45,7 @@ def test_the_name_decides_where_no_revision_is_known(lm):
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None, torch.ones(2)])
 def test_scale_must_be_finite(lm, scale):
-    with pytest.raises(InputError, match="finite"):
+    with pytest.raises(InputError, match=r"finite|expected float"):
         cv.attach(lm, tiny.random_adapter(lm), scale=scale)
 
 
@@ -67,5 +67,5 @@ def test_a_scale_that_makes_the_deltas_overflow_is_refused_before_anything_is_at
 
 @pytest.mark.parametrize("n_prompt", [-1, 1.5, "3", 10**9])
 def test_columns_of_the_prompt_that_are_none(lm, n_prompt):
-    with pytest.raises(InputError, match="expected columns of the prompt"):
+    with pytest.raises(InputError, match=r"expected columns of the prompt|expected int or None"):
         cv.attach(lm, tiny.random_adapter(lm), n_prompt=n_prompt)

@@ -15,7 +15,7 @@ import commandv as cv
 import stored
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.kinds import steering_vector
-from commandv.errors import FormatError, StorageError
+from commandv.errors import FormatError, InputError, StorageError
 from commandv.models.identity import ModelRef
 from limits import file_size_limit
 from stored import REF, adapter_of, assert_same, constructed, data_file, edit
@@ -124,8 +124,8 @@ def test_provenance_that_json_cannot_hold(tmp_path):
         cv.save(Adapter({0: constructed("direft")}, REF, "n", {"made_by": object()}), tmp_path / "a")
     assert not (tmp_path / "a").exists()
     for unnamed in ({1: 2}, None):
-        with pytest.raises(FormatError, match="provenance of n is not plain JSON"):
-            cv.save(Adapter({0: constructed("direft")}, REF, "n", unnamed), tmp_path / "a")
+        with pytest.raises(InputError, match=r"provenance is .*, expected Mapping of str, Any"):
+            Adapter({0: constructed("direft")}, REF, "n", unnamed)
     adapter = Adapter({0: constructed("direft")}, REF, "n", {"loss": [1.5, float("nan")]})
     assert cv.load_adapter(cv.save(adapter, tmp_path / "a")).provenance == {"loss": [1.5, None]}
 

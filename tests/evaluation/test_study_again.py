@@ -11,12 +11,13 @@ import pytest
 import commandv as cv
 import studied
 import studying
-from commandv.errors import InputError
+from commandv.errors import FormatError, InputError
 from commandv.evaluation import load_task, versions
 from commandv.evaluation.results import cell_key, load_run
 from commandv.evaluation.study import cell as cell_module, run_study, shared as shared_module
 from commandv.evaluation.study.models import ModelSource
 from commandv.evaluation.study.running import cell_content, claim
+from commandv.storage.files import LOCK
 from studied import cell_file, written
 
 asked, out, study = studying.asked, studying.out, studying.study
@@ -99,13 +100,27 @@ def test_a_damaged_cell_is_made_again(study, out, caplog):
     assert "Remove the file" in caplog.text
 
 
+def test_a_cell_whose_labels_were_edited_is_measured_again(content, tmp_path, caplog):
+    study = written(content, tmp_path / "s.yaml")
+    out = tmp_path / "run"
+    before = run_study(study, out).cells[0]
+    cell = json.loads((file := cell_file(out, seed=0)).read_text())
+    cell["arms"][0]["labels"] = {task: "1" * len(labels) for task, labels in cell["arms"][0]["labels"].items()}
+    file.write_text(json.dumps(cell))
+    with pytest.raises(FormatError, match="changed since it was written"):
+        load_run(out)
+    after = run_study(study, out).cells[0]
+    assert [arm.labels for arm in after.arms] == [arm.labels for arm in before.arms]
+    assert "changed since it was written" in caplog.text
+
+
 def test_a_directory_serves_one_study_and_one_process(content, tmp_path):
     study = written(content, tmp_path / "s.yaml")
     out = tmp_path / "run"
     out.mkdir()
     context = multiprocessing.get_context("spawn")
     held, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(str(out / ".lock"), held, done))
+    other = context.Process(target=_hold, args=(str(out / LOCK), held, done))
     other.start()
     try:
         assert held.wait(30)

@@ -58,12 +58,29 @@ def test_names_that_cannot_go_into_file_names(name, message, content, tmp_path):
         ({"methods": {"published": {}}}, "names of arms"),
         ({"methods": {"mine": {"fit": "magic"}}}, "methods.mine.fit: 'magic': expected one of ridge"),
         ({"name": "a/b"}, "name: "),
+        ({"scales": [1e30]}, "scales.0: "),
+        ({"seeds": [True]}, "seeds: .*true.*: a truth value, expected a number"),
+        ({"n_test": True}, "n_test: true: a truth value"),
+        ({"question": False}, "question: false: a truth value, .*put a text in quotes"),
+        ({"methods": {"mine": {"prompts": 0}}}, "methods.mine.prompts: "),
         ({"behaviours": {"x": {"task": "pirate"}}}, "neither examples, a vector nor an adapter for the donor 'one'"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(content, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         written({**content, **change}, tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank": 0}, {"epochs": 0}, {"epochs": True}, {"learning_rate": 0}, {"learning_rate": float("nan")},
+     {"rates": {"one": -1}}, {"max_response": 0}, {"batch_size": -1}, {"positions": "l0x"}, {"layers": "top"}],
+)  # fmt: skip
+def test_a_training_that_could_not_run_is_found_out_before_hours_of_others(content, tmp_path, change):
+    (name,) = content["behaviours"]
+    content["behaviours"][name] |= {"training": change}
+    with pytest.raises(InputError, match=f"behaviours.{name}.training.{next(iter(change))}"):
+        written(content, tmp_path / "s.yaml")
 
 
 def test_profiles_may_be_of_several_prompt_sets(content, folder, tmp_path):

@@ -112,7 +112,7 @@ def test_sizes_below_one_are_refused(lm, options):
 
 
 def test_one_string_is_not_a_list_of_prompts(lm):
-    with pytest.raises(InputError, match="write \\[prompt\\]"):
+    with pytest.raises(InputError, match="write \\[text\\] for one"):
         cv.generate(lm, "How do I make tea?")
 
 

@@ -198,7 +198,7 @@ def test_chat_needs_a_chat_template():
 
 
 def test_unknown_template():
-    with pytest.raises(InputError, match="expected 'auto', 'chat' or 'plain'"):
+    with pytest.raises(InputError, match="expected one of 'auto', 'chat', 'plain'"):
         tiny.tiny_lm(template="alpaca")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 
 import openai
@@ -222,6 +223,34 @@ def test_bodies_that_are_no_request(own, body, status):
         chunked = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=10)
         chunked.request("POST", "/v1/completions", iter([b" " * 1500] * 2), {"Content-Type": "application/json"})
         assert chunked.getresponse().status == 413
+
+
+def test_a_body_that_is_far_too_long_is_read_on_until_its_client_hears_why(own):
+    """Else the connection breaks while the client sends, and it never sees the answer."""
+    with serving(own, {}, max_body=2000, api_key="k") as served:
+        for key, status in (("k", 413), ("wrong", 401)):
+            for body in (b"x" * (8 << 20), iter([b"x" * (1 << 20)] * 8)):
+                connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30)
+                headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+                connection.request("POST", "/v1/completions", body, headers)
+                answer = connection.getresponse()
+                assert (answer.status, set(json.loads(answer.read()))) == (status, {"error"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"n": True}, {"max_tokens": True}, {"max_tokens": "8"}, {"temperature": True}, {"temperature": "0"},
+        {"seed": False}, {"stream": 1}, {"stream": "yes"}, {"logprobs": True}, {"prompt": [True, False]},
+        {"prompt": [[True]]}, {"prompt": ["a", 3]}, {"max_tokens": -1}, {"max_tokens": 0}, {"n": 0}, {"n": -1},
+        {"logprobs": -1}, {"logprobs": 6}, {"top_p": 0}, {"temperature": -1}, {"temperature": float("nan")},
+        {"max_tokens": 1e400}, {"max_tokens": 10**30}, {"prompt": []}, {"prompt": [[]]},
+    ],
+)  # fmt: skip
+def test_values_of_another_type_or_out_of_range(served, wrong):
+    status, _, answer = post(served, {"model": "base", "prompt": "tea", "max_tokens": 2, **wrong}, "/v1/completions")
+    assert status == 400
+    assert next(iter(wrong)) in answer["error"]["message"] + str(answer["error"]["param"])
 
 
 def test_half_of_a_surrogate_pair_is_no_text(served):

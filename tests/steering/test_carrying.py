@@ -145,7 +145,7 @@ def test_what_cannot_be_carried_is_refused(siblings):
         cv.carry_directions(v, link, layers=[0])
     with pytest.raises(InputError, match="has no length to keep"):
         cv.carry_directions({3: torch.zeros(donor.d_model)}, link, rescale="norm share")
-    with pytest.raises(InputError, match="expected 'norm share'"):
+    with pytest.raises(InputError, match="expected one of 'norm share'"):
         cv.carry_directions(v, link, rescale="twice")
     with pytest.raises(MismatchError):
         cv.link(donor, cv.profile(lm, MANY, cache=False, text=None))

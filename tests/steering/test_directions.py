@@ -76,7 +76,7 @@ def test_methods_say_what_they_need(lm):
         cv.directions(lm, CONTRAST, "actadd")
     with pytest.raises(InputError, match="expected one of actadd, caa"):
         cv.directions(lm, CONTRAST, "magic")
-    with pytest.raises(InputError, match="expected 2 of each"):
+    with pytest.raises(InputError, match="expected 2 or more of each"):
         cv.directions(lm, ONE, "probe")
 
 

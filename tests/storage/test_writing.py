@@ -19,8 +19,8 @@ from commandv.interop.control_vectors import write_control_vector
 from commandv.interop.sae import SAE, save_sae
 from commandv.positions import EVERYWHERE
 from commandv.storage.directories import read_artefact
-from commandv.storage.files import cache_dir, write_text, writing
-from commandv.storage.foreign import new_directory
+from commandv.storage.files import LOCK, cache_dir, write_text, writing
+from commandv.storage.foreign import BUILD, new_directory
 from commandv.storage.kinds import ADAPTER
 from stored import data_file
 
@@ -87,6 +87,44 @@ def test_what_is_no_artefact_of_the_kind_is_refused_and_left_alone(which, holds,
     with pytest.raises(FormatError, match=r"target.*choose another place"):
         write(target)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("which", ["save", "profile", "save_profile", "sae"])
+@pytest.mark.parametrize("name", [".lock", ".build", ".moving", ".git"])
+def test_hidden_files_of_the_user_are_files_too(which, name, made, tmp_path):
+    lm, adapter, _ = made
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / name).write_text("")  # a lock of another program is as empty as one of ours
+    with pytest.raises(FormatError, match=rf"\{name}"):
+        writers(lm, adapter)[which](target)
+    assert [one.name for one in target.iterdir()] == [name]
+
+
+def test_a_directory_of_the_user_named_as_one_that_is_being_filled(tmp_path):
+    (tmp_path / ".build" / "debug").mkdir(parents=True)
+    with pytest.raises(FormatError, match=r"\.build"), new_directory(tmp_path, "last.json"):
+        pytest.fail("it was taken for ours")
+    assert (tmp_path / ".build" / "debug").is_dir()
+    assert BUILD.startswith(".commandv")
+
+
+@pytest.mark.parametrize("kind", ["text", "link", "directory"])
+def test_what_lies_where_a_lock_would_be_and_is_none(kind, made, tmp_path):
+    _, adapter, _ = made
+    (tmp_path / "mine.txt").write_text("mine")
+    lock = tmp_path / "a" / LOCK
+    lock.parent.mkdir()
+    if kind == "text":
+        lock.write_text("mine")
+    elif kind == "link":
+        lock.symlink_to(tmp_path / "mine.txt")
+    else:
+        lock.mkdir()
+    with pytest.raises(FormatError, match="not a lock of commandv"):
+        cv.save(adapter, tmp_path / "a")
+    assert [one.name for one in (tmp_path / "a").iterdir()] == [LOCK]
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("which", ["save", "profile"])
@@ -202,11 +240,12 @@ def test_what_a_killed_save_leaves_is_removed_by_the_next(made, tmp_path):
         data_file(tmp_path / "b").name,
         ".config.json.0123abcd.tmp",
         ".tensors-0123456789ab.safetensors.00000000.tmp",
-        ".lock",
     ):
         for place in (tmp_path / "a", tmp_path / "first"):
             place.mkdir(exist_ok=True)
             (place / left).write_bytes(b"half")
+    for place in (tmp_path / "a", tmp_path / "first"):
+        (place / LOCK).touch()
     assert same(cv.load_adapter(tmp_path / "a"), adapter)
     for place in (tmp_path / "a", tmp_path / "first"):
         cv.save(adapter, place)
@@ -215,8 +254,9 @@ def test_what_a_killed_save_leaves_is_removed_by_the_next(made, tmp_path):
 
 
 def test_what_a_killed_writer_of_a_file_leaves_is_removed_by_the_next(tmp_path):
-    for left in (".report.md.0123abcd.tmp", ".report.md.lock", ".other.md.0123abcd.tmp", ".report.md.notes.tmp"):
+    for left in (".report.md.0123abcd.tmp", ".other.md.0123abcd.tmp", ".report.md.notes.tmp"):
         (tmp_path / left).write_text("half")
+    (tmp_path / f".report.md{LOCK}").touch()
     write_text(tmp_path / "report.md", "whole")
     assert set(contents(tmp_path)) == {"report.md", ".other.md.0123abcd.tmp", ".report.md.notes.tmp"}
 

@@ -30,7 +30,7 @@ from commandv.evaluation.study import load_study, run_study, shared as shared_mo
 from gguf_model import tensors, write
 
 torch.set_num_threads(1)
-LEFT = (".tmp", ".lock", ".build", ".moving", ".parts", ".checkpoint")
+LEFT = (".tmp", ".lock", "commandv.build", "commandv.moving", ".parts", ".checkpoint")
 
 
 class Killing:

@@ -102,13 +102,15 @@ def test_an_adapter_is_not_overwritten(tmp_path):
     ],
 )
 def test_what_is_no_demonstration(wrong):
-    with pytest.raises(InputError, match=r"texts that are not empty|expected counts"):
+    with pytest.raises(InputError, match=r"texts that are not empty|expected counts|expected tuple of str"):
         replace(MADE, **wrong)
 
 
 @pytest.mark.parametrize("answers", ["ab", {"What?": "a", "Who?": "b"}, [None, "b"], [1, 2], ["a", "\ud800"]])
 def test_answers_that_are_none(answers):
-    with pytest.raises(InputError, match="answers: expected a list of texts"):
+    with pytest.raises(
+        InputError, match=r"answers is a .*, expected Sequence of str|answers: expected a list of texts"
+    ):
         cv.demonstrate(None, None, ["What?", "Who?"], answers=answers)
 
 

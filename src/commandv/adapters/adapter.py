@@ -16,6 +16,7 @@ from torch import Tensor
 
 from commandv.adapters.edit import Edit, Spec, require_numbers
 from commandv.adapters.outline import MOST_LAYERS, require_scale
+from commandv.arguments import checked
 from commandv.errors import InputError, require_known
 from commandv.models.identity import ModelRef
 from commandv.positions import LAST, Positions
@@ -29,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Intervention(Edit):
     """Delta(h) = act(h Rᵀ + b) W, added to the residual stream at some positions.
@@ -138,6 +140,7 @@ def low_rank(one: Edit, what: str) -> Intervention:
     return one
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """Interventions by layer, and where they come from.

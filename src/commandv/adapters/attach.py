@@ -10,6 +10,7 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.edit import Edit
 from commandv.adapters.outline import require_scale, require_shape
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.live import Attachment, attach_change
 from commandv.models.lm import LM
@@ -17,6 +18,7 @@ from commandv.models.passes import Addend, Additions
 from commandv.positions import MOST
 
 
+@checked
 def attach(lm: LM, adapter: Adapter, *, scale: float = 1.0, n_prompt: int | None = None) -> Attachment:
     """Attach an adapter to a model: as a context manager, or as a handle with `detach()`.
 

@@ -14,6 +14,7 @@ from commandv.adapters.adapter import Intervention
 from commandv.adapters.edit import Edit, Spec
 from commandv.adapters.network import Network, shapes
 from commandv.adapters.outline import require_scale
+from commandv.arguments import checked
 from commandv.errors import MismatchError
 from commandv.positions import Positions
 
@@ -43,6 +44,7 @@ class CarriedSpec(Spec):
     carried: _Through
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Carried(Edit):
     """Delta(h) = s · [back(into(h) + Delta_D(into(h))) - back(into(h))]: a difference is carried, not a state.

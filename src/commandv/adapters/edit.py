@@ -19,6 +19,8 @@ def require_numbers(tensor: Tensor, what: str) -> None:
     """Raise `InputError` unless a tensor holds floating-point numbers of at most `LARGEST` in size."""
     if not tensor.is_floating_point():
         raise InputError(f"{what} holds {tensor.dtype}, expected floating-point numbers")
+    if tensor.layout != torch.strided:
+        raise InputError(f"{what} is {tensor.layout}, expected plain numbers; give it .to_dense()")
     if tensor.numel() and not float(tensor.detach().abs().amax()) <= LARGEST:  # NaN is not, either
         raise InputError(
             f"{what} holds NaN or infinity, or numbers beyond {LARGEST:.0e}; the file, its training or its scale is "

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
 from commandv.adapters.edit import require_numbers
+from commandv.arguments import checked
 from commandv.errors import InputError
 
 
+@checked
 def loreft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "linear") -> tuple[Intervention, ...]:
     """LoReFT: h + (act(h Wᵀ + b) - h Q) Qᵀ.
 
@@ -38,6 +40,7 @@ def loreft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "li
     )
 
 
+@checked
 def noreft(
     source_weight: Tensor, source_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, activation: str = "linear"
 ) -> tuple[Intervention, ...]:
@@ -50,21 +53,25 @@ def noreft(
     )
 
 
+@checked
 def consreft(bias: Tensor, rotation: Tensor) -> tuple[Intervention, ...]:
     """ConsReFT: h + (b - h Q) Qᵀ with b [rank] and Q [d_model, rank]."""
     return (Intervention(-rotation.T, bias, rotation.T),)
 
 
+@checked
 def lobireft(bias: Tensor, rotation: Tensor) -> tuple[Intervention, ...]:
     """LobiReFT: h + b Qᵀ with b [rank] and Q [d_model, rank]."""
     return (Intervention(torch.zeros_like(rotation.T), bias, rotation.T),)
 
 
+@checked
 def direft(weight: Tensor, bias: Tensor, rotation: Tensor, activation: str = "linear") -> tuple[Intervention, ...]:
     """DiReFT: h + act(h Wᵀ + b) Qᵀ with W [rank, d_model], b [rank], Q [d_model, rank]."""
     return (Intervention(weight, bias, rotation.T, activation),)
 
 
+@checked
 def nodireft(
     source_weight: Tensor, source_bias: Tensor, proj_weight: Tensor, activation: str = "linear"
 ) -> tuple[Intervention, ...]:
@@ -72,6 +79,7 @@ def nodireft(
     return (Intervention(source_weight, source_bias, proj_weight, activation),)
 
 
+@checked
 def steering_vector(vector: Tensor, strength: float = 1.0) -> tuple[Intervention, ...]:
     """A steering vector: h + strength · v with v [d_model].
 
@@ -84,6 +92,7 @@ def steering_vector(vector: Tensor, strength: float = 1.0) -> tuple[Intervention
     return (Intervention(torch.zeros(1, len(vector)), torch.ones(1), strength * vector[None].float()),)
 
 
+@checked
 def ablation(directions: Tensor) -> tuple[Intervention, ...]:
     """Directional ablation: h - (h Uᵀ) U, the projection off the span of `directions` [n, d_model] or [d_model].
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import InputError, require_known
 
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"cos": torch.cos, "relu": torch.relu}
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Network:
     """y = (x - m) L + act((x - m) E + e) O + o, from one residual stream (x, width d_x) to another (y, width d_y).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -47,7 +48,7 @@ def outline_of(source: str) -> Outline | None:
         FormatError: a directory of ours that is not whole.
     """
     path = builtin_path(source.removeprefix(BUILTIN)) if source.startswith(BUILTIN) else Path(source)
-    if not (path / CONFIG).is_file():
+    if not os.path.isfile(path / CONFIG):
         return None
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or config.get("format") != ADAPTER.format:

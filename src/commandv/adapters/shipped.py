@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from pathlib import Path
 
 from commandv.errors import FormatError, did_you_mean
@@ -32,7 +33,7 @@ def require_adapter_source(source: str) -> None:
     """Raise `FormatError` where there can be no adapter: no shipped one of the name, no such file or directory."""
     if source.startswith(BUILTIN):
         builtin_path(source.removeprefix(BUILTIN))
-    elif not Path(source).exists() and not is_repo(source):
+    elif not os.path.exists(source) and not is_repo(source):
         near = did_you_mean(BUILTIN + source, [BUILTIN + one for one in builtin_adapters()])
         raise FormatError(f"{source}: {no_such_file(Path(source))}{near}")
 

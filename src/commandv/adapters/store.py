@@ -16,6 +16,7 @@ from pydantic_core import PydanticSerializationError
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.carried import Carried
 from commandv.adapters.edit import Edit, Spec
+from commandv.arguments import checked
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
 from commandv.storage.directories import VERSION, read_artefact, write_artefact
@@ -58,6 +59,7 @@ class _Config(_Strict):
     files: dict[str, _FileSpec] = {}  # none in version 1
 
 
+@checked
 def save(adapter: Adapter, path: str | Path) -> Path:
     """Write an adapter as a directory, atomically; an earlier adapter there is replaced.
 

@@ -68,11 +68,12 @@ def main() -> None:
     except typer.Abort:
         code = 130
     except OSError as error:
-        if error.filename is not None:  # not of our output
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it ends
         code = 1
-        if error.errno != errno.EPIPE:  # whose reader has gone, such as `head`
+        if error.filename is not None:  # not of our output
+            code = _report(StorageError(f"{error.filename}: {error.strerror}; check the name and who may use it"))
+        else:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it ends
+        if error.filename is None and error.errno != errno.EPIPE:  # whose reader has gone, such as `head`
             code = _report(StorageError(f"the output cannot be written: {error.strerror}; free some space"))
     sys.exit(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def of_path(context: typer.Context, path: Path) -> Path:
     """Return the path of a file or directory that is there."""
     from commandv.storage.reading import no_such_file
 
-    if not path.exists() and not context.resilient_parsing:
+    if not os.path.exists(path) and not context.resilient_parsing:
         raise FormatError(f"{path}: {no_such_file(path)}")
     return path
 

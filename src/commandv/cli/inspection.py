@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -116,14 +117,14 @@ def _is_model(source: str) -> bool:
     from commandv.models.names import PACKAGED
 
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             return False
         from commandv.interop.control_vectors import is_control_vector
 
         return not is_control_vector(path)
-    if path.is_dir():
-        return (path / CONFIG).is_file() and '"model_type"' in (path / CONFIG).read_text("utf-8", "replace")
+    if os.path.isdir(path):
+        return os.path.isfile(path / CONFIG) and '"model_type"' in (path / CONFIG).read_text("utf-8", "replace")
     return source in PACKAGED or (is_repo(source) and holds_model(source))
 
 

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.evaluation.reasoning import final_answer, is_right
 from commandv.prompts.sets import Prompt, PromptSet
@@ -27,6 +28,7 @@ def is_dev(expression: str) -> bool:
     return hashlib.sha256(expression.encode()).digest()[0] % 3 == 0
 
 
+@checked
 def arithmetic_prompts(
     n_dev: int = 60, n_test: int = 140, *, levels: Sequence[tuple[int, int]] = LEVELS, seed: int = 0
 ) -> tuple[PromptSet, PromptSet]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
 from commandv.adapters.kinds import steering_vector
+from commandv.arguments import checked
 from commandv.errors import InputError, require_known
 from commandv.evaluation.material import ANSWER_TOKENS, Material
 from commandv.models.encoding import Turns, encode
@@ -100,6 +101,7 @@ class Arm:
     epochs: int = 0
 
 
+@checked
 def make_arm(name: str, material: Material) -> Made:
     """Make an arm, and tell what that took.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import runpy
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from commandv.arguments import checked
 from commandv.errors import InputError, did_you_mean
 from commandv.evaluation.arithmetic import arithmetic_prompts, by_hash, sum_is_right
 from commandv.evaluation.formats import FORMATS, opens_with, word_count
@@ -26,6 +28,7 @@ from commandv.storage.reading import no_such_file
 NO_TASKS: Mapping[str, Task] = MappingProxyType({})
 
 
+@checked
 def load_task(spec: str, more: Mapping[str, Task] = NO_TASKS) -> Task:
     """Return a task by `NAME` or `NAME:FILE`, such as `json`, `json:my-questions.jsonl`, `exact:gsm8k.jsonl`.
 
@@ -56,6 +59,7 @@ def load_task(spec: str, more: Mapping[str, Task] = NO_TASKS) -> Task:
     )
 
 
+@checked
 def tasks_of(file: str | Path) -> dict[str, Task]:
     """Run a Python file and return its `TASKS`, a dictionary from names to `Task` objects.
 
@@ -64,7 +68,7 @@ def tasks_of(file: str | Path) -> dict[str, Task]:
     Raises:
         InputError: no such file, an error while it runs, no `TASKS` in it, or a name of a built-in task.
     """
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         raise InputError(f"{file}: {no_such_file(Path(file))}; expected Python code that defines TASKS")
     try:
         found = runpy.run_path(str(file)).get("TASKS")
@@ -172,6 +176,7 @@ _SUM = ByPrompt(
 )
 
 
+@checked
 def expecting(
     pattern: str = "",
     file: str | Path | None = None,

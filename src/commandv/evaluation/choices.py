@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from commandv.adapters.adapter import Adapter
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.evaluation.price import token_log_probs
 from commandv.evaluation.questions import Question
@@ -34,6 +35,7 @@ class Choices(NamedTuple):
         return rate(self.name, [bool(label) for label in (self.labels_by_length if by_length else self.labels)])
 
 
+@checked
 def multiple_choice(
     lm: LM,
     questions: Sequence[Question],

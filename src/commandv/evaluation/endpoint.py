@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from commandv.arguments import checked
 from commandv.errors import InputError, JudgeError
 from commandv.evaluation.client import MOST_REPLY, Response, Round
 from commandv.evaluation.judgments import CostlyJudge, Judgment, by_word
@@ -56,6 +57,7 @@ class Usage:
     nonsense: int = 0
 
 
+@checked
 @dataclass(frozen=True)
 class Endpoint(CostlyJudge):
     """Asks a model behind an OpenAI-compatible endpoint for one word per answer, at temperature 0.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode
 from commandv.models.generation import batches
@@ -108,6 +109,7 @@ class Forecast:
         return asdict(self)
 
 
+@checked
 def predict(lm: LM, adapter: Adapter, demonstrations: Demonstrations, *, scale: float = 1.0) -> Forecast:
     """Forecast, before the recipient generates a token with it, whether an adapter's behaviour will arrive.
 

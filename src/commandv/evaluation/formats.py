@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from commandv.arguments import checked
 from commandv.evaluation.graders import Grader, unless_looping
 from commandv.prompts.loops import loops
 
@@ -55,18 +56,21 @@ def find_json(text: str) -> tuple[Any, int] | None:
     return None
 
 
+@checked
 @unless_looping
 def json_strict(text: str) -> bool:
     """True when the whole answer is a non-empty JSON object or array."""
     return parse_json(text) is not None
 
 
+@checked
 @unless_looping
 def json_lenient(text: str) -> bool:
     """True when the whole answer or a fenced block in it is a non-empty JSON object or array."""
     return json_strict(text) or any(parse_json(block[1]) is not None for block in _FENCE.finditer(text))
 
 
+@checked
 def json_fields(fields: Sequence[str], *, strict: bool = False) -> Grader:
     """Return the grader that asks for a JSON object in which each of the fields has a value.
 
@@ -87,6 +91,7 @@ def _filled(value: Any) -> bool:
     return value is not None and value not in ("", [], {}) and (not isinstance(value, str) or bool(value.strip()))
 
 
+@checked
 @unless_looping
 def capitals(text: str) -> bool:
     """True when at least nine in ten of the letters that have a case, and two at least, are capitals."""
@@ -94,6 +99,7 @@ def capitals(text: str) -> bool:
     return len(cased) >= 2 and sum(cased) >= CAPITALS_SHARE * len(cased)
 
 
+@checked
 def opens_with(opening: str) -> Grader:
     """Return the grader that asks for an opening as given, case and all, ending at a word's end."""
     wanted = _plain_quotes(opening.strip())
@@ -110,6 +116,7 @@ def _plain_quotes(text: str) -> str:
     return text.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
 
 
+@checked
 def word_count(text: str) -> int:
     """Return the number of words: runs without white space that hold a letter or a digit."""
     return sum(any(character.isalnum() for character in word) for word in text.split())
@@ -135,6 +142,7 @@ _LANGUAGES = {name: frozenset(words.split()) for name, words in _STOP_WORDS.item
 MIN_HITS = 2  # different function words that a guess rests on
 
 
+@checked
 def outside_script(text: str, script: str = "LATIN") -> float:
     """Return the share of letters outside a script, 0 for a text without letters.
 
@@ -147,6 +155,7 @@ def outside_script(text: str, script: str = "LATIN") -> float:
     return outside / len(letters) if letters else 0.0
 
 
+@checked
 def language(text: str) -> str:
     """Name the language of a text by its function words, `"other script"` when it is not in Latin letters.
 
@@ -162,6 +171,7 @@ def language(text: str) -> str:
     return first if hits[first] >= MIN_HITS and hits[first] > hits[second] else ""
 
 
+@checked
 def in_another_language(home: str = "english") -> Grader:
     """Return the grader that is True for an answer recognised as in another language than `home`, looping or not."""
 
@@ -174,6 +184,7 @@ def in_another_language(home: str = "english") -> Grader:
 # -- repetition -------------------------------------------------------------------------------------------------------
 
 
+@checked
 def distinct_share(text: str, n: int = 2) -> float:
     """Return the number of different runs of n words over the number of such runs, 1 where there is none.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from commandv.arguments import checked
 from commandv.errors import InputError, did_you_mean, require_known
 from commandv.evaluation.endpoint import Endpoint
 from commandv.evaluation.graders import GRADERS
@@ -20,6 +21,7 @@ from commandv.prompts.sets import Prompt
 _PHRASE_FILE = "refusal-phrases.json"
 
 
+@checked
 @dataclass(frozen=True)
 class Phrases:
     """Finds fixed phrases in an answer, as string-match scorers of published work do.
@@ -57,6 +59,7 @@ class Phrases:
         return text.startswith(phrases) if self.match == "prefix" else any(phrase in text for phrase in phrases)
 
 
+@checked
 def refusal_phrases(name: str) -> Phrases:
     """Return a published list of refusal phrases, matched as its authors match it; its source is in the data file.
 
@@ -91,6 +94,7 @@ def _guard(rest: str) -> CostlyJudge:
     return Guard(rest)
 
 
+@checked
 def load_judge(spec: str, *, folder: Path | None = None) -> Judge:
     """Return the judge that a spec names; costly ones keep their judgments.
 

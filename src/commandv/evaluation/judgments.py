@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from commandv.arguments import checked
 from commandv.errors import FormatError, JudgeError, StorageError
 from commandv.prompts.sets import Prompt
 from commandv.storage.files import cache_dir, digest, storage_errors
@@ -75,6 +76,7 @@ class CostlyJudge(Protocol):
         return _reported(self.name, [found[i] for i in range(len(answers))])
 
 
+@checked
 @dataclass(frozen=True)
 class Cached:
     """A costly judge that is asked once per answer, over all runs.

@@ -11,6 +11,7 @@ import pydantic
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.generation import generate
 from commandv.models.lm import LM
@@ -56,6 +57,7 @@ class Likeness:
         return [float(bool(like) and not loops(answer)) for like, answer in zip(found, answers, strict=True)]
 
 
+@checked
 def like_the_donor(
     donor: LM, adapter: Adapter, recipient: LM, prompts: PromptSet, *, max_new_tokens: int = 48, batch_size: int = 64
 ) -> Likeness:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.evaluation.tuning import Setting
 from commandv.models.layers import all_layers
@@ -28,6 +29,7 @@ from commandv.transfer.paste import as_published, random_like
 ANSWER_TOKENS = 48  # of the donor's answers, as many as are graded
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Material:
     """What the arms of one comparison are made of. An arm says what it needs of it (`arms.Arm.needs`).
@@ -145,6 +147,7 @@ class Material:
         return self.link.kept.get(name, make)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DirectionMaterial(Material):
     """Material of a comparison of directions, one per layer, which each model has of its own.

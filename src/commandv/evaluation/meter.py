@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
+from commandv.arguments import checked
 from commandv.evaluation.arms import Made
 from commandv.evaluation.outcomes import Outcome, answered, judged
 from commandv.evaluation.price import MEASURES, prices, reply_log_probs
@@ -35,6 +36,7 @@ class Measured:
     seconds: float
 
 
+@checked
 class Meter:
     """Measures arms on one model with nothing attached; what the unmodified model predicts is read once."""
 
@@ -103,6 +105,7 @@ class Meter:
         )  # fmt: skip
 
 
+@checked
 def price_scores(price: dict[str, list[float]]) -> dict[str, Score]:
     """Return a price with 95 % intervals over passages: means of KL, geometric means of perplexities.
 

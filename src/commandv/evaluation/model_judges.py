@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from commandv.arguments import checked
 from commandv.errors import InputError, ModelError
 from commandv.evaluation.judgments import CostlyJudge, Judgment, by_word
 from commandv.models.encoding import pad
@@ -27,6 +29,7 @@ from commandv.storage.files import digest, file_digest
 log = logging.getLogger(__name__)
 
 
+@checked
 @dataclass(frozen=True)
 class Classifier(CostlyJudge):
     """Asks a sequence-classification model whether one of its labels is the most likely one for an answer.
@@ -110,6 +113,7 @@ class Classifier(CostlyJudge):
         return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), longest
 
 
+@checked
 @dataclass(frozen=True)
 class Guard(CostlyJudge):
     """Asks a generative guard model through its own chat template and reads the first word of its reply.
@@ -221,12 +225,12 @@ def _revision(model: str) -> str:
     """Return what tells a model's versions apart, without loading it."""
     if model in PACKAGED:
         return model
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         kept = [
             one for one in sorted(Path(model).iterdir()) if one.suffix in (".json", ".safetensors", ".jinja", ".bin")
         ]
         return digest([(one.name, _hash_of(str(one), *_state(one))) for one in kept])
-    if Path(model).is_file():
+    if os.path.isfile(model):
         return file_digest(Path(model))
     import transformers
 

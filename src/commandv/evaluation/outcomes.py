@@ -11,6 +11,7 @@ from pathlib import Path
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
+from commandv.arguments import checked
 from commandv.errors import CommandVError, FormatError, InputError
 from commandv.evaluation.scores import Score, mean, rate
 from commandv.evaluation.tasks import Split, Task
@@ -60,6 +61,7 @@ class Outcome:
         return sum(self.words) / len(self.words)
 
 
+@checked
 def measure(
     lm: LM,
     task: Task,
@@ -145,6 +147,7 @@ def require_outcome_place(path: Path) -> None:
         raise FormatError(f"{path}: is there and no outcome of a task, so it is not replaced; choose another place")
 
 
+@checked
 def write_outcome(outcome: Outcome, task: Task, path: str | Path, *, split: Split = "test") -> None:
     """Write an outcome as plain JSONL, one row per prompt: label, whether the answer loops, the answer where kept.
 

@@ -10,6 +10,7 @@ import torch
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.evaluation.scores import Score, geometric_mean, mean
 from commandv.models.encoding import Encoded, Turns, encode, last_logits, opening, pad_replies
@@ -24,6 +25,7 @@ CONTEXT_TOKENS = 16  # of each passage that are read before perplexity counts
 MEASURES = ("kl", "kl_first", "kl_after", "perplexity_first", "perplexity_after")
 
 
+@checked
 def drift(
     lm: LM,
     passages: PromptSet,
@@ -54,6 +56,7 @@ def drift(
     return mean(name, values, "nats per token")
 
 
+@checked
 def drift_values(
     lm: LM,
     passages: PromptSet,
@@ -70,6 +73,7 @@ def drift_values(
     return [float(one.mean()) for one in _by_token(plain, changed)]
 
 
+@checked
 def prices(
     lm: LM,
     passages: PromptSet,
@@ -105,7 +109,17 @@ def prices(
 
 
 def _by_token(plain: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return KL(plain || changed) of each passage, token by token."""
+    """Return KL(plain || changed) of each passage, token by token.
+
+    Raises:
+        InputError: distributions of other passages, or of fewer tokens of them.
+    """
+    shapes = [[tuple(one.shape) for one in many] for many in (plain, changed)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"distributions of {len(plain)} and {len(changed)} passages, or of other numbers of tokens: expected those "
+            "of the same passages on both sides, see reply_log_probs"
+        )
     return [(a.float().exp() * (a.float() - b.float())).sum(-1) for a, b in zip(plain, changed, strict=True)]
 
 
@@ -116,6 +130,7 @@ def _apart(by_token: Sequence[torch.Tensor]) -> dict[str, list[float]]:
     }
 
 
+@checked
 def perplexity(
     lm: LM,
     passages: PromptSet | Sequence[str],
@@ -153,6 +168,7 @@ def perplexity(
     return geometric_mean(name, values, "perplexity")
 
 
+@checked
 def perplexity_values(
     lm: LM,
     passages: PromptSet | Sequence[str],
@@ -187,6 +203,7 @@ def _plain(lm: LM, text: str, context: int, tokens: int) -> Encoded:
     return Encoded(kept, n_prompt, [-1] * len(kept))
 
 
+@checked
 def reply_log_probs(
     lm: LM,
     passages: PromptSet,

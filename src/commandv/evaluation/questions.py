@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.prompts.sets import file_rows
 
@@ -17,6 +18,7 @@ _FORMS = (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class Question:
     """A question with answers to choose from.
@@ -42,6 +44,7 @@ class Question:
             raise InputError(f"answer {self.answer}: expected an index into {len(self.choices)} choices")
 
 
+@checked
 def as_letters(questions: Sequence[Question]) -> list[Question]:
     """Return the questions with their choices listed as "(A) ..." under the text, and the letters to choose from.
 
@@ -55,6 +58,7 @@ def as_letters(questions: Sequence[Question]) -> list[Question]:
     return out
 
 
+@checked
 def load_questions(path: str | Path) -> list[Question]:
     """Load multiple-choice questions from a .jsonl file.
 

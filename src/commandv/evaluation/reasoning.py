@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
+from commandv.arguments import checked
 from commandv.evaluation.formats import find_json, word_count
 from commandv.evaluation.graders import unless_looping
 
@@ -38,6 +39,7 @@ class Final(NamedTuple):
     start: int
 
 
+@checked
 def final_answer(text: str) -> Final | None:
     r"""Return the final answer that a text marks as such, None when it marks none.
 
@@ -89,6 +91,7 @@ def numbers(text: str) -> list[Fraction]:
     return found
 
 
+@checked
 def is_right(answer: str, reference: str) -> bool:
     """True when the final answer of a text is the reference.
 
@@ -163,11 +166,13 @@ def answer_start(text: str) -> int:
     return places[-1] if places else line
 
 
+@checked
 def words_before_answer(text: str) -> int:
     """Return the number of words that come before the final answer."""
     return word_count(text[: answer_start(text)])
 
 
+@checked
 @unless_looping
 def reasons_first(text: str) -> bool:
     """True when a marked final answer follows at least eight words of reasons and does not open the text as well.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +20,11 @@ from commandv.evaluation.outcomes import Outcome
 from commandv.evaluation.tuning import Setting, Tried
 from commandv.evaluation.versions import VERSIONS
 from commandv.storage.files import digest, write_text
-from commandv.storage.reading import read_bytes
+from commandv.storage.reading import read_json
 
 VERSION = 3  # 1 named the files of cells by their models, behaviour and seed; 2 had a number per label, and one price
 SIGNIFICANT = 5  # digits of per-prompt figures
+CHECKSUM = "checksum"  # its key in a file; of all else in it
 MOST_RESULT = 1 << 28  # bytes of one cell's file
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -189,9 +191,9 @@ def load_head(folder: Path | str) -> Run:
         FormatError: not a run directory, another version, or a damaged file.
     """
     head = Path(folder) / "run.json"
-    if not head.is_file():
+    if not os.path.isfile(head):
         raise FormatError(f"{folder}: no run.json. Expected a directory that `commandv study` wrote")
-    run = _read(head, Run)
+    run = read_result(head, Run)
     if not 1 <= run.version <= VERSION:
         raise FormatError(f"{head}: version {run.version}, expected 1 to {VERSION}; use the commandv that wrote it")
     return run
@@ -212,7 +214,7 @@ def load_run(folder: Path | str) -> Run:
         if run.plan and file.stem not in run.plan:
             ignored[file.name] = "a cell of other settings, or no cell of this study"
             continue
-        cell = _read(file, Cell)
+        cell = read_result(file, Cell)
         if reason := _foreign(cell, file.stem, run):
             ignored[file.name] = reason
         else:
@@ -229,7 +231,7 @@ def load_cell(file: Path) -> Cell:
     Raises:
         FormatError: it is damaged.
     """
-    return _read(file, Cell)
+    return read_result(file, Cell)
 
 
 def cell_key(donor: str, recipient: str, behaviour: str, seed: int, content: dict[str, Any]) -> str:
@@ -255,9 +257,24 @@ def _foreign(cell: Cell, name: str, run: Run) -> str:
     return ""
 
 
-def _read(file: Path, kind: type[M]) -> M:
+def read_result(file: Path, kind: type[M]) -> M:
+    """Read what `write_result` has written.
+
+    Raises:
+        FormatError: it is damaged, or was changed since; files of earlier versions state no checksum.
+    """
     try:
-        return kind.model_validate_json(read_bytes(file, most=MOST_RESULT))
+        content = read_json(file, most=MOST_RESULT)
+    except FormatError as error:
+        raise FormatError(f"{error}. Remove the file; it is made again") from error
+    stated = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
+    if stated is not None and stated != digest(content):
+        raise FormatError(
+            f"{file}: its content was changed since it was written, which its checksum tells; put back the file as it "
+            "was, or remove it and run the same again: it is made again"
+        )
+    try:
+        return kind.model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -269,7 +286,7 @@ def _read(file: Path, kind: type[M]) -> M:
 def found(file: Path, kind: type[M]) -> M | None:
     """Return what a file of results holds; None where there is none, or a damaged one, which is said."""
     try:
-        return _read(file, kind) if file.exists() else None
+        return read_result(file, kind) if os.path.exists(file) else None
     except FormatError as error:
         log.warning("%s", error)
         return None
@@ -280,24 +297,29 @@ def result(file: Path, kind: type[M], make: Callable[[], M]) -> M:
     kept = found(file, kind)
     if kept is None:
         kept = make()
-        write_text(file, _written(kept.model_dump_json()))
+        write_result(kept, file)
     return kept
 
 
 def save_head(run: Run, folder: Path) -> None:
     """Write `run.json` without the cells."""
-    write_text(folder / "run.json", _written(run.model_dump_json(exclude={"cells", "ignored"})))
+    write_result(run, folder / "run.json", leave_out={"cells", "ignored"})
 
 
 def save_cell(cell: Cell, file: Path) -> None:
     """Write one cell."""
-    write_text(file, _written(cell.model_dump_json()))
+    write_result(cell, file)
 
 
-def _written(text: str) -> str:
-    """Return JSON with a line per key, and lists of plain values on one line, so that changes can be read."""
-    indented = json.dumps(json.loads(text), indent=1, ensure_ascii=False)
-    return re.sub(r"\[\s*((?:[^\[\]{}\"]|\"(?:[^\"\\]|\\.)*\")*?)\s*\]", _joined, indented) + "\n"
+def write_result(found: pydantic.BaseModel, file: Path, *, leave_out: set[str] | None = None) -> None:
+    """Write results with a checksum over their content.
+
+    A line per key, and lists of plain values on one line, so that changes can be read.
+    """
+    content = json.loads(found.model_dump_json(exclude=leave_out))
+    indented = json.dumps({**content, CHECKSUM: digest(content)}, indent=1, ensure_ascii=False)
+    plain = re.sub(r"\[\s*((?:[^\[\]{}\"]|\"(?:[^\"\\]|\\.)*\")*?)\s*\]", _joined, indented)
+    write_text(file, plain + "\n")
 
 
 def _joined(found: re.Match[str]) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 
 Labels: TypeAlias = Sequence[Sequence[float | None]]
@@ -77,6 +78,7 @@ def wilson(share: float, n: float, z: float = Z) -> tuple[float, float]:
     return max(0.0, min(share, centre - margin)), min(1.0, max(share, centre + margin))
 
 
+@checked
 def pooled(name: str, by_seed: Labels, unit: str) -> Score:
     """Return the rate or mean of one arm over all seeds with its 95 % interval (see the module); `n` counts prompts.
 
@@ -91,6 +93,7 @@ def pooled(name: str, by_seed: Labels, unit: str) -> Score:
     return contrast(name, cross({name: by_seed}, unit), (1.0,))
 
 
+@checked
 def rate(name: str, outcomes: Sequence[bool]) -> Score:
     """Return the share of True with its 95 % Wilson interval.
 
@@ -100,6 +103,7 @@ def rate(name: str, outcomes: Sequence[bool]) -> Score:
     return pooled(name, [[float(bool(one)) for one in outcomes]], "rate")
 
 
+@checked
 def mean(name: str, values: Sequence[float], unit: str) -> Score:
     """Return the mean with its 95 % interval (Student's t).
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import optimize
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.evaluation.scores import Labels, Score, aligned, contrast, cross, pooled, sides
 
@@ -35,6 +36,7 @@ class Comparison(NamedTuple):
     recovered: Score | None = None
 
 
+@checked
 def difference(name: str, a: Labels, b: Labels, unit: str) -> Score:
     """Return a minus b with its 95 % interval, paired by prompt and seed; `n` counts the prompts judged in both.
 
@@ -56,6 +58,7 @@ def difference(name: str, a: Labels, b: Labels, unit: str) -> Score:
     return contrast(name, cross({"the first arm": a, "the second arm": b}, unit), (1.0, -1.0))
 
 
+@checked
 def paired_p(a: Labels, b: Labels, unit: str) -> float:
     """Return the two-sided p-value for "both arms do the same": 1 minus the level whose interval just reaches 0.
 
@@ -81,6 +84,7 @@ def paired_p(a: Labels, b: Labels, unit: str) -> float:
     return math.exp(float(optimize.brentq(short, LOWEST_P, -1e-9, xtol=1e-10)))
 
 
+@checked
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number by Holm's step-down method, in the order given.
 
@@ -99,6 +103,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
+@checked
 def recovered_fraction(
     pasted: Labels, unmodified: Labels, direct: Labels, unit: str, success: Literal["more", "less"]
 ) -> Score | None:
@@ -139,6 +144,7 @@ def recovered_fraction(
     return Score("recovered", value, low, high, whole.n, "fraction", whole.over)
 
 
+@checked
 def compare(
     arms: Mapping[str, Labels],
     unit: str,
@@ -182,6 +188,7 @@ def compare(
     return rows
 
 
+@checked
 def kappa(a: Sequence[float | None], b: Sequence[float | None]) -> tuple[float, int]:
     """Return Cohen's kappa of two judges, (agreement - chance) / (1 - chance), and the number of answers both judged.
 

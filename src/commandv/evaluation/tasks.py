@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.evaluation.arithmetic import by_hash
 from commandv.evaluation.graders import Grader
@@ -34,6 +35,7 @@ class Judge(Protocol):
         """Return one label per answer; NaN where there is no judgment. A prompt's `response` is the reference."""
 
 
+@checked
 @dataclass(frozen=True)
 class ByText:
     """The judge that asks a function of the answer's text."""
@@ -47,6 +49,7 @@ class ByText:
         return [float(self.grader(answer)) for answer in answers]
 
 
+@checked
 @dataclass(frozen=True)
 class ByPrompt:
     """The judge that asks a function of the prompt and the answer, for labels that need the prompt's reference."""
@@ -60,6 +63,7 @@ class ByPrompt:
         return [float(self.labeller(prompt, answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
+@checked
 @dataclass(frozen=True)
 class Task:
     """What is asked of a model and how its answers count.
@@ -101,6 +105,7 @@ class Task:
         return self.dev if split == "dev" else self.test
 
 
+@checked
 def load_splits(file: str | Path, *, reference: bool = False, label: str = "") -> tuple[PromptSet, PromptSet]:
     """Load the (dev, test) prompts of a task file: a row per prompt, `{"prompt": ..., "answer": ..., "split": ...}`.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.evaluation.outcomes import Outcome, measure
 from commandv.evaluation.price import drift, reply_log_probs
@@ -24,6 +25,7 @@ DEPTH = 0.8  # share of the depth beyond which a layer is too near to the output
 BUDGET = 0.1  # nats per token
 
 
+@checked
 @dataclass(frozen=True)
 class Setting:
     """Where and how strongly something acts.
@@ -87,6 +89,7 @@ class Choice(Tuned):
     adapter: Adapter
 
 
+@checked
 def grid(
     layers: Iterable[str], scales: Iterable[float] = SCALES, rows: Iterable[Rows | None] = (None,)
 ) -> list[Setting]:
@@ -94,6 +97,7 @@ def grid(
     return [Setting(*one) for one in itertools.product(layers, sorted(scales), rows)]
 
 
+@checked
 def tune(
     lm: LM,
     task: Task,
@@ -197,6 +201,7 @@ def choose(
     return Tuned(tuple(tried), chosen, bool(affordable), affordable=tuple(affordable))
 
 
+@checked
 def choose_layer(
     lm: LM,
     adapter: Adapter,

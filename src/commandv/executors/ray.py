@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from commandv.arguments import checked
 from commandv.errors import CommandVError, InputError, WorkerError
 from commandv.executors.address import WAIT, connected
 from commandv.executors.executor import (
@@ -42,6 +43,7 @@ GPU_BYTES = 40e9  # of weights on one GPU; the rest is for activations
 TICK = 0.5  # seconds between looks at the workers' progress
 
 
+@checked
 @dataclass(frozen=True)
 class Ray:
     """Runs tasks on workers of a Ray cluster, each with models of its own.

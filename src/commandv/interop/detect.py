@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickletools
 import zipfile
 from pathlib import Path
@@ -27,7 +28,7 @@ CONVENTIONS: dict[str, tuple[str, ...]] = {"vector": get_args(LayerConvention), 
 def detect(path: str | Path) -> str:
     """Tell what a path holds: an adapter, a profile, demonstrations, `pyreft`, `vector` or `control-vector`."""
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix in SUFFIXES:
             return "vector"
         if path.suffix == ".gguf":
@@ -37,10 +38,10 @@ def detect(path: str | Path) -> str:
                 return "control-vector"
             raise FormatError(f"{path}: a GGUF file of a model, not of a control vector; open it with load_model")
         raise FormatError(f"{path}: a file of type {path.suffix!r}; expected {', '.join(sorted({*SUFFIXES, '.gguf'}))}")
-    if not path.is_dir():
-        odd = path.exists()  # a pipe, a device
+    if not os.path.isdir(path):
+        odd = os.path.exists(path)  # a pipe, a device
         raise FormatError(f"{path}: {'neither a file nor a directory' if odd else no_such_file(path)}")
-    if (path / CONFIG).is_file() and any(path.glob("intkey_*.bin")):
+    if os.path.isfile(path / CONFIG) and any(path.glob("intkey_*.bin")):
         return "pyreft"
     if (format := _stated_format(path)) in (ADAPTER.format, PROFILE.format, DEMONSTRATIONS.format):
         return format
@@ -48,9 +49,9 @@ def detect(path: str | Path) -> str:
         return "commandv-profile"
     if list(path.glob("tensors*.safetensors")):
         return "commandv-adapter"
-    if (path / "sae_weights.safetensors").is_file():
+    if os.path.isfile(path / "sae_weights.safetensors"):
         raise FormatError(f"{path}: a sparse autoencoder; open it with commandv.interop.sae and steer one feature")
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         raise FormatError(f"{path}: has a config.json but no weights beside it; copy the whole directory")
     names = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
     raise FormatError(f"{path}: not an adapter or profile; the directory holds {names}")

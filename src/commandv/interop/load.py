@@ -8,6 +8,7 @@ from pathlib import Path
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.shipped import builtin_path
 from commandv.adapters.store import read
+from commandv.arguments import checked
 from commandv.interop.control_vectors import read_control_vector
 from commandv.interop.detect import SUFFIXES, require_adapter_kind
 from commandv.interop.pyreft import read_pyreft
@@ -16,6 +17,7 @@ from commandv.storage.directories import CONFIG
 from commandv.storage.hub import fetched, is_repo, require_local
 
 
+@checked
 def load_adapter(
     source: str | Path,
     *,

@@ -6,6 +6,7 @@ Read and written without pyreft. The layer is taken from each file's key, not fr
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter, OrderedDict
 from dataclasses import replace
@@ -70,7 +71,7 @@ def read_pyreft(path: Path) -> Adapter:
         if not match:
             raise FormatError(f"{path}: intervention {key!r}; only block outputs at positions can be read")
         file = path / f"intkey_{key}.bin"
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise FormatError(f"{path}: the config names {file.name}, which is missing; copy the whole directory")
         tensors = read_torch(file)
         kind = _kind(str(classes[key]), tensors, file)
@@ -106,7 +107,7 @@ def _configured_keys(config: dict[str, Any]) -> list[str]:
 
 def _metadata(path: Path) -> dict[str, Any]:
     file = path / _FACTS
-    if not file.is_file():
+    if not os.path.isfile(file):
         return {}
     facts = read_json(file)
     if not isinstance(facts, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import save
+from commandv.arguments import checked
 from commandv.errors import CommandVError, FormatError, HubError, InputError
 from commandv.interop.cards import card_of, donor_of, hub_id
 from commandv.interop.detect import detect
@@ -59,6 +61,7 @@ class Pushed(NamedTuple):
     size: int
 
 
+@checked
 def push(
     artefact: Artefact | str | Path,
     repo_id: str,
@@ -126,6 +129,7 @@ def load_shared(repo_id: str, *, revision: str | None = None) -> Artefact:
         return _data_set(repo_id, revision, error)
 
 
+@checked
 def pull(repo_id: str, out: str | Path, *, revision: str | None = None) -> Artefact:
     """Download a repository of the hub as a directory of ours, which needs neither the hub nor its cache any more.
 
@@ -178,7 +182,7 @@ def _on_disk(artefact: Artefact | str | Path, scratch: Path) -> tuple[Path, Arte
     if isinstance(artefact, str | Path):
         path = Path(artefact)
         for how in _SHARED:
-            if path.is_dir() and detect(path) == how.kind.format:
+            if os.path.isdir(path) and detect(path) == how.kind.format:
                 one = how.load(path)
                 if read_config(path, how.kind)["format_version"] > 1:
                     return path, one, how

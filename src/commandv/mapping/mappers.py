@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import InputError, MismatchError
 from commandv.models.identity import ModelRef
 from commandv.models.lm import LM
@@ -28,6 +29,7 @@ from commandv.transfer.match import LayerPair
 MAPPED, SHUFFLED, MEAN_ABLATION, ROTATED = "mapped", "shuffled pairs", "mean-ablation", "random rotation"
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Mapper:
     """Gives states for a recipient's layer from the donor's states at the same places of a text.
@@ -77,6 +79,7 @@ class Mapper:
                 raise InputError(f"layer {layer} of {lm.id}: expected one of 0 .. {lm.n_layers - 1}")
 
 
+@checked
 def fit_mapper(link: Link, pair: LayerPair | tuple[int, int]) -> Mapper:
     """Return a mapper of one layer pair: the link's converter for writing, with its bias.
 
@@ -95,6 +98,7 @@ def fit_mapper(link: Link, pair: LayerPair | tuple[int, int]) -> Mapper:
     return Mapper(link.donor.model, link.recipient.model, pair, lambda states, _: dense(states), facts)
 
 
+@checked
 def mapper_arms(link: Link, pair: LayerPair | tuple[int, int], *, seed: int = 0) -> dict[str, Mapper]:
     """Return a mapper and its controls; arguments as in `fit_mapper`, `seed` is that of the random controls.
 
@@ -131,6 +135,7 @@ def mapper_arms(link: Link, pair: LayerPair | tuple[int, int], *, seed: int = 0)
     }
 
 
+@checked
 def layer_pair(text: str, donor_layers: int, recipient_layers: int) -> LayerPair:
     """Read a layer pair, "9:15", or a donor layer, "9", whose recipient layer is proportional (floor) to it.
 
@@ -148,6 +153,7 @@ def layer_pair(text: str, donor_layers: int, recipient_layers: int) -> LayerPair
     return pair
 
 
+@checked
 def unseen(
     prompts: PromptSet, text: PromptSet | None = None, *, holdout: float = HOLDOUT
 ) -> tuple[PromptSet, PromptSet | None]:

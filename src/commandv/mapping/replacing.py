@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.mapping.mappers import Mapper
 from commandv.mapping.tokens import Pairing, Places, place
@@ -53,6 +54,7 @@ class Counterparts:
         return mapper(self.donor, torch.from_numpy(self.places.is_end))
 
 
+@checked
 def pairing(many: Sequence[Counterparts]) -> Pairing:
     """Tell which tokens of some texts have a counterpart."""
     n = sum(one.places.n_text for one in many)
@@ -61,6 +63,7 @@ def pairing(many: Sequence[Counterparts]) -> Pairing:
     return Pairing(exact / n, (paired - exact) / n, (n - paired) / n, n)
 
 
+@checked
 def read_counterparts(
     donor: LM, recipient: LM, pair: LayerPair, texts: PromptSet, *, until: int | None = None, batch_size: int = 8
 ) -> list[Counterparts]:
@@ -136,6 +139,7 @@ class Along:
         return self._mapper(states, torch.zeros(len(states), dtype=torch.bool)).unflatten(0, tuple(ids.shape))
 
 
+@checked
 @contextlib.contextmanager
 def replaced(
     lm: LM, counterparts: Sequence[Counterparts], mapper: Mapper, along: Along | None = None

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode
 from commandv.models.lm import LM
@@ -95,6 +96,7 @@ def _marked(lm: LM, one: Prompt, whole: bool) -> Encoded:
     return both._replace(text_ends=ends + [stop if stop < 0 else stop + end for stop in both.text_ends[len(ends) :]])
 
 
+@checked
 def pair_tokens(donor: Sequence[int], recipient: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pair tokens by the characters at which they end.
 

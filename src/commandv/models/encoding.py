@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.lm import LM
 from commandv.models.running import own_pass
@@ -63,6 +64,7 @@ def encode_conversation(lm: LM, turns: Sequence[Mapping[str, str]]) -> list[int]
     return [*_missing_opening(lm, ids), *ids]
 
 
+@checked
 def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = None, turns: Turns = ()) -> Encoded:
     """Format and tokenise one prompt (and the reply to it), with one BOS.
 

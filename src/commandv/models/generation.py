@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.encoding import Turns, encode, pad, pad_token
 from commandv.models.finite import Finite
@@ -21,6 +22,7 @@ from commandv.models.template import PLAIN_STOP, stop_tokens
 from commandv.prompts.sets import PromptSet, as_prompts
 
 
+@checked
 def generate(
     lm: LM,
     prompts: PromptSet | Sequence[str],
@@ -120,6 +122,8 @@ def batches(lengths: Sequence[int], batch_size: int, *, alike: Sequence[int] | N
 
     Rows of one batch share their value of `alike`: lengths, where nothing may be padded.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: expected 1 or more")
     kinds = alike or [0] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda i: (-kinds[i], -lengths[i]))
     for _, same in itertools.groupby(order, key=lambda i: kinds[i]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import mmap
+import os
 import re
 import struct
 from pathlib import Path
@@ -77,14 +78,14 @@ def _whole(target: Path) -> Path:
 
 def _files(path: Path) -> tuple[list[Path], str]:
     """Return the files of the model that one of them belongs to, in order, and the model's name."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ModelError(f"{path}: {no_such_file(path)}")
     match = _PART.fullmatch(path.name)
     if not match:
         return [path], path.stem
     count = int(match["count"])
     parts = [path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf") for number in range(1, count + 1)]
-    if missing := [part.name for part in parts if not part.is_file()]:
+    if missing := [part.name for part in parts if not os.path.isfile(part)]:
         raise ModelError(
             f"{path}: one of {count} parts of a model, and {', '.join(missing[:3])} is not beside it; "
             "download all parts into one directory"

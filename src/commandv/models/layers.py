@@ -6,31 +6,37 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 
 LayerChoice = Callable[[int], list[int]] | str | Iterable[int]  # see `choose_layers`
 
 
+@checked
 def all_layers(n_layers: int) -> list[int]:
     """Every layer."""
     return list(range(n_layers))
 
 
+@checked
 def last_third(n_layers: int) -> list[int]:
     """The last third of the layers, where pasted adapters compound least."""
     return list(range(n_layers - max(1, n_layers // 3), n_layers))
 
 
+@checked
 def last_half(n_layers: int) -> list[int]:
     """The last half of the layers."""
     return list(range(n_layers - max(1, n_layers // 2), n_layers))
 
 
+@checked
 def middle_third(n_layers: int) -> list[int]:
     """The middle third of the layers."""
     return list(range(n_layers // 3, n_layers - n_layers // 3))
 
 
+@checked
 def every_other(n_layers: int) -> list[int]:
     """Layers 0, 2, 4, ...: where the paper trains its adapters."""
     return list(range(0, n_layers, 2))

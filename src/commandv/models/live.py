@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from commandv.arguments import checked
 from commandv.errors import InputError, ModelError
 from commandv.models.hooks import Hook, attachments, holders, live_on, unheld
 from commandv.models.lm import LM
@@ -69,6 +70,7 @@ def attach_change(lm: LM, change: Change) -> Attachment:
     return made
 
 
+@checked
 def attached(lm: LM) -> tuple[Attachment, ...]:
     """Return what is attached to a model, in the order in which it acts."""
     return attachments(lm.owner)
@@ -79,6 +81,7 @@ def attached_positions(lm: LM) -> set[Positions]:
     return set().union(*(one.positions for one in attached(lm)))
 
 
+@checked
 def detach_all(lm: LM) -> None:
     """Detach everything from a model, whoever attached it."""
     for one in attached(lm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from commandv.arguments import checked
 from commandv.errors import InputError, ModelError
 from commandv.models.blocks import find_blocks
 from commandv.models.devices import require_device
@@ -23,6 +25,7 @@ from commandv.storage.reading import MOST_TEXT, first_line, read_json
 Template = Literal["auto", "chat", "plain"]
 
 
+@checked
 def load_model(
     id: str | Path,
     *,
@@ -80,7 +83,7 @@ def load_model(
     if revision is not None:
         options["revision"] = revision
     try:
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             for file in sorted(Path(name).glob("*.json")):
                 # Tokenizers of no stated length have one of 31 digits.
                 read_json(file, most=MOST_TEXT, digits=40, once=False)
@@ -98,6 +101,7 @@ def load_model(
     )  # fmt: skip
 
 
+@checked
 def wrap_model(
     model: Any,
     tokenizer: Any,
@@ -151,6 +155,7 @@ def wrap_model(
     )  # fmt: skip
 
 
+@checked
 def wrap_like(lm: LM, model: Any, id: str) -> LM:
     """Make an `LM` of another model in memory, which is asked as one that is known is.
 
@@ -192,7 +197,7 @@ def _load_weights(place: str, dtype: torch.dtype, placing: dict[str, Any], optio
 def _configured(place: str) -> str:
     """Return where a model's configuration is: of a LoRA directory, with its base."""
     lora = Path(place) / "adapter_config.json"
-    if not lora.is_file() or (Path(place) / "config.json").is_file():
+    if not os.path.isfile(lora) or (Path(place) / "config.json").is_file():
         return place
     return str(read_json(lora, most=MOST_TEXT)["base_model_name_or_path"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def require_model_name(name: str) -> None:
     """
     if name in PACKAGED:
         return
-    if Path(name).exists():
+    if os.path.exists(name):
         _require_model_path(Path(name))
     elif name.endswith(".gguf") or not (is_repo_id(name) or "/" not in name):
         raise ModelError(f"{name}: {no_such_file(Path(name))}")
@@ -87,9 +88,9 @@ def shape_of(name: str) -> tuple[int, int] | None:
 
 
 def _require_model_path(path: Path) -> None:
-    if path.is_file() and path.suffix != ".gguf":
+    if os.path.isfile(path) and path.suffix != ".gguf":
         raise ModelError(f"{path}: a file; expected a model's directory or a .gguf file")
-    if path.is_dir() and not any((path / name).is_file() for name in (CONFIG, "adapter_config.json")):
+    if os.path.isdir(path) and not any(os.path.isfile(path / name) for name in (CONFIG, "adapter_config.json")):
         names = ", ".join(sorted(one.name for one in path.iterdir())[:5]) or "nothing"
         raise ModelError(f"{path}: cannot be loaded: no {CONFIG} in this directory, which holds {names}")
 
@@ -97,7 +98,7 @@ def _require_model_path(path: Path) -> None:
 def _in_hub_cache(name: str) -> bool:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return (Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir()
+    return os.path.isdir(Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}")
 
 
 def _require_on_hub(name: str) -> None:

@@ -14,6 +14,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.identity import ModelRef
 from commandv.storage.directories import read_artefact, write_artefact
@@ -48,6 +49,7 @@ class Layers(Mapping[int, Tensor]):
         return len(self._layers)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Profile:
     """The residual stream of one model at places that another model's profile can share.
@@ -132,6 +134,7 @@ class Profile:
         return Profile(activations, self.keys[keep], self.model, digest(self.prompts, n))
 
 
+@checked
 def save_profile(
     one: Profile, target: Path, *, dtype: str = "", max_length: int | None = None, identity: str | None = None
 ) -> None:
@@ -167,6 +170,7 @@ def write_profile(
     write_artefact(target, PROFILE, config, itertools.chain([first], rest))
 
 
+@checked
 def load_profile(source: str | Path, *, revision: str | None = None) -> Profile:
     """Open a profile: a directory, or a data set on the hub; the activations stay on disk, memory-mapped.
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import InputError, MismatchError, WorkerError
 from commandv.executors.executor import Executor, Local, Pool, Task
 from commandv.models.identity import ModelRef
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 CONTENT = 2  # part of a cached profile's key; another number where the same settings give other rows
 
 
+@checked
 def profile(
     lm: LM,
     prompts: PromptSet | Sequence[str],
@@ -98,6 +100,7 @@ def profile(
     return _kept(model, wanted, cache, make)
 
 
+@checked
 def profile_on(
     executor: Executor,
     load: Callable[[], LM],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from commandv.arguments import checked
+
 GRAM, TIMES = 4, 3  # words, and how often the same ones stand in an answer that may be a loop
 REPEATED = 1 / 3  # of an answer's runs of four words: so many are there a second time in a loop
 CYCLE = 1 / 2  # so many repeats are a loop whatever is repeated, from eight runs on
@@ -18,6 +20,7 @@ _RULE = re.compile(r"\w([.\-_=*#])\1{19,}")  # right after a word; a ruled line 
 _SYLLABLE = re.compile(r"(?!(.)\1\1)([^\W\d_]{3,12}?)\2{2,}")  # "ArrArrArr", and no "Arrrrrr"
 
 
+@checked
 def loops(text: str) -> bool:
     """True for a text that goes round in circles: the one check of this kind, which every grader applies.
 

@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import io
 import operator
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from commandv.arguments import checked
 from commandv.errors import InputError, did_you_mean
 from commandv.storage.files import digest
 from commandv.storage.reading import first_line, no_such_file, parse_json, read_text
@@ -47,6 +49,7 @@ class Prompt(NamedTuple):
     category: str = ""
 
 
+@checked
 @dataclass(frozen=True)
 class PromptSet:
     """An immutable sequence of prompts with a content hash.
@@ -117,6 +120,7 @@ def as_prompts(prompts: PromptSet | Sequence[str]) -> PromptSet:
     return PromptSet(tuple(map(Prompt, texts)))
 
 
+@checked
 def mixed_forms(prompts: PromptSet) -> PromptSet:
     """Return the prompts in three forms by turns: as they are, without the mark at the end, and so in lower case.
 
@@ -137,6 +141,7 @@ def load_prompt_sets(sources: Sequence[str], *, limit: int | None = None) -> Pro
     return functools.reduce(operator.add, (load_prompts(one, limit=limit) for one in sources))
 
 
+@checked
 def load_prompts(source: str | Path, *, column: str | None = None, limit: int | None = None) -> PromptSet:
     """Load a prompt set.
 
@@ -154,7 +159,7 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}: expected 1 or more")
     require_source(source)
-    here = source.startswith("builtin:") or Path(source).is_file()
+    here = source.startswith("builtin:") or os.path.isfile(source)
     prompts = []
     for where, row in file_rows(source) if here else _hub_rows(source):
         prompts.append(to_prompt(row, where, column))
@@ -167,7 +172,7 @@ def require_source(source: str) -> None:
     """Raise `InputError` where there can be no such prompt set: no built-in one, no file, no name of a hub dataset."""
     if source.startswith("builtin:"):
         _require_builtin(source.removeprefix("builtin:"))
-    elif Path(source).is_file() or source.partition(":")[0].lower() in SHORT:
+    elif os.path.isfile(source) or source.partition(":")[0].lower() in SHORT:
         return
     elif "/" not in source and Path(source).suffix not in FILES:
         near = did_you_mean(f"builtin:{source}", [f"builtin:{one}" for one in builtin_names()])
@@ -216,7 +221,7 @@ def file_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     path = Path(source)
     kind = path.suffix.lower()
-    if path.is_file() and kind not in FILES:  # a line of a .json or .tsv file would become a prompt
+    if os.path.isfile(path) and kind not in FILES:  # a line of a .json or .tsv file would become a prompt
         raise InputError(f"{path}: a file of type {path.suffix!r}, expected {', '.join(FILES)}; convert or rename it")
     text = read_text(path, error=InputError)
     if kind == ".jsonl":

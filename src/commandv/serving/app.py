@@ -33,6 +33,7 @@ from commandv.serving.wire import Asked, ChatAsked, TextAsked, error_body
 
 MOST_TOKENS = 1024  # of an answer, unless the server says otherwise
 MOST_BODY = 1 << 20  # bytes of a request
+_DRAINED, _PATIENCE = 1 << 26, 10.0  # bytes and seconds of a request that is refused, until its client hears of it
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -220,6 +221,17 @@ async def _failed(engine: Engine, _request: Request, error: Exception) -> JSONRe
     return _error(500 if engine.alive else 503, str(error))
 
 
+async def _drain(receive: Receive) -> None:
+    """Read on what is refused: a client that is still sending would break off before it reads why."""
+    left = _DRAINED
+    with anyio.move_on_after(_PATIENCE):
+        while left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
+
+
 class _Gate:
     """Lets in what has the key and is not too long, and counts what goes out."""
 
@@ -240,6 +252,8 @@ class _Gate:
 
         refusal = self._refusal(scope)
         if refusal is not None:
+            if (b"expect", b"100-continue") not in scope["headers"]:  # else it has not begun to send
+                await _drain(receive)
             await refusal(scope, receive, counted)
             return
         n_read = 0
@@ -249,6 +263,8 @@ class _Gate:
             message = await receive()
             n_read += len(message.get("body", b""))
             if n_read > self.max_body:
+                if message.get("more_body"):
+                    await _drain(receive)
                 raise HTTPException(413, self._too_long)
             return message
 

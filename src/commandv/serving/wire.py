@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from commandv.errors import InputError
 from commandv.serving.logprobs import MOST_TOP, Told
@@ -45,20 +45,20 @@ class _Strict(BaseModel):
 class StreamOptions(_Strict):
     """What a stream holds beside pieces."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool = Field(False, strict=True)
+    include_obfuscation: bool = Field(False, strict=True)
 
 
 class Asked(_Strict):
     """What requests of both kinds say."""
 
     model: str
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = None
+    temperature: float = Field(1.0, ge=0, le=2, strict=True)
+    top_p: float = Field(1.0, gt=0, le=1, strict=True)
+    seed: int | None = Field(None, strict=True)
     stop: str | list[str] | None = None
-    n: int = Field(1, ge=1, le=MOST_CHOICES)
-    stream: bool = False
+    n: int = Field(1, ge=1, le=MOST_CHOICES, strict=True)
+    stream: bool = Field(False, strict=True)
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="before")
@@ -107,10 +107,10 @@ class ChatAsked(Asked):
     """A request to `/v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    max_tokens: int | None = Field(None, ge=1, strict=True)
+    max_completion_tokens: int | None = Field(None, ge=1, strict=True)
+    logprobs: bool = Field(False, strict=True)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP, strict=True)
 
     @property
     def limit(self) -> int | None:
@@ -126,9 +126,9 @@ class ChatAsked(Asked):
 class TextAsked(Asked):
     """A request to `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int = Field(16, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=5)
+    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    max_tokens: int = Field(16, ge=1, strict=True)
+    logprobs: int | None = Field(None, ge=0, le=5, strict=True)
 
     @property
     def limit(self) -> int:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention, low_rank
+from commandv.adapters.edit import require_numbers
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.layers import LayerChoice, all_layers
 from commandv.steering.methods import Probe
@@ -24,6 +26,7 @@ from commandv.transfer.match import LayerPair, Matcher, proportional
 Rescale = Literal["norm share"]
 
 
+@checked
 def carry_directions(
     directions: Mapping[int, Tensor] | Tensor,
     link: Link,
@@ -57,7 +60,13 @@ def carry_directions(
     """
     if rescale not in (None, "norm share"):
         raise InputError(f"rescale={rescale!r}: expected 'norm share' or None")
+    if isinstance(directions, Tensor) and directions.ndim != 2:
+        raise InputError(f"directions of shape {tuple(directions.shape)}: expected all layers', [n_layers, d_model]")
     given = dict(enumerate(directions)) if isinstance(directions, Tensor) else dict(directions)
+    for layer, one in given.items():
+        if one.ndim not in (1, 2) or not one.numel():
+            raise InputError(f"the direction of layer {layer} has shape {tuple(one.shape)}, expected [d_model]")
+        require_numbers(one, f"the direction of layer {layer}")
     writes = {layer: v.float().reshape(-1, v.shape[-1]) for layer, v in given.items()}
     carried = _carried(
         {layer: Intervention(torch.zeros_like(rows), torch.ones(len(rows)), rows) for layer, rows in writes.items()},
@@ -78,6 +87,7 @@ def carry_directions(
     return out
 
 
+@checked
 def carry_probes(
     probes: Mapping[int, Probe], link: Link, *, match: Matcher = proportional, layers: LayerChoice = all_layers
 ) -> dict[int, Probe]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from commandv.arguments import checked
 from commandv.errors import InputError, require_seed
 from commandv.prompts.sets import Prompt, PromptSet, file_rows, load_prompts
 from commandv.storage.files import digest
 
 
+@checked
 @dataclass(frozen=True)
 class Contrast:
     """Prompts, with or without replies, of two sides.
@@ -66,6 +68,7 @@ class Contrast:
         return Contrast(positive, negative, self.paired)
 
 
+@checked
 def load_contrast(source: str | Path, negative: str | Path | None = None, *, paired: bool = False) -> Contrast:
     """Load a contrast from one file of pairs or from two prompt sets.
 

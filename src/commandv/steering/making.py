@@ -11,6 +11,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import ablation, steering_vector
+from commandv.arguments import checked
 from commandv.errors import InputError, require_known
 from commandv.models.identity import ModelRef
 from commandv.models.layers import LayerChoice, choose_layers
@@ -25,6 +26,7 @@ from commandv.steering.reading import Reading, Stream, Triggers, profile_stream,
 # -- ways to apply a direction ------------------------------------------------------------------------------------
 
 
+@checked
 def mean_ablation_along(directions: Tensor, mean: Tensor) -> tuple[Intervention, ...]:
     """Mean-ablation along directions: h - (h - mean) Uᵀ U, so that every state has the mean's part in their span.
 
@@ -36,6 +38,7 @@ def mean_ablation_along(directions: Tensor, mean: Tensor) -> tuple[Intervention,
     return (replace(one, bias=-(one.read.double() @ mean.double()).float()),)
 
 
+@checked
 def clamp(direction: Tensor, level: float, *, at_most: bool = False) -> tuple[Intervention, ...]:
     """Clamp the part along a direction to at least a level: h + relu(level - h · u) u, with u = v / |v|.
 
@@ -78,6 +81,7 @@ APPLICATIONS: dict[str, Callable[[Tensor, float, Stream | None], tuple[Intervent
 BY_LENGTH = ("add", "clamp")  # their strength is a length along the direction, that of the others a share
 
 
+@checked
 def from_directions(
     directions: Mapping[int, Tensor],
     model: ModelRef,
@@ -138,6 +142,7 @@ def _stream(typical: Reading | Profile | None, layer: int) -> Stream | None:
 # -- from a contrast ----------------------------------------------------------------------------------------------
 
 
+@checked
 def directions(
     lm: LM,
     contrast: Contrast,
@@ -160,6 +165,7 @@ def directions(
     return chosen.find(reading)
 
 
+@checked
 def steer(
     lm: LM,
     contrast: Contrast,
@@ -231,6 +237,7 @@ def steer(
     return replace(made, provenance=provenance)
 
 
+@checked
 def probes(
     lm: LM,
     contrast: Contrast,

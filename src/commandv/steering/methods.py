@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commandv.errors import InputError
+from commandv.adapters.edit import require_numbers
+from commandv.arguments import checked
+from commandv.errors import InputError, MismatchError
 from commandv.steering.contrast import Contrast
 from commandv.steering.reading import Reading
 
@@ -109,6 +112,7 @@ METHODS: dict[str, Method] = {
 # -- probes -------------------------------------------------------------------------------------------------------
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Probe:
     """A linear probe of the residual stream: log-odds h · w + b of the positive side.
@@ -128,10 +132,19 @@ class Probe:
     strength: float = 0.0
 
     def scores(self, h: Tensor) -> Tensor:
-        """Return the log-odds [...] of states `h` [..., d_model]."""
+        """Return the log-odds [...] of states `h` [..., d_model].
+
+        Raises:
+            MismatchError: states of another width, or whole numbers.
+        """
+        if h.shape[-1:] != self.weight.shape or not h.is_floating_point() or h.layout != torch.strided:
+            raise MismatchError(
+                f"states of {h.dtype} {tuple(h.shape)}, expected floating-point ones [..., {len(self.weight)}]"
+            )
         return h.double() @ self.weight.double() + self.bias
 
 
+@checked
 def auc(one: Probe, positive: Tensor, negative: Tensor) -> float:
     """Return the share of (positive, negative) pairs of states that a probe orders rightly, ties half.
 
@@ -140,14 +153,16 @@ def auc(one: Probe, positive: Tensor, negative: Tensor) -> float:
         positive: states [n, d_model], none of which it was fitted on.
         negative: states [m, d_model], likewise.
     """
-    if not len(positive) or not len(negative):
-        raise InputError(f"auc of {len(positive)} positive and {len(negative)} negative states: expected some of each")
+    shapes = [tuple(states.shape) for states in (positive, negative)]
+    if any(len(shape) != 2 or not shape[0] for shape in shapes):
+        raise InputError(f"auc of states of the shapes {shapes}: expected some of each, [n, d_model]")
     from sklearn.metrics import roc_auc_score
 
     scores = torch.cat([one.scores(positive), one.scores(negative)]).numpy()
     return float(roc_auc_score(np.repeat([1, 0], [len(positive), len(negative)]), scores))
 
 
+@checked
 def fit_probe(positive: Tensor, negative: Tensor, *, strength: float | None = None) -> Probe:
     """Fit a logistic probe: minimise mean log(1 + exp(-y (z w + b))) + strength / 2 · |w|² with y = ±1.
 
@@ -162,10 +177,13 @@ def fit_probe(positive: Tensor, negative: Tensor, *, strength: float | None = No
     Raises:
         InputError: fewer than 2 states on a side, or a strength that is not positive.
     """
+    shapes = [tuple(states.shape) for states in (positive, negative)]
+    if any(len(shape) != 2 or shape[0] < 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
+        raise InputError(f"a probe of states of the shapes {shapes}: expected 2 or more of each, [n, d_model]")
+    for states in (positive, negative):
+        require_numbers(states, "states of a probe")
     smaller = min(len(positive), len(negative))
-    if smaller < 2:
-        raise InputError(f"a probe of {len(positive)} positive and {len(negative)} negative states: expected 2 of each")
-    if strength is not None and not strength > 0:
+    if strength is not None and not 0 < strength < math.inf:
         raise InputError(f"strength={strength}: expected a positive number")
     x = torch.cat([positive, negative]).double().numpy()
     y = np.repeat([1.0, -1.0], [len(positive), len(negative)])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode, pad_replies
 from commandv.models.generation import batches
@@ -23,6 +24,7 @@ from commandv.steering.contrast import Contrast
 Triggers = str | tuple[str, str] | None
 
 
+@checked
 def states(
     lm: LM, prompts: PromptSet, positions: Positions, *, batch_size: int = 16
 ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
@@ -58,6 +60,7 @@ def _states(
             yield [members[row] for row in rows.tolist()], read_rows(lm, batch, (rows, columns))
 
 
+@checked
 def mean_states(lm: LM, prompts: PromptSet, positions: Positions, *, batch_size: int = 16) -> Tensor:
     """Return the mean over all chosen tokens of all prompts of the state there, float64 [n_layers, d_model].
 
@@ -75,6 +78,7 @@ def mean_states(lm: LM, prompts: PromptSet, positions: Positions, *, batch_size:
     return total / count
 
 
+@checked
 def prompt_states(
     lm: LM, prompts: PromptSet, positions: Positions, *, trigger: str | None = None, batch_size: int = 16
 ) -> Tensor:
@@ -144,6 +148,7 @@ class Reading:
         return Stream(float(self.norms[layer]), (low + high) / 2, low, high)
 
 
+@checked
 def profile_stream(profile: Profile, layer: int) -> Stream:
     """Return what one layer of a profiled model is like at last prompt tokens; both sides are the overall mean."""
     rows = profile.layer(layer)[torch.from_numpy(profile.keys[:, 1] == END)].double()
@@ -153,6 +158,7 @@ def profile_stream(profile: Profile, layer: int) -> Stream:
     return Stream(float(_log_norms(rows).mean().exp()), mean, mean, mean)
 
 
+@checked
 def read_contrast(
     lm: LM,
     contrast: Contrast,

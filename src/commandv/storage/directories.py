@@ -207,7 +207,7 @@ def _written(target: Path) -> tuple[int, int] | None:
     """Return what changes whenever a configuration is replaced, even twice and by what was there before."""
     try:
         found = os.stat(target / CONFIG)
-    except OSError:
+    except (OSError, ValueError):
         return None  # reading it says why
     return found.st_ino, found.st_mtime_ns
 
@@ -325,7 +325,7 @@ def kept(
         cache: remove a damaged one with a warning and make it again; otherwise it is an error.
     """
     try:
-        if (target / last).exists():
+        if os.path.exists(target / last):
             found = load()
             _tidy(target, last, kind)
             return found
@@ -348,7 +348,7 @@ def kept(
 
 def _tidy(target: Path, last: str, kind: Kind | None) -> None:
     """Remove what a writer has left that was killed after its result was in place, unless nothing can be written."""
-    if any((target / name).exists() for name in (LOCK, PARTS, BUILD, MOVING)):
+    if any(os.path.exists(target / name) for name in (LOCK, PARTS, BUILD, MOVING)):
         with contextlib.suppress(InputError, StorageError), locked(target, wait=False) as place:
             undo(place, last)
             shutil.rmtree(place / PARTS, ignore_errors=True)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import stat
 import threading
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import platformdirs
 from commandv.errors import FormatError, InputError, StorageError
 
 CACHE_VARIABLE = "COMMANDV_CACHE"
-LOCK = ".lock"  # while a directory is written it lies in it; a file's is named after the file
+LOCK = ".commandv.lock"  # while a directory is written it lies in it; a file's is named after the file
 TRIES = 100  # of what fails only because another process writes the same place at the same moment
 _held = threading.local()
 
@@ -155,6 +156,8 @@ def exclusive(file: Path, *, wait: bool = True) -> Iterator[None]:
         return
     lock, patience = filelock.FileLock(file), 1 if wait else 0  # seconds before it is said that this waits
     with storage_errors(file.parent):
+        if os.path.lexists(file) and (not stat.S_ISREG((facts := file.lstat()).st_mode) or facts.st_size):
+            raise FormatError(f"{file}: not a lock of commandv, so it is left alone; move it away")
         for left in range(TRIES, 0, -1):
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -191,7 +194,7 @@ def locked(target: Path, *, wait: bool = True) -> Iterator[Path]:
         StorageError: the directory cannot be made or written.
     """
     place = real(target)
-    was_there = place.is_dir()
+    was_there = os.path.isdir(place)
     try:
         with exclusive(place / LOCK, wait=wait):
             yield place

@@ -12,7 +12,7 @@ from pathlib import Path
 from commandv.errors import FormatError
 from commandv.storage.files import LOCK, locked, put, real, require_writable, storage_errors, sync
 
-BUILD, MOVING = ".build", ".moving"
+BUILD, MOVING = ".commandv.build", ".commandv.moving"
 
 
 def require_new(target: Path, last: str) -> None:

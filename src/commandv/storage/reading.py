@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import pickle
 import re
 import stat
@@ -57,7 +58,7 @@ def first_line(error: BaseException) -> str:
 
 def no_such_file(path: Path) -> str:
     """Return that a file or directory is not there, with what is there under a similar name."""
-    folder = next(one for one in (*path.parents, Path()) if one.is_dir())
+    folder = next(one for one in (*path.parents, Path()) if os.path.isdir(one))
     if folder != path.parent:
         path = path.parents[path.parents.index(folder) - 1]
         return f"no such file, nor is there a directory {path}{did_you_mean(path.name, _names(folder))}"

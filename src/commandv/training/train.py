@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind
+from commandv.arguments import checked
 from commandv.errors import InputError, require_seed
 from commandv.models.encoding import pad
 from commandv.models.layers import LayerChoice, choose_layers, every_other
@@ -35,6 +36,7 @@ from commandv.training.examples import Example, read_examples, reply_loss, share
 from commandv.training.loop import Descent
 
 
+@checked
 @dataclass(frozen=True)
 class ReFT:
     """What to train: one kind of the ReFT family (a row of `commandv.adapters.kinds.KINDS`), where, and how large.
@@ -68,6 +70,7 @@ LoReFT, NoReFT, ConsReFT = TRAINABLE["loreft"], TRAINABLE["noreft"], TRAINABLE["
 LobiReFT, DiReFT, NodiReFT = TRAINABLE["lobireft"], TRAINABLE["direft"], TRAINABLE["nodireft"]
 
 
+@checked
 @dataclass(frozen=True)
 class TrainSettings:
     """How to train.
@@ -98,6 +101,7 @@ class TrainSettings:
             raise InputError("held_out and warmup: expected shares from 0 to below 1; learning_rate: above 0")
 
 
+@checked
 def train(
     lm: LM,
     examples: PromptSet,

@@ -15,7 +15,8 @@ from torch import Tensor
 from commandv.adapters.adapter import Adapter, low_rank
 from commandv.adapters.edit import Edit
 from commandv.adapters.outline import require_scale
-from commandv.errors import InputError
+from commandv.arguments import checked
+from commandv.errors import InputError, require_seed
 from commandv.models.layers import AUTO_LAYERS, LayerChoice, all_layers, choose_layers, last_third
 from commandv.profiles.profile import Profile, Rows, paired_rows
 from commandv.transfer.convert.fitters import AnyFitter, Ridge, fitted, fitter_settings
@@ -32,6 +33,7 @@ HOLDOUT = 0.1  # share of the prompts that no converter sees, so that fidelity c
 log = logging.getLogger(__name__)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Link:
     """Two profiled models and the converters between them, which `link` makes.
@@ -65,6 +67,8 @@ class Link:
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise InputError(f"holdout={self.holdout}: expected a share from 0 up to, not including, 1")
+        if self.shuffle is not None:
+            require_seed(self.shuffle)
         if self.write_rows is None:
             has_text = all(one.n_end < len(one) for one in (self.donor, self.recipient))
             object.__setattr__(self, "write_rows", "text" if has_text else "end")
@@ -162,7 +166,8 @@ class Link:
         Raises:
             InputError: there is none.
         """
-        layers, matched = list(layers), match(self.donor, self.recipient, layers)
+        layers = list(layers)
+        matched = self._matched(match, layers)
         if isinstance(allowed, str) and allowed == AUTO_LAYERS:
             last = set(last_third(self.recipient.n_layers))
             allowed = last_third if any(pair.recipient in last for pair in matched) else all_layers
@@ -173,6 +178,19 @@ class Link:
                 f"it acts on donor layers {layers}; none is matched to the chosen recipient layers {sorted(wanted)}"
             )
         return pairs
+
+    def _matched(self, match: Matcher, layers: list[int]) -> list[LayerPair]:
+        """Return what a matcher, which may be the user's, makes of some layers, after checking that it is possible."""
+        found = match(self.donor, self.recipient, layers)
+        known = isinstance(found, list) and all(isinstance(pair, LayerPair) for pair in found)
+        if not known or not all(
+            pair.donor in layers and pair.recipient in range(self.recipient.n_layers) for pair in found
+        ):
+            raise InputError(
+                f"the matcher made {str(found)[:60]} of the layers {layers}: expected a list of LayerPair(donor, "
+                f"recipient) of these, with recipient layers 0 .. {self.recipient.n_layers - 1}"
+            )
+        return found
 
     def carry(self, edits: Mapping[int, Sequence[Edit]], pairs: Sequence[LayerPair]) -> dict[LayerPair, Passage]:
         """Carry interventions of the donor's layers into the recipient, pair by pair.
@@ -248,6 +266,7 @@ class Link:
         return parallel(measured, pairs, memory=self._memory())
 
 
+@checked
 def link(
     donor: Profile,
     recipient: Profile,

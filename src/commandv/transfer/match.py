@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.profiles.profile import Profile, paired_rows
 
@@ -26,11 +27,13 @@ class LayerPair(NamedTuple):
 Matcher = Callable[[Profile, Profile, Iterable[int]], list[LayerPair]]
 
 
+@checked
 def proportional(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
     """Match l to floor(alpha · l) with alpha = recipient depth / donor depth (arXiv 2506.19140, section 3.1)."""
     return [LayerPair(layer, layer * recipient.n_layers // donor.n_layers) for layer in layers]
 
 
+@checked
 def nearest(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
     """Match l to the layer nearest to alpha · l, as the paper's released code does.
 
@@ -56,6 +59,7 @@ def covering(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[
     return [pair for pair in pairs if pair.donor in wanted]
 
 
+@checked
 def lowest_error(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
     """Match each donor layer to the recipient layer that predicts it best on unseen prompts.
 
@@ -88,6 +92,7 @@ def _standardised(rows: Tensor, index: np.ndarray, fitted: np.ndarray) -> np.nda
     return (values - values[fitted].mean(0)) / np.where(spread > 0, spread, 1)
 
 
+@checked
 def explicit(pairs: Mapping[int, int]) -> Matcher:
     """Return a matcher that follows a given map from donor layer to recipient layer.
 
@@ -95,8 +100,6 @@ def explicit(pairs: Mapping[int, int]) -> Matcher:
         InputError: a layer that is no whole number; when used, if an adapter's layer is not in the map or a layer does
             not exist.
     """
-    if not all(isinstance(layer, int) for pair in pairs.items() for layer in pair):
-        raise InputError(f"the layer map {dict(pairs)!s:.60}: expected whole numbers, {{donor layer: recipient layer}}")
 
     def matcher(donor: Profile, recipient: Profile, layers: Iterable[int]) -> list[LayerPair]:
         found = []

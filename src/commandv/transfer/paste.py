@@ -9,6 +9,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.edit import Edit
+from commandv.arguments import checked
 from commandv.models.layers import AUTO_LAYERS, LayerChoice, all_layers
 from commandv.profiles.profile import Profile, Rows
 from commandv.transfer.convert.fitters import AnyFitter, Pinv, Ridge
@@ -16,6 +17,7 @@ from commandv.transfer.link import HOLDOUT, Link
 from commandv.transfer.match import Matcher, nearest, proportional
 
 
+@checked
 def paste(
     adapter: Adapter,
     donor: Profile,
@@ -71,6 +73,7 @@ def as_published(link: Link) -> Link:
     return replace(link, fit=Pinv(), read_rows="end", write_rows="end", holdout=0.0, shuffle=None)
 
 
+@checked
 def published(adapter: Adapter, donor: Profile, recipient: Profile) -> Adapter:
     """Carry an adapter exactly as published, for comparisons: the one meaning of "as published" in all tables.
 
@@ -92,6 +95,7 @@ def published(adapter: Adapter, donor: Profile, recipient: Profile) -> Adapter:
     return link.paste(adapter, match=nearest, layers=all_layers)
 
 
+@checked
 def random_like(adapter: Adapter, seed: int, *, within: Profile | None = None) -> Adapter:
     """Return a control that reads the same and writes as much, in random directions.
 

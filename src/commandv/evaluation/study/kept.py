@@ -14,10 +14,10 @@ import pydantic
 
 from commandv.evaluation.meter import Measured
 from commandv.evaluation.outcomes import judged
-from commandv.evaluation.results import Arm, found, graded
+from commandv.evaluation.results import Arm, found, graded, write_result
 from commandv.evaluation.tasks import Task
 from commandv.evaluation.versions import VERSIONS
-from commandv.storage.files import cache_dir, digest, write_text
+from commandv.storage.files import cache_dir, digest
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,7 @@ def measured_once(key: str, tasks: Sequence[Task], measure: Callable[[Sequence[T
         answers |= {task.name: list(measured.outcomes[task.name].answers) for task in asked if task.keep_answers}
         arm = fresh if arm is None else _joined(arm, graded(measured.outcomes))
     assert arm is not None
-    write_text(
-        file, KeptArm(arm=arm, graded={one.name: _grader(one) for one in tasks}, answers=answers).model_dump_json()
-    )
+    write_result(KeptArm(arm=arm, graded={one.name: _grader(one) for one in tasks}, answers=answers), file)
     return arm
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
+from commandv.adapters.outline import LARGEST
 from commandv.errors import require_known
 from commandv.known import Application, Direction, Fitter, Kind, Matcher
 from commandv.models.layers import choose_layers
@@ -42,12 +43,22 @@ ANY_DEPTH = 100  # layers against which a layer choice by name is checked before
 Name = Annotated[str, pydantic.AfterValidator(plain_name)]
 Layers = Annotated[str, _readable(functools.partial(choose_layers, n_layers=ANY_DEPTH))]
 Places = Annotated[str, _readable(as_positions)]
+Count = Annotated[int, pydantic.Field(ge=1)]
+Rate = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 
 
 class Strict(pydantic.BaseModel):
-    """Frozen, and unknown keys are rejected."""
+    """Frozen; unknown keys are rejected, and so are truth values, which would count as 1 and 0."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, given: Any) -> Any:
+        if any(isinstance(one, bool) for one in (given if isinstance(given, list) else [given])):
+            said = f"{str(given).lower()}: a truth value, expected a number or a text"
+            raise ValueError(f"{said}; YAML reads yes, no, on and off as such, so put a text in quotes")
+        return given
 
 
 class ModelSpec(Strict):
@@ -76,14 +87,14 @@ class Training(Strict):
     """How donors (and recipients, for the direct control) are trained; `rates` replaces the learning rate by model."""
 
     kind: Annotated[str, among(Kind)] = "direft"
-    rank: int = 8
+    rank: Count = 8
     layers: Layers = "every_other"
-    positions: str = "l1"
-    epochs: int = 3
-    learning_rate: float = 4e-3
-    max_response: int = 512
-    batch_size: int = 16
-    rates: dict[str, float] = {}
+    positions: Places = "l1"
+    epochs: Count = 3
+    learning_rate: Rate = 4e-3
+    max_response: Count = 512
+    batch_size: Count = 16
+    rates: dict[str, Rate] = {}
 
 
 class Vector(Strict):
@@ -97,7 +108,8 @@ class Vector(Strict):
     positions: Places = "l1"  # tokens that are read
     trigger: str | None = None  # read at the last token of this string instead
     kind: Annotated[str, among(Application)] = "add"  # how it is applied
-    strength: float = 1.0  # 1 for the direction of the positive side, -1 for that of the negative
+    # 1 for the direction of the positive side, -1 for that of the negative
+    strength: Annotated[float, pydantic.Field(ge=-LARGEST, le=LARGEST)] = 1.0
     at: Places = "all"  # tokens to act on
     # for the writing converter, see `paste`; last-token rows suit what is read there
     rows: Literal["end", "text", "both"] = "end"
@@ -127,7 +139,14 @@ class Method(Strict):
     fit: Annotated[str, among(Fitter)] = "ridge"  # a name in `FITTERS`
     # a name in `MATCHERS`; null for `proportional`, or `covering` where a vector is carried
     match: Annotated[str, among(Matcher)] | None = None
+<<<<<<< HEAD
     layers: str | None = None  # a layer choice; null to take the one that calibration picks
     read_rows: Literal["end", "text", "both"] = "end"  # see `paste`
     write_rows: Literal["end", "text", "both"] | None = None  # see `paste`
     prompts: int | None = None  # use the first so many profile prompts only
+=======
+    layers: str | None = None
+    read_rows: Literal["end", "text", "both"] = "end"
+    write_rows: Literal["end", "text", "both"] | None = None
+    prompts: Annotated[int, pydantic.Field(ge=2)] | None = None
+>>>>>>> 4fbb565 (Types of arguments are checked at the public face; results hold checksums; locks are ours by name; what is refused is read on; names that are no path are told)

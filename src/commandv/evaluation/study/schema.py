@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
 
+from commandv.adapters.outline import LARGEST
 from commandv.errors import InputError, require_seed
 from commandv.evaluation.catalogue import NO_TASKS, load_task
 from commandv.evaluation.study.parts import (
@@ -89,7 +90,7 @@ class Study(Strict):
     behaviours: dict[Name, Behaviour]
     methods: dict[Name, Method] = pydantic.Field(default={})
     seeds: tuple[Annotated[int, pydantic.AfterValidator(_seed)], ...] = (0,)
-    scales: tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...] = (0.6, 1.0)
+    scales: tuple[Annotated[float, pydantic.Field(gt=0, le=LARGEST)], ...] = (0.6, 1.0)
     layers: tuple[Layers, ...] = ("last_third", "all_layers")
     rows: tuple[Literal["end", "text", "both"] | None, ...] = (None,)
     budget: Annotated[float, pydantic.Field(gt=0)] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def config_of(spec: ModelSpec) -> Any:
     """
     import huggingface_hub
 
-    name, here = spec.id, Path(spec.id).exists()
+    name, here = spec.id, os.path.exists(spec.id)
     place, cached = name, None
     if name.count("/") == 1 and not here:
         cached = huggingface_hub.try_to_load_from_cache(name, "config.json")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from commandv.adapters.adapter import Adapter
+from commandv.arguments import checked
 from commandv.errors import InputError, MismatchError, require_seed
 from commandv.evaluation.arms import ARMS, AUTO, methods
 from commandv.evaluation.catalogue import load_task
@@ -28,6 +29,7 @@ ENOUGH = 48  # prompts of the behaviour, apart from those that settings are chos
 AS_FITTED = "all_layers"  # of the methods that choose their layers themselves
 
 
+@checked
 @dataclass(frozen=True)
 class TransferSettings:
     """How a behaviour is carried, chosen and measured.

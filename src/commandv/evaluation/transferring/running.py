@@ -11,6 +11,7 @@ from typing import Any
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.store import read, save
+from commandv.arguments import checked
 from commandv.errors import CommandVError, InputError
 from commandv.evaluation import material
 from commandv.evaluation.arms import ARMS, FEW_SHOT, IN_SPAN, PASTED, SHUFFLED, UNMODIFIED, Made, make_arm
@@ -40,6 +41,7 @@ DRAWS = 4  # of the random control: a single one may happen to do what is looked
 log = logging.getLogger(__name__)
 
 
+@checked
 def transfer_adapter(
     donor: LM,
     adapter: Adapter,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from commandv.adapters.network import Network
+from commandv.arguments import checked
 from commandv.errors import InputError, require_seed
 from commandv.storage.files import digest
 from commandv.training.loop import Descent, Learned
@@ -23,6 +24,7 @@ from commandv.transfer.convert.rows import Rows
 READ = 1024  # rows read together where nothing is learned
 
 
+@checked
 @dataclass(frozen=True)
 class Autoencoder:
     """y = ȳ + s_y (relu(z E + e) O + o) for standardised z = (x - x̄) / s_x: Linear, ReLU, Linear.

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.transfer.convert.factor import EXACT_RTOL, Cholesky, Factor, Solver, Spectral
 from commandv.transfer.convert.kept import Kept
@@ -54,7 +55,11 @@ def fitted(fit: AnyFitter, x: Tensor, y: Tensor, groups: np.ndarray, kept: Kept 
     taken = inspect.signature(fit).parameters
     more = any(one.kind is one.VAR_KEYWORD for one in taken.values())
     offered: dict[str, Any] = {"groups": groups, "kept": kept}
-    return fit(x, y, **{name: value for name, value in offered.items() if more or name in taken})
+    made = fit(x, y, **{name: value for name, value in offered.items() if more or name in taken})
+    if not (callable(made) and hasattr(made, "facts")):
+        said = f"the fitter {fitter_settings(fit)['name']} returned a {type(made).__name__}"
+        raise InputError(f"{said}, expected a converter, such as AffineMap or Dense")
+    return made
 
 
 def fitter_settings(fit: AnyFitter) -> dict[str, Any]:
@@ -67,6 +72,7 @@ def fitter_settings(fit: AnyFitter) -> dict[str, Any]:
     return {"name": name, **plain}
 
 
+@checked
 @dataclass(frozen=True)
 class Pinv:
     """A = X⁺ Y, uncentred, minimum norm: the published converter.
@@ -90,6 +96,7 @@ class Pinv:
         return Solved(solver, rows, Rows.of(y, centre=False, standardise=False), facts={"fit": self.name})
 
 
+@checked
 @dataclass(frozen=True)
 class Affine:
     """A = (X - x̄)⁺ (Y - ȳ) with intercept, unregularised. Fits its own rows and generalises badly near n = d."""
@@ -104,6 +111,7 @@ class Affine:
         return Solved(solver, rows, Rows.of(y, centre=True, standardise=False), facts={"fit": self.name})
 
 
+@checked
 @dataclass(frozen=True)
 class Ridge:
     """A = S⁻¹ (XᵀX + lambda I)⁻¹ Xᵀ (Y - ȳ) for centred, standardised X = (x - x̄) S⁻¹: the default converter.
@@ -154,6 +162,7 @@ class Ridge:
         return factor.ridge(strength), rows, targets, {"fit": self.name, "strength": strength}
 
 
+@checked
 @dataclass(frozen=True)
 class ReducedRank:
     """Ridge whose fitted values are projected on their leading principal directions.
@@ -185,6 +194,7 @@ class ReducedRank:
         return Solved(solver, rows, targets.unscaled(), project, {**facts, "fit": self.name, "rank": v.shape[1]})
 
 
+@checked
 @dataclass(frozen=True)
 class Procrustes:
     """A = S_x⁻¹ c Q S_y with Q the semi-orthogonal map nearest to the standardised rows and c the best scale.

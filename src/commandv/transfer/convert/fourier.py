@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.network import Network
+from commandv.arguments import checked
 from commandv.errors import InputError, require_seed
 from commandv.transfer.convert.factor import Factor, Solver
 from commandv.transfer.convert.fitters import Ridge
@@ -24,6 +25,7 @@ SOME_ROWS = 1000  # whose distances give the bandwidth
 CHUNK_BYTES = 64 << 20  # of the targets solved for together
 
 
+@checked
 @dataclass(frozen=True)
 class FourierRidge:
     """y = ridge(x) + cos(z Ω + p) O for standardised z = (x - x̄) / s: an RBF kernel machine on ridge's residuals.

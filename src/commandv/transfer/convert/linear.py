@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.network import Network
+from commandv.arguments import checked
 from commandv.transfer.convert.factor import Solver
 from commandv.transfer.convert.rows import Rows
 
@@ -136,6 +137,7 @@ class Solved(AffineMap):
         return moved.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Dense(AffineMap):
     """A converter as a matrix, for methods that have no cheaper form.

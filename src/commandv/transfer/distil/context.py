@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.encoding import Batch, Encoded, Turns, encode, last_logits, pad_replies, run_blocks
 from commandv.models.generation import batches
@@ -29,6 +30,7 @@ from commandv.transfer.distil.texts import beginning
 log = logging.getLogger(__name__)
 
 
+@checked
 @dataclass(frozen=True)
 class Context:
     """Fit what demonstrations before a prompt change in the recipient's own states, layer after layer.

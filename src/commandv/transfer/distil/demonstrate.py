@@ -12,6 +12,7 @@ from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
 from commandv.adapters.attach import attach
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode, last_logits, pad_replies
 from commandv.models.generation import batches, generate
@@ -33,6 +34,7 @@ Keep = Callable[[Prompt, str], bool]
 log = logging.getLogger(__name__)
 
 
+@checked
 def demonstrate(
     donor: LM | None,
     adapter: Adapter | None,

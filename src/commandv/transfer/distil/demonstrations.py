@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from commandv.arguments import checked
 from commandv.errors import FormatError, InputError
 from commandv.models.identity import ModelRef
 from commandv.prompts.sets import is_text
@@ -42,6 +43,7 @@ class Changes(NamedTuple):
     divergence: Tensor  # KL(with || without) in nats, [n]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Demonstrations:
     """A behaviour in words.
@@ -135,6 +137,7 @@ class _Config(pydantic.BaseModel):
     hash: str
 
 
+@checked
 def save_demonstrations(one: Demonstrations, path: str | Path) -> Path:
     """Write demonstrations as a directory of `config.json` and one safetensors file; earlier ones there are replaced.
 
@@ -168,6 +171,7 @@ def _packed(changes: Changes) -> dict[str, Tensor]:
     return {"places": changes.places.int(), "tokens": changes.tokens.int(), **small}
 
 
+@checked
 def load_demonstrations(source: str | Path, *, revision: str | None = None) -> Demonstrations:
     """Read demonstrations: a directory, or a data set on the hub.
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from commandv.adapters.adapter import Adapter
+from commandv.arguments import checked
 from commandv.errors import InputError, require_seed
 from commandv.models.lm import LM
 from commandv.models.state import require_own
@@ -22,6 +23,7 @@ AUTO = "auto"
 log = logging.getLogger(__name__)
 
 
+@checked
 def distil(
     recipient: LM,
     demonstrations: Demonstrations,

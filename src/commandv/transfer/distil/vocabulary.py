@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from commandv.adapters.adapter import Intervention
+from commandv.arguments import checked
 from commandv.errors import InputError
 from commandv.models.encoding import Encoded, encode, pad_replies, run_blocks
 from commandv.models.generation import batches
@@ -46,6 +47,7 @@ class _AtTheLastBlock:
             raise InputError(f"{self}: expected 1 round and 32 places or more")
 
 
+@checked
 @dataclass(frozen=True)
 class Vocabulary(_AtTheLastBlock):
     """Ask of the recipient's own distribution what the adapter changes in the donor's.
@@ -88,6 +90,7 @@ class Vocabulary(_AtTheLastBlock):
         return interventions, {"shared_tokens": round(share, 4), **facts}
 
 
+@checked
 @dataclass(frozen=True)
 class Answers(_AtTheLastBlock):
     """Ask of the recipient the donor's answers, token by token, in the same rounds: lasting styles, and loops."""
