@@ -88,7 +88,8 @@ def fits(value: Any, hint: Any) -> bool:
     if not isinstance(kind, type):
         return True
     if getattr(kind, "_is_protocol", False):
-        return all(hasattr(value, one) for one in vars(kind) if one == "__call__" or not one.startswith("_"))
+        wanted = [one for one in vars(kind) if not one.startswith("_")] or ["__call__"]
+        return all(inspect.getattr_static(value, one, None) is not None for one in wanted)  # asks no property
     if kind in _LISTS:
         return _listed(value, kind, parts)
     if not isinstance(value, kind) or (kind is collections.abc.Iterable and isinstance(value, str | bytes)):
