@@ -139,14 +139,7 @@ class Method(Strict):
     fit: Annotated[str, among(Fitter)] = "ridge"  # a name in `FITTERS`
     # a name in `MATCHERS`; null for `proportional`, or `covering` where a vector is carried
     match: Annotated[str, among(Matcher)] | None = None
-<<<<<<< HEAD
-    layers: str | None = None  # a layer choice; null to take the one that calibration picks
+    layers: Layers | None = None  # a layer choice; null to take the one that calibration picks
     read_rows: Literal["end", "text", "both"] = "end"  # see `paste`
     write_rows: Literal["end", "text", "both"] | None = None  # see `paste`
-    prompts: int | None = None  # use the first so many profile prompts only
-=======
-    layers: str | None = None
-    read_rows: Literal["end", "text", "both"] = "end"
-    write_rows: Literal["end", "text", "both"] | None = None
-    prompts: Annotated[int, pydantic.Field(ge=2)] | None = None
->>>>>>> 4fbb565 (Types of arguments are checked at the public face; results hold checksums; locks are ours by name; what is refused is read on; names that are no path are told)
+    prompts: Annotated[int, pydantic.Field(ge=2)] | None = None  # use the first so many profile prompts only
