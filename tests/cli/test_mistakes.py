@@ -113,6 +113,7 @@ MISTAKES = {
     "a served adapter of another width": Mistake("serve @model -a x=@wide", MISMATCH, ("width 48", "paste() carries")),
     "an adapter of another width in a talk": Mistake("chat @model -a x=@wide", MISMATCH, ("width 48",)),
     "a format that is none": Mistake("export @narrow @out --to ggfu", USAGE, ("did you mean gguf?",)),
+    "nothing to push": Mistake("push @empty anna/lists", FORMAT, ("empty", "holds nothing")),
     "no repository": Mistake("push @narrow justaname", INPUT, ("justaname", "user/name")),
     "an executor that is none": Mistake("profile @model --executor rai", INPUT, ("rai", "ray:auto")),
     "a template option twice": Mistake(

@@ -28,6 +28,13 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload an adapter, a profile or demonstrations to the Hugging Face hub, with a card."""
+    from commandv.adapters.shipped import BUILTIN
+    from commandv.interop.detect import detect
+    from commandv.storage.hub import is_repo
+
+    if not (path.startswith(BUILTIN) or is_repo(path)):
+        detect(path)
+
     import commandv as cv
 
     done = cv.push(path, repo, private=not public, license=license, message=message)
