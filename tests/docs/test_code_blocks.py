@@ -25,9 +25,8 @@ import tiny
 import twin
 from commandv.cli import app
 from commandv.evaluation import catalogue, expecting
-from commandv.evaluation.study import Study
+from commandv.evaluation.study import Study, shapes
 from commandv.evaluation.transferring import job
-from commandv.models import names
 from commandv.prompts import sets
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.serving import listening, server
@@ -165,7 +164,9 @@ def stage(monkeypatch, tmp_path, twins, behaviours):
     monkeypatch.setattr(sets, "load_prompt_sets", lambda sources, **_: load_sets(sources, limit=16))
     monkeypatch.setattr(catalogue, "load_task", brief)
     monkeypatch.setattr(job, "prepare", prepared)
-    monkeypatch.setattr(names, "shape_of", lambda _name: None)  # of the real ones
+    for name, lm in twins.items():
+        lm.model.config.save_pretrained(Path("configs") / name)
+    monkeypatch.setattr(shapes, "converted", lambda name: Path("configs") / name)
     monkeypatch.setattr("commandv.evaluation.material.ANSWER_TOKENS", 4)
     monkeypatch.setattr("commandv.transfer.distil.demonstrate.loops", lambda text: False)
     listen = listening.listen
