@@ -45,9 +45,12 @@ class WorkerError(CommandVError, RuntimeError):
     """Workers elsewhere cannot be reached, do not start or are lost; what they finished before is kept."""
 
 
+MOST_SEED = (1 << 32) - 1
+
+
 def require_seed(seed: int) -> None:
     """Raise `InputError` for a seed that is not a whole number from 0 to 2^32 - 1, which every generator takes."""
-    if not isinstance(seed, Integral) or not 0 <= seed < 1 << 32:
+    if not isinstance(seed, Integral) or not 0 <= seed <= MOST_SEED:
         raise InputError(f"seed={seed!s:.40}: expected a whole number from 0 to 2^32 - 1")
 
 

@@ -35,6 +35,7 @@ from commandv.cli.options import (
     output,
     show,
 )
+from commandv.errors import MOST_SEED
 from commandv.known import Fitter, Kind
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam, in units of each layer's norm.")] = 4e-3,
     max_response: Annotated[int, typer.Option(min=1, help="Labelled tokens per example.")] = 512,
     batch_size: BatchSize = 16,
-    seed: Annotated[int, typer.Option(help="Of initial values and of the order of examples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of initial values and of the order of examples.")
+    ] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="File to resume from after a cut.")] = None,
     as_json: Json = False,
 ) -> None:

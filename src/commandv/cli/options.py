@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from commandv.cli.checks import of_adapter, of_anything, of_model, of_prompt_sets, require_adapter
+from commandv.errors import MOST_SEED
 
 if TYPE_CHECKING:
     from commandv.adapters.adapter import Adapter
@@ -22,7 +23,7 @@ Temperature = Annotated[
     float, typer.Option(min=0, max=2, help="0 takes the likeliest token; above it tokens are sampled.")
 ]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample among the fewest tokens of so much probability.")]
-SamplingSeed = Annotated[int, typer.Option("--seed", help="Of sampling.")]
+SamplingSeed = Annotated[int, typer.Option("--seed", min=0, max=MOST_SEED, help="Of sampling.")]
 Anything = Annotated[
     str,
     typer.Argument(

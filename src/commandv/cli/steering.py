@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from commandv.cli.app import verb
-from commandv.cli.checks import of_prompts, require_layers, require_positions
+from commandv.cli.checks import of_prompts, require_fits, require_layers, require_positions
 from commandv.cli.options import (
     BatchSize,
     Json,
@@ -56,6 +56,7 @@ def steer(
         raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
     require_positions(positions, at)
     require_layers(layers, model)
+    require_fits([], model, strength)
     require_place(out, ADAPTER)
     sides = cv.load_contrast(contrast, negative, paired=paired)
     lm = how.load(model)

@@ -26,6 +26,7 @@ from commandv.cli.options import (
     show,
     task_of,
 )
+from commandv.errors import MOST_SEED
 
 Judges = Annotated[
     list[str] | None,
@@ -48,7 +49,7 @@ def evaluate(
     judge: Judges = None,
     tasks: Tasks = None,
     n: Annotated[int | None, typer.Option(min=1, help="Use the first so many test prompts.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the random control.")] = 0,
     controls: Annotated[bool, typer.Option(help="Measure a random adapter of equal norm too.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory for a label per prompt, as JSONL.")] = None,
     batch_size: BatchSize = 64,

@@ -30,6 +30,7 @@ from commandv.cli.options import (
     show,
     task_of,
 )
+from commandv.errors import MOST_SEED
 
 if TYPE_CHECKING:
     from commandv.evaluation.transferring.certificate import Transferred
@@ -76,7 +77,7 @@ def transfer(
     n_dev: Annotated[int, typer.Option(min=1, help="Development prompts, to choose on.")] = 24,
     n_test: Annotated[int, typer.Option(min=1, help="Test prompts, to report on.")] = 64,
     n_asked: Annotated[int, typer.Option(min=1, help="Prompts that the donor answers.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of fits and random controls.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of fits and random controls.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes.")] = False,
     tasks: Tasks = None,
     batch_size: BatchSize = 64,

@@ -21,6 +21,7 @@ from commandv.cli.options import (
     Scale,
     show,
 )
+from commandv.errors import MOST_SEED
 
 
 def _of_adapter(context: typer.Context, source: str) -> str:
@@ -91,7 +92,9 @@ def distil(
     out: Out,
     by: Annotated[Literal["auto", "context", "vocabulary", "answers"], typer.Option(help="Which method.")] = "auto",
     rank: Annotated[int, typer.Option(min=1, help="Of each fit.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the demonstrations' sets and of what is held out.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the demonstrations' sets and of what is held out.")
+    ] = 0,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:

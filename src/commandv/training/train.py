@@ -97,8 +97,8 @@ class TrainSettings:
         require_seed(self.seed)
         if self.epochs < 1 or self.batch_size < 1 or self.max_response < 1:
             raise InputError("epochs, batch_size and max_response: expected 1 or more")
-        if not (0 <= self.held_out < 1 and 0 <= self.warmup < 1 and self.learning_rate > 0):
-            raise InputError("held_out and warmup: expected shares from 0 to below 1; learning_rate: above 0")
+        if not (0 <= self.held_out < 1 and 0 <= self.warmup < 1 and 0 < self.learning_rate < math.inf):
+            raise InputError("held_out and warmup: expected shares from 0 to below 1; learning_rate: a number above 0")
 
 
 @checked
