@@ -28,8 +28,8 @@ content, folder, finished, short = studied.content, studied.folder, studied.fini
 
 def test_finished_cells_are_kept_and_others_are_run_again(study, out, content, tmp_path, monkeypatch):
     ran = []
-    original = cell_module._CellRun.run
-    monkeypatch.setattr(cell_module._CellRun, "run", lambda self: ran.append(self.spec) or original(self))
+    original = cell_module.CellRun.run
+    monkeypatch.setattr(cell_module.CellRun, "run", lambda self: ran.append(self.spec) or original(self))
     assert len(run_study(study, out).cells) == 2
     assert ran == []
     cell_file(out, seed=1).unlink()
@@ -41,7 +41,7 @@ def test_finished_cells_are_kept_and_others_are_run_again(study, out, content, t
 
 def test_an_edited_study_that_is_cut_off_mixes_no_cells_of_two_settings(study, out, content, tmp_path, monkeypatch):
     edited = written({**content, "seeds": [0, 1], "n_test": 3}, tmp_path / "s.yaml")
-    original = cell_module._CellRun.run
+    original = cell_module.CellRun.run
 
     def once(self):
         if self.spec.seed == 1:
@@ -49,7 +49,7 @@ def test_an_edited_study_that_is_cut_off_mixes_no_cells_of_two_settings(study, o
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell_module._CellRun, "run", once)
+        patch.setattr(cell_module.CellRun, "run", once)
         with pytest.raises(KeyboardInterrupt):
             run_study(edited, out)
     halfway = load_run(out)
@@ -58,7 +58,7 @@ def test_an_edited_study_that_is_cut_off_mixes_no_cells_of_two_settings(study, o
     assert set(halfway.ignored.values()) == {"a cell of other settings, or no cell of this study"}
     assert len(halfway.ignored) == 2
     assert [cell.seed for cell in run_study(edited, out).cells] == [0, 1]
-    monkeypatch.setattr(cell_module._CellRun, "run", None)  # the cells of the first settings are still there
+    monkeypatch.setattr(cell_module.CellRun, "run", None)  # the cells of the first settings are still there
     again = run_study(study, out)
     assert [len(arm.labels["pirate:questions"]) for arm in again.cells[1].arms] == [4] * len(again.cells[1].arms)
 
@@ -123,7 +123,7 @@ def test_a_directory_serves_one_study_and_one_process(content, tmp_path):
     other = context.Process(target=_hold, args=(str(out / LOCK), held, done))
     other.start()
     try:
-        assert held.wait(30)
+        assert held.wait(120)
         with pytest.raises(InputError, match="another process"):
             run_study(study, out)
         with pytest.raises(InputError, match="another process"):
