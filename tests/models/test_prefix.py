@@ -9,7 +9,7 @@ import commandv as cv
 import tiny
 from commandv.adapters.attach import attach
 from commandv.evaluation.price import reply_log_probs
-from commandv.models.encoding import encode
+from commandv.models.encoding import encode, last_logits, pad
 from commandv.models.prefix import WORTHWHILE, shared_prefix
 from commandv.profiles.profiling import profile
 from commandv.prompts.sets import Prompt, PromptSet
@@ -114,6 +114,19 @@ def test_nothing_is_shared_where_it_would_matter():
     assert shared(lm).length == length
     window = tiny.tiny_lm("gemma3_text", sliding_window=12)
     assert shared(window).length == 0
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3_text"])
+def test_a_beginning_longer_than_the_window_is_shared_among_prompts_of_one_length(arch):
+    lm = tiny.tiny_lm(arch, sliding_window=12)
+    opened = encode(lm, OPENING).ids
+    ids = [[*opened, *end] for end in ([3, 4, 5], [6, 7, 8])]
+    prefix = shared_prefix(lm, ids, [len(row) for row in ids], alike=True)
+    assert prefix.length > 12
+    batch = pad(lm, ids)
+    with torch.no_grad():
+        whole, rest = last_logits(lm, batch, 1), last_logits(lm, prefix.rest(batch), 1, prefix.past(2))
+    torch.testing.assert_close(rest, whole, **CLOSE)
 
 
 def test_a_prefix_is_none_of_a_single_row_and_leaves_one_token_of_the_shortest():

@@ -13,6 +13,7 @@ from commandv.errors import InputError
 from commandv.models.encoding import encode, last_logits, pad
 from commandv.transfer.distil import context as context_module
 from commandv.transfer.distil.context import demonstration_sets
+from commandv.transfer.distil.demonstrations import Changes
 from commandv.transfer.distil.distil import METHODS, choose
 from commandv.transfer.distil.head import Head
 from tiny import tiny_lm
@@ -148,13 +149,30 @@ def test_no_prompts_own_answer_stands_before_it(monkeypatch):
     assert {prompt for prompt, _ in after} == set(ASKED[:9])
 
 
-def test_sets_of_demonstrations_are_disjoint_and_drawn_by_the_seed():
-    sets = demonstration_sets(20, 4, 4, 0)
+def texts(n: int) -> cv.Demonstrations:
+    return cv.Demonstrations(tuple(PROMPTS[:n]), (ANSWERS,) * n)
+
+
+def test_sets_of_texts_are_disjoint_and_drawn_by_the_seed():
+    sets = demonstration_sets(texts(20), 4, 4, 0)
     assert len({i for one in sets for i in one}) == 16
-    assert sets == demonstration_sets(20, 4, 4, 0)
-    assert sets != demonstration_sets(20, 4, 4, 1)
-    with pytest.raises(InputError, match="7 demonstrations, expected at least 8"):
-        demonstration_sets(7, 4, 4, 0)
+    assert sets == demonstration_sets(texts(20), 4, 4, 0)
+    assert sets != demonstration_sets(texts(20), 4, 4, 1)
+    assert [len(one) for one in demonstration_sets(texts(7), 4, 16, 0)] == [3, 3]
+    with pytest.raises(InputError, match="1 demonstration, expected 2 or more"):
+        demonstration_sets(texts(1), 4, 4, 0)
+
+
+def test_sets_are_of_the_answers_that_the_adapter_changes_most_after_the_opening():
+    opening, after = torch.zeros(6, 12), torch.zeros(6, 12)
+    opening[:, :6], after[:, 6:] = 9.0, torch.tensor([1.0, 5.0, 0.0, 3.0, 4.0, 2.0])[:, None]
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(12))
+    some = torch.zeros(72, 1)
+    changes = Changes(places, some.long(), some, some, some[:, 0], (opening + after).flatten())
+    shown = replace(texts(6), vocabulary=(WORD,), changes=changes)
+    assert demonstration_sets(shown, 2, 2, 0) == [[1, 3], [4, 5]]
+    brief = changes._replace(divergence=changes.divergence.where((places[:, 0] != 1) | (places[:, 1] < 7), 0.0))
+    assert demonstration_sets(replace(shown, changes=brief), 2, 2, 0) == [[4, 5], [3, 0]]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt2", "opt"])
@@ -240,11 +258,12 @@ def test_what_cannot_be_done_is_refused():
         cv.distil(lm, made)
 
 
-def test_a_context_that_does_not_fit_is_refused_with_a_remedy():
-    lm = tiny_lm(chat=True, max_position_embeddings=96)
-    texts = cv.demonstrate(None, None, ASKED, answers=[ANSWERS] * len(ASKED))
-    with pytest.raises(InputError, match=r"do not fit .*Context\(size=2\)"):
-        cv.distil(lm, texts, by="context")
+def test_sets_that_do_not_fit_into_the_recipients_context_are_made_smaller():
+    lm = tiny_lm(chat=True, max_position_embeddings=256)
+    made = cv.distil(lm, texts(24), by=cv.Context(tokens=2, size=8), rank=2)
+    assert {len(one) for one in made.provenance["sets"]} in ({1}, {2})
+    with pytest.raises(InputError, match="not even one demonstration"):
+        cv.distil(tiny_lm(chat=True, max_position_embeddings=96), texts(24), by="context")
 
 
 def test_every_method_is_in_the_table():

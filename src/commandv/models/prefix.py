@@ -51,6 +51,7 @@ def shared_prefix(
     *,
     new_tokens: int | None = None,
     positions: Collection[Positions] = (),
+    alike: bool = False,
 ) -> Prefix:
     """Run the tokens that all rows begin with; going on from there gives what whole rows give, up to rounding.
 
@@ -64,6 +65,7 @@ def shared_prefix(
         prompts: how many tokens of each row are its prompt; its last one is never in the prefix.
         new_tokens: that `generate` will add; None where something else goes on from here.
         positions: where an adapter acts that will be attached.
+        alike: prompts of one batch will have one length, so that no padding stands between the beginning and the rest.
     """
     acting = {*positions, *attached_positions(lm)}
     untold = new_tokens is None and attached(lm)
@@ -72,7 +74,7 @@ def shared_prefix(
     longest = max(prompts) + max(len(row) - n for row, n in zip(rows, prompts, strict=True)) + (new_tokens or 0)
     spared = max([1, *(one.last for one in acting)])
     length = min(_common(rows), min(prompts) - spared)
-    if length < WORTHWHILE or not _sees_over_gaps(lm, longest) or foreign_hooks(lm):
+    if length < WORTHWHILE or lm.recurrent or foreign_hooks(lm) or not (alike or _sees_over_gaps(lm, longest)):
         return NOT_SHARED
     ids = torch.tensor([list(rows[0][:length])], device=lm.device)
     begun = Batch(ids, torch.ones_like(ids), torch.arange(length, device=lm.device)[None])
@@ -88,7 +90,7 @@ def _sees_over_gaps(lm: LM, longest: int) -> bool:
     Not so where the distance of two tokens is counted in columns: in windows and chunks of attention, and where nobody
     can tell the model its tokens' positions (ALiBi). Nor where a state goes through every column.
     """
-    if lm.recurrent or "position_ids" not in inspect.signature(lm.owner.forward).parameters:
+    if "position_ids" not in inspect.signature(lm.owner.forward).parameters:
         return False
     config = lm.model.config.get_text_config(decoder=True)
     sizes = [getattr(config, name, None) for name in WINDOWS]

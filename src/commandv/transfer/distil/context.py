@@ -23,9 +23,14 @@ from commandv.models.passes import Edit, Pass
 from commandv.models.prefix import shared_prefix
 from commandv.positions import Positions
 from commandv.progress import track
-from commandv.transfer.distil.demonstrations import Demonstrations
+from commandv.transfer.distil.demonstrations import Changes, Demonstrations
 from commandv.transfer.distil.fitting import fit_shift, spread
 from commandv.transfer.distil.texts import beginning
+
+LOGITS = 1 << 28  # bytes of logits at once
+OPENING = 6  # places of an answer that do not tell whether a style lasts
+SHORT = 4  # places without a change that every answer is given, so that a few do not make it strong
+FEWEST = 8  # demonstrations; from fewer the context learns little
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +43,21 @@ class Context:
     The recipient reads each prompt and the first tokens of the donor's answer alone, and after each of several sets of
     *other* prompts and answers as earlier turns. The set that makes the donor's answer likeliest counts; the wanted
     shift is the difference of the states. In one more pass each layer, from a third of the depth up, is fitted to what
-    is still missing of it with the earlier layers' interventions active. Carries openings, phrases and formats.
+    is still missing of it with the earlier layers' interventions active. Carries openings, phrases and formats, and
+    styles that last: these need many demonstrations, and strong ones.
 
     Attributes:
         tokens: k, of the answer; the adapter acts at l1+gk.
         sets: how many sets of demonstrations.
-        size: demonstrations in a set.
+        size: demonstrations in a set; fewer where there are not two sets of so many, or they do not fit in.
         least: nats a token that a set must gain for a prompt, else no shift is wanted there.
     """
 
     name: ClassVar[str] = "context"
-    tokens: int = 6
-    sets: int = 4
-    size: int = 4
+    rank: ClassVar[int] = 64
+    tokens: int = 24
+    sets: int = 2
+    size: int = 16
     least: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,18 +72,17 @@ class Context:
             raise InputError(f"{lm.id} is a recurrent model, into which contexts cannot be fitted in one pass yet")
         layers = range(lm.n_layers // 3, lm.n_layers)
         lead = beginning(lm, shown.prompts)
-        answers = [lead + one for one in shown.answers]
-        sets = demonstration_sets(len(shown), self.sets, self.size, seed)
-        everyone = range(len(shown))
+        asked = [(prompt, lead + answer) for prompt, answer in zip(shown.prompts, shown.answers, strict=True)]
+        rows = [_encoded(lm, *one, (), self.tokens) for one in asked]
+        sets = demonstration_sets(shown, self.sets, self.size, seed)
+        after = _after_sets(lm, shown, asked, sets, self.tokens)
         with track(f"reading in {lm.id}", total=len(shown) * (1 + len(sets))) as advance:
-            alone = _read(lm, shown.prompts, answers, everyone, (), self.tokens, layers, batch_size)
+            alone = _read(lm, rows, self.tokens, layers, batch_size)
             advance(len(shown))
-            best, nats = {layer: rows.clone() for layer, rows in alone.states.items()}, alone.nats.clone()
-            for members in sets:
-                turns = [(shown.prompts[i], shown.answers[i]) for i in members]
-                others = [i for i in everyone if i not in members]  # never a prompt's own answer before it
-                read = _read(lm, shown.prompts, answers, others, turns, self.tokens, layers, batch_size)
-                index = torch.tensor(others)
+            best, nats = {layer: states.clone() for layer, states in alone.states.items()}, alone.nats.clone()
+            for others in after:
+                read = _read(lm, list(others.values()), self.tokens, layers, batch_size, after_turns=True)
+                index = torch.tensor(list(others))
                 better = read.nats < nats[index]
                 nats[index[better]] = read.nats[better]
                 for layer in layers:
@@ -89,65 +95,95 @@ class Context:
                 f"demonstrations before a prompt make no answer of {shown.name} likelier to {lm.id} by more than "
                 f"{self.least:g} nats a token; give other answers, or use by='vocabulary'"
             )
-        shifts = {layer: (best[layer] - alone.states[layer]) * wanted[:, None, None] for layer in layers}
-        fitting = _Fitting(alone, shifts, rank, Positions(last=1, generated=self.tokens))
-        fitting.run(lm, [_encoded(lm, *one, (), self.tokens) for one in zip(shown.prompts, answers, strict=True)])
-        facts = {"sets": [list(map(int, one)) for one in sets], "gain": round(float(gain.mean()), 4)}
+        for layer in layers:
+            best[layer][~wanted] = alone.states[layer][~wanted]
+        fitting = _Fitting(alone, best, rank, Positions(last=1, generated=self.tokens))
+        fitting.run(lm, rows)
+        read_after = [[i for i in range(len(shown)) if i not in others] for others in after]
+        facts = {"sets": read_after, "gain": round(float(gain.mean()), 4)}
         return fitting.made, {**facts, "shifted": int(wanted.sum())}
 
 
-def demonstration_sets(n: int, sets: int, size: int, seed: int) -> list[list[int]]:
-    """Draw sets of demonstrations among n, disjoint as far as they go; a prompt in one is asked after the others only.
+def demonstration_sets(shown: Demonstrations, sets: int, size: int, seed: int) -> list[list[int]]:
+    """Choose sets of demonstrations, disjoint as far as they go; a prompt in one is asked after the others only.
+
+    They are the strongest: those in which the adapter changes most after the opening, as a mean over places that
+    counts short answers less. Where that is not known, they are drawn with the seed. Where there are not two sets of
+    that size, they are half of the demonstrations each.
 
     Raises:
-        InputError: too few for two sets, so that some prompt would have none of others.
+        InputError: a single one: a prompt's own answer never stands before it.
     """
-    if n < 2 * size:
-        raise InputError(
-            f"{n} demonstrations, expected at least {2 * size}: two sets of {size}, as a prompt's own answer never "
-            f"stands before it; demonstrate with more prompts, or use by=Context(size={max(1, n // 2)})"
-        )
+    n = len(shown)
+    if n < 2:
+        raise InputError("1 demonstration, expected 2 or more: a prompt's own answer never stands before it")
+    size = min(size, n // 2)
+    sets = min(sets, n // size)
     order = np.random.default_rng(seed).permutation(n)
-    return [order[i * size : (i + 1) * size].tolist() for i in range(min(sets, n // size))]
+    if shown.changes is not None:
+        strengths = np.array([_strength(shown.changes, i) for i in range(n)])
+        order = np.argsort(-strengths, kind="stable")
+    return [order[i : sets * size : sets].tolist() for i in range(sets)]
+
+
+def _strength(changes: Changes, number: int) -> float:
+    """Return the nats by which the adapter changes what its donor says after an answer's opening."""
+    mine = changes.places[:, 0] == number
+    later = changes.divergence[mine][changes.places[mine, 1].argsort()][OPENING:]
+    return float(later.sum()) / (len(later) + SHORT)
 
 
 class _Rows(NamedTuple):
     """States at the last prompt token and the first answer tokens, {layer: [n, k + 1, d]}, which of them are real
-    [n, k + 1], and the mean nats of the answers' first tokens [n]."""
+    [n, k + 1], and the mean nats of the answers' first tokens [n]. States are in the model's own precision."""
 
     states: dict[int, Tensor]
     real: Tensor
     nats: Tensor
 
 
+def _after_sets(
+    lm: LM, shown: Demonstrations, asked: Sequence[tuple[str, str]], sets: Sequence[Sequence[int]], tokens: int
+) -> list[dict[int, Encoded]]:
+    """Return, for each set, every other prompt after it, by number; of sets that do not fit in, as many as do."""
+    found = []
+    try:
+        for members in sets:
+            turns = [(shown.prompts[i], shown.answers[i]) for i in members]
+            found.append({i: _encoded(lm, *one, turns, tokens) for i, one in enumerate(asked) if i not in members})
+    except InputError as error:  # each fits alone, so that these are too long
+        size = len(sets[0]) // 2
+        if not size:
+            raise InputError(
+                f"not even one demonstration before a prompt fits into {lm.id}: {error}. Use shorter answers, or "
+                "by='vocabulary'"
+            ) from error
+        log.info("%d demonstrations before a prompt do not fit into %s; trying %d", len(sets[0]), lm.id, size)
+        return _after_sets(lm, shown, asked, [one[:size] for one in sets], tokens)
+    return found
+
+
 def _encoded(lm: LM, prompt: str, answer: str, turns: Turns, tokens: int) -> Encoded:
     """Return a prompt after earlier turns with the first tokens of its answer."""
-    try:
-        one = encode(lm, prompt, answer, turns=turns)
-    except InputError as error:
-        limit = lm.context_length
-        if not turns or limit is None:
-            raise
-        raise InputError(
-            f"{len(turns)} demonstrations before a prompt do not fit into {lm.id}: {error}. Use smaller sets, "
-            f"by=Context(size={max(1, len(turns) // 2)}), shorter answers, or by='vocabulary'"
-        ) from error
+    one = encode(lm, prompt, answer, turns=turns)
     stop = one.n_prompt + tokens
     return Encoded(one.ids[:stop], one.n_prompt, one.text_ends[:stop])
 
 
 def _read(
-    lm: LM, prompts: Sequence[str], answers: Sequence[str], index: Sequence[int], turns: Turns, tokens: int,
-    layers: range, batch_size: int,
-) -> _Rows:  # fmt: skip
-    rows = [_encoded(lm, prompts[i], answers[i], turns, tokens) for i in index]
+    lm: LM, rows: Sequence[Encoded], tokens: int, layers: range, batch_size: int, *, after_turns: bool = False
+) -> _Rows:
     n, states = len(rows), dict[int, Tensor]()
     real = torch.tensor([[i <= len(one.ids) - one.n_prompt for i in range(tokens + 1)] for one in rows])
     nats = torch.zeros(n)
     kept: dict[int, Tensor] = {}
+    lengths = [one.n_prompt for one in rows]
+    size = lm.model.get_output_embeddings().weight.shape[0]
+    batch_size = max(1, min(batch_size, LOGITS // (4 * (tokens + 1) * size)))
     with torch.inference_mode():
-        prefix = shared_prefix(lm, [one.ids for one in rows], [one.n_prompt for one in rows])
-        for members in batches([one.n_prompt for one in rows], batch_size):
+        # Many turns that all begin with are worth batches without padding: windows of attention see over none.
+        prefix = shared_prefix(lm, [one.ids for one in rows], lengths, alike=after_turns)
+        for members in batches(lengths, batch_size, alike=lengths if after_turns else None):
             batch, n_prompt = pad_replies(lm, [rows[i] for i in members], shared=prefix.length)
             width = batch.input_ids.shape[1] - n_prompt + 1
             readers = {layer: functools.partial(_keep, kept, layer, width) for layer in layers}
@@ -158,12 +194,13 @@ def _read(
             given = real[members, 1:width].float()
             nats[members] = -(log_p * given).sum(1) / given.sum(1)
             for layer in layers:
-                states.setdefault(layer, torch.zeros(n, tokens + 1, lm.d_model))[members, :width] = kept[layer]
+                empty = torch.zeros(n, tokens + 1, lm.d_model, dtype=kept[layer].dtype)
+                states.setdefault(layer, empty)[members, :width] = kept[layer]
     return _Rows(states, real, nats)
 
 
 def _keep(kept: dict[int, Tensor], layer: int, width: int, h: Tensor) -> None:
-    kept[layer] = h[:, -width:].float().cpu()
+    kept[layer] = h[:, -width:].cpu()
 
 
 class _Fitting:
@@ -171,15 +208,15 @@ class _Fitting:
 
     name = "a fit in one pass"
 
-    def __init__(self, alone: _Rows, shifts: Mapping[int, Tensor], rank: int, positions: Positions) -> None:
-        self.alone, self.shifts, self.rank, self._positions = alone, shifts, rank, positions
+    def __init__(self, alone: _Rows, aims: Mapping[int, Tensor], rank: int, positions: Positions) -> None:
+        self.alone, self.aims, self.rank, self._positions = alone, aims, rank, positions
         self.made: dict[int, tuple[Intervention, ...]] = {}
         self._columns = 0
 
     @property
     def layers(self) -> list[int]:
         """The layers that are fitted."""
-        return sorted(self.shifts)
+        return sorted(self.aims)
 
     @property
     def positions(self) -> set[Positions]:
@@ -197,16 +234,16 @@ class _Fitting:
             batch, n_prompt = pad_replies(lm, rows, shared=prefix.length)
             self._columns = batch.input_ids.shape[1] - n_prompt + 1
             past = prefix.past(len(rows))
-            with attach_change(lm, self), track(f"fitting in {lm.id}", total=len(self.shifts)) as advance:
+            with attach_change(lm, self), track(f"fitting in {lm.id}", total=len(self.aims)) as advance:
                 self._advance = advance
                 run_blocks(lm, Batch(*prefix.rest(batch)), past)
 
     def _edit(self, layer: int, h: Tensor) -> Tensor:
         here = h[:, -self._columns :].float()
         prompts, columns = self.alone.real[:, : self._columns].nonzero(as_tuple=True)
-        x, base = here.cpu()[prompts, columns], self.alone.states[layer][prompts, columns]
-        missing = self.shifts[layer][prompts, columns] - (x - base)
-        one = fit_shift(x, missing, prompts.numpy(), unit=spread(base), rank=self.rank, positions=self._positions)
+        x = here.cpu()[prompts, columns]
+        base, aim = (states[layer][prompts, columns].float() for states in (self.alone.states, self.aims))
+        one = fit_shift(x, aim - x, prompts.numpy(), unit=spread(base), rank=self.rank, positions=self._positions)
         self.made[layer] = (one,)
         self._advance(1)
         changed = (here + one.to(h.device).delta(here)).to(h.dtype)

@@ -12,7 +12,7 @@ from commandv.arguments import checked
 from commandv.errors import InputError, require_seed
 from commandv.models.lm import LM
 from commandv.models.state import require_own
-from commandv.transfer.distil.context import Context
+from commandv.transfer.distil.context import FEWEST, Context
 from commandv.transfer.distil.demonstrations import Demonstrations
 from commandv.transfer.distil.vocabulary import Answers, Vocabulary
 
@@ -29,7 +29,7 @@ def distil(
     demonstrations: Demonstrations,
     *,
     by: str | Method = AUTO,
-    rank: int = 16,
+    rank: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
 ) -> Adapter:
@@ -43,7 +43,7 @@ def distil(
         demonstrations: of the behaviour.
         by: `"context"`, `"vocabulary"`, `"answers"`, `"auto"`, or one of the methods with settings of its own, as
             `Context(tokens=10, sets=6, least=1.0)`.
-        rank: of each fit.
+        rank: of each fit. Default: 64 for the context, 16 for the others, or the recipient's width.
         seed: of the sets of demonstrations, of the prompts that are held out and of the places used.
         batch_size: prompts per forward pass.
 
@@ -56,7 +56,7 @@ def distil(
     """
     require_own(recipient, "distilling")
     require_seed(seed)
-    if rank < 1 or rank > recipient.d_model or batch_size < 1:
+    if batch_size < 1 or (rank is not None and not 1 <= rank <= recipient.d_model):
         raise InputError(f"rank={rank}, batch_size={batch_size}: expected 1 or more, a rank up to {recipient.d_model}")
     if isinstance(by, str) and by not in (AUTO, *METHODS):
         raise InputError(f"by={by!r}: expected one of {', '.join((AUTO, *METHODS))}")
@@ -64,6 +64,7 @@ def distil(
         by = choose(recipient, demonstrations)
         log.info("%s into %s by %s", demonstrations.name, recipient.id, by)
     method = METHODS[by]() if isinstance(by, str) else by
+    rank = min(method.rank, recipient.d_model) if rank is None else rank
     with torch.inference_mode():
         made, facts = method(recipient, demonstrations, rank=rank, seed=seed, batch_size=batch_size)
     provenance = {
@@ -85,5 +86,5 @@ def distil(
 
 def choose(recipient: LM, demonstrations: Demonstrations) -> str:
     """Return the name of the method that `"auto"` takes; see `distil`."""
-    fits = not recipient.recurrent and len(demonstrations) >= 2 * Context.size
+    fits = not recipient.recurrent and len(demonstrations) >= FEWEST
     return Context.name if fits else Vocabulary.name
