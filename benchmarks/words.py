@@ -31,7 +31,8 @@ SMOLLM, GEMMA, QWEN = "smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.
 FILES = {QWEN: cache_dir() / "family" / f"{QWEN}-q4_k_m.gguf"}  # of `make family`
 PAIRS = ((SMOLLM, GEMMA), (GEMMA, SMOLLM), (SMOLLM, QWEN))
 BEHAVIOURS = {"numbered-list": ("numbered-list",), "pirate": ("pirate-opening", "pirate")}
-ARMS = ("donor", "unmodified", "few-shot", "context", "vocabulary", "trained")
+ARMS = ("donor", "unmodified", "few-shot", "context", "auto", "vocabulary", "trained")
+BASE = (GEMMA,)  # recipients without a chat template; into the others "auto" is the context
 ASKED, TESTED, SEED = 128, 64, 0
 DONOR = DiReFT(rank=8, layers="last_half", positions="l1+g48")  # along the whole answer: a style has to last
 DONOR_SETTINGS = TrainSettings(epochs=3, max_response=40, seed=SEED)
@@ -43,8 +44,13 @@ def cells() -> Iterator[Cell]:
     """Yield all cells, what matters most first."""
     for donor, recipient in PAIRS:
         for behaviour in BEHAVIOURS:
-            for arm in ARMS:
+            for arm in arms(recipient):
                 yield donor, recipient, behaviour, arm
+
+
+def arms(recipient: str) -> tuple[str, ...]:
+    """Return the arms that differ."""
+    return tuple(arm for arm in ARMS if arm != "auto" or recipient in BASE)
 
 
 def model(name: str) -> cv.LM:
@@ -143,10 +149,10 @@ def page() -> str:
     found, lines, missing = rows(), [INTRODUCTION], []
     for donor, recipient in PAIRS:
         for behaviour, names in BEHAVIOURS.items():
-            table = [(arm, found.get((donor, recipient, behaviour, arm))) for arm in ARMS]
+            table = [(arm, found.get((donor, recipient, behaviour, arm))) for arm in arms(recipient)]
             if without := [arm for arm, row in table if row is None]:
                 missing.append(f"{donor} -> {recipient}, {behaviour}: {', '.join(without)}")
-            if len(without) == len(ARMS):
+            if len(without) == len(table):
                 continue
             columns = [*names, "loops", "KL first / after", "words", "seconds", "GB", "tokens a request"]
             lines += ["", f"## {donor} -> {recipient}: {behaviour}", "", f"| arm | {' | '.join(columns)} |"]
@@ -177,7 +183,8 @@ Strict graders, {TESTED} test prompts, answers of 48 tokens, greedy, default set
 intervals over prompts. The donors are DiReFT adapters of rank 8 on the last half of the layers that act along the whole
 answer (l1+g48), trained on the built-in examples; they answered {ASKED} task-agnostic prompts. "trained" is a DiReFT of
 the same form trained on these answers, its learning rate the best of three on held-out answers. "few-shot" has
-{DEMONSTRATIONS} of them as earlier turns. `by="auto"` is the context here. KL is from the unmodified model, in nats, at
+{DEMONSTRATIONS} of them as earlier turns. `by="auto"` is the context of many strong demonstrations into Gemma, a base
+model, and the context into the others. KL is from the unmodified model, in nats, at
 the first token of benign replies and after it. Seconds are CPU seconds of one thread for making the adapter, from the
 demonstrations on (choosing a learning rate included); GB is the peak of a process that holds the recipient and makes
 it. Made by `python benchmarks/words.py`."""

@@ -170,9 +170,9 @@ def test_sets_are_of_the_answers_that_the_adapter_changes_most_after_the_opening
     some = torch.zeros(72, 1)
     changes = Changes(places, some.long(), some, some, some[:, 0], (opening + after).flatten())
     shown = replace(texts(6), vocabulary=(WORD,), changes=changes)
-    assert demonstration_sets(shown, 2, 2, 0) == [[1, 3], [4, 5]]
+    assert demonstration_sets(shown, 2, 2, None) == [[1, 3], [4, 5]]
     brief = changes._replace(divergence=changes.divergence.where((places[:, 0] != 1) | (places[:, 1] < 7), 0.0))
-    assert demonstration_sets(replace(shown, changes=brief), 2, 2, 0) == [[4, 5], [3, 0]]
+    assert demonstration_sets(replace(shown, changes=brief), 2, 2, None) == [[4, 5], [3, 0]]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text", "gpt2", "opt"])
@@ -194,10 +194,20 @@ def test_a_head_of_another_form_is_refused():
 
 def test_auto_takes_the_context_and_the_vocabulary_where_that_cannot_be():
     lm, made = model(), shown()
-    assert choose(lm, made) == "context"
+    assert choose(lm, made) == cv.Context()
     few = cv.demonstrate(lm, certain(lm, "all"), ASKED[:6], answers=[ANSWERS] * 6)
-    assert choose(lm, few) == "vocabulary"
+    assert choose(lm, few) == cv.Vocabulary()
     assert cv.distil(lm, few, rank=2).provenance["by"] == "vocabulary"
+
+
+def test_auto_takes_many_strong_demonstrations_into_a_base_model():
+    base = model(chat=False)
+    made = cv.distil(base, shown(chat=False), rank=2)
+    first, second = made.provenance["sets"]
+    assert not set(first) & set(second)
+    assert made.provenance["settings"]["strongest"]
+    assert made.positions == {cv.Positions.parse("l1+g24")}
+    assert choose(base, texts(24)) == cv.Context()  # how strong texts are is not known
 
 
 def test_the_same_seed_gives_the_same_adapter_and_nothing_stays_on_the_model():

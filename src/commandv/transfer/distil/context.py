@@ -43,22 +43,24 @@ class Context:
     The recipient reads each prompt and the first tokens of the donor's answer alone, and after each of several sets of
     *other* prompts and answers as earlier turns. The set that makes the donor's answer likeliest counts; the wanted
     shift is the difference of the states. In one more pass each layer, from a third of the depth up, is fitted to what
-    is still missing of it with the earlier layers' interventions active. Carries openings, phrases and formats, and
-    styles that last: these need many demonstrations, and strong ones.
+    is still missing of it with the earlier layers' interventions active. Carries openings, phrases and formats; with
+    `MANY`, into a base model, styles that last.
 
     Attributes:
         tokens: k, of the answer; the adapter acts at l1+gk.
         sets: how many sets of demonstrations.
         size: demonstrations in a set; fewer where there are not two sets of so many, or they do not fit in.
         least: nats a token that a set must gain for a prompt, else no shift is wanted there.
+        strongest: make the sets of the demonstrations that the adapter changes most after their opening, in place of
+            drawing them with the seed. Texts only are always drawn.
     """
 
     name: ClassVar[str] = "context"
-    rank: ClassVar[int] = 64
-    tokens: int = 24
-    sets: int = 2
-    size: int = 16
+    tokens: int = 6
+    sets: int = 4
+    size: int = 4
     least: float = 0.0
+    strongest: bool = False
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.size) < 1 or self.sets < 2:
@@ -74,7 +76,7 @@ class Context:
         lead = beginning(lm, shown.prompts)
         asked = [(prompt, lead + answer) for prompt, answer in zip(shown.prompts, shown.answers, strict=True)]
         rows = [_encoded(lm, *one, (), self.tokens) for one in asked]
-        sets = demonstration_sets(shown, self.sets, self.size, seed)
+        sets = demonstration_sets(shown, self.sets, self.size, None if self.strongest else seed)
         after = _after_sets(lm, shown, asked, sets, self.tokens)
         with track(f"reading in {lm.id}", total=len(shown) * (1 + len(sets))) as advance:
             alone = _read(lm, rows, self.tokens, layers, batch_size)
@@ -104,12 +106,16 @@ class Context:
         return fitting.made, {**facts, "shifted": int(wanted.sum())}
 
 
-def demonstration_sets(shown: Demonstrations, sets: int, size: int, seed: int) -> list[list[int]]:
+# Base models learn a style from many demonstrations, and only where these are alike and full of it.
+MANY = Context(tokens=24, sets=2, size=16, strongest=True)
+
+
+def demonstration_sets(shown: Demonstrations, sets: int, size: int, seed: int | None) -> list[list[int]]:
     """Choose sets of demonstrations, disjoint as far as they go; a prompt in one is asked after the others only.
 
-    They are the strongest: those in which the adapter changes most after the opening, as a mean over places that
-    counts short answers less. Where that is not known, they are drawn with the seed. Where there are not two sets of
-    that size, they are half of the demonstrations each.
+    Without a seed they are the strongest: those in which the adapter changes most after the opening, as a mean over
+    places that counts short answers less; with one, or where what the adapter changes is not known, they are drawn.
+    Where there are not two sets of that size, they are half of the demonstrations each.
 
     Raises:
         InputError: a single one: a prompt's own answer never stands before it.
@@ -119,10 +125,11 @@ def demonstration_sets(shown: Demonstrations, sets: int, size: int, seed: int) -
         raise InputError("1 demonstration, expected 2 or more: a prompt's own answer never stands before it")
     size = min(size, n // 2)
     sets = min(sets, n // size)
-    order = np.random.default_rng(seed).permutation(n)
-    if shown.changes is not None:
-        strengths = np.array([_strength(shown.changes, i) for i in range(n)])
-        order = np.argsort(-strengths, kind="stable")
+    if seed is not None or shown.changes is None:
+        order = np.random.default_rng(seed or 0).permutation(n)
+        return [order[i * size : (i + 1) * size].tolist() for i in range(sets)]
+    strengths = [_strength(shown.changes, i) for i in range(n)]
+    order = np.argsort(-np.array(strengths), kind="stable")
     return [order[i : sets * size : sets].tolist() for i in range(sets)]
 
 
@@ -181,9 +188,12 @@ def _read(
     size = lm.model.get_output_embeddings().weight.shape[0]
     batch_size = max(1, min(batch_size, LOGITS // (4 * (tokens + 1) * size)))
     with torch.inference_mode():
-        # Many turns that all begin with are worth batches without padding: windows of attention see over none.
-        prefix = shared_prefix(lm, [one.ids for one in rows], lengths, alike=after_turns)
-        for members in batches(lengths, batch_size, alike=lengths if after_turns else None):
+        prefix = shared_prefix(lm, [one.ids for one in rows], lengths)
+        # A long beginning is worth batches without padding, over which windows of attention cannot see.
+        alike = after_turns and not prefix.length
+        if alike:
+            prefix = shared_prefix(lm, [one.ids for one in rows], lengths, alike=True)
+        for members in batches(lengths, batch_size, alike=lengths if alike else None):
             batch, n_prompt = pad_replies(lm, [rows[i] for i in members], shared=prefix.length)
             width = batch.input_ids.shape[1] - n_prompt + 1
             readers = {layer: functools.partial(_keep, kept, layer, width) for layer in layers}

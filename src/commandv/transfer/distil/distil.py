@@ -12,13 +12,14 @@ from commandv.arguments import checked
 from commandv.errors import InputError, require_seed
 from commandv.models.lm import LM
 from commandv.models.state import require_own
-from commandv.transfer.distil.context import FEWEST, Context
+from commandv.transfer.distil.context import FEWEST, MANY, Context
 from commandv.transfer.distil.demonstrations import Demonstrations
 from commandv.transfer.distil.vocabulary import Answers, Vocabulary
 
 Method = Context | Vocabulary | Answers
 METHODS: dict[str, type[Method]] = {one.name: one for one in (Context, Vocabulary, Answers)}
 AUTO = "auto"
+RANK, RANK_OF_MANY = 16, 64
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +36,16 @@ def distil(
 ) -> Adapter:
     """Make a native adapter of the recipient that behaves as the demonstrations do.
 
-    `"auto"` takes the context, and the vocabulary where there are too few demonstrations for that, or the recipient is
-    recurrent.
+    `"auto"` takes the context: into a base model, one without a chat template, that of many strong demonstrations
+    (`Context(tokens=24, sets=2, size=16, strongest=True)`), as far as it is known what the adapter changes. It takes
+    the vocabulary where there are fewer than eight demonstrations, or the recipient is recurrent.
 
     Args:
         recipient: the model, with nothing attached; its weights do not change.
         demonstrations: of the behaviour.
         by: `"context"`, `"vocabulary"`, `"answers"`, `"auto"`, or one of the methods with settings of its own, as
             `Context(tokens=10, sets=6, least=1.0)`.
-        rank: of each fit. Default: 64 for the context, 16 for the others, or the recipient's width.
+        rank: of each fit. Default: 16, and 64 where `"auto"` takes many demonstrations; or the recipient's width.
         seed: of the sets of demonstrations, of the prompts that are held out and of the places used.
         batch_size: prompts per forward pass.
 
@@ -61,10 +63,11 @@ def distil(
     if isinstance(by, str) and by not in (AUTO, *METHODS):
         raise InputError(f"by={by!r}: expected one of {', '.join((AUTO, *METHODS))}")
     if by == AUTO:
-        by = choose(recipient, demonstrations)
-        log.info("%s into %s by %s", demonstrations.name, recipient.id, by)
-    method = METHODS[by]() if isinstance(by, str) else by
-    rank = min(method.rank, recipient.d_model) if rank is None else rank
+        method = choose(recipient, demonstrations)
+        log.info("%s into %s by %s", demonstrations.name, recipient.id, method)
+    else:
+        method = METHODS[by]() if isinstance(by, str) else by
+    rank = rank or min(RANK_OF_MANY if method == MANY else RANK, recipient.d_model)
     with torch.inference_mode():
         made, facts = method(recipient, demonstrations, rank=rank, seed=seed, batch_size=batch_size)
     provenance = {
@@ -84,7 +87,8 @@ def distil(
     return Adapter(own, recipient.ref, demonstrations.name, provenance)
 
 
-def choose(recipient: LM, demonstrations: Demonstrations) -> str:
-    """Return the name of the method that `"auto"` takes; see `distil`."""
-    fits = not recipient.recurrent and len(demonstrations) >= FEWEST
-    return Context.name if fits else Vocabulary.name
+def choose(recipient: LM, demonstrations: Demonstrations) -> Method:
+    """Return the method that `"auto"` takes; see `distil`."""
+    if recipient.recurrent or len(demonstrations) < FEWEST:
+        return Vocabulary()
+    return Context() if recipient.chat or demonstrations.changes is None else MANY

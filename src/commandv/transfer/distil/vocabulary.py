@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 class _AtTheLastBlock:
     """Rounds of ridge regression at the last block; see `commandv.transfer.distil.rounds.descend`."""
 
-    rank: ClassVar[int] = 16
     rounds: int = 4  # at most so many
     places: int = 2560  # at most so many; of an answer's later tokens a random part is used
 
