@@ -32,6 +32,26 @@ BY_HAND = [
      ".72 against .78"),
     (WORDS, "(dialect .03). One that acts along the whole answer (`--positions l1+g48`) speaks dialect in "
      ".55 of its"),
+    (WORDS, "| few-shot prompt, 4 demonstrations; 8, 12, 16 of the strongest | Gemma | dialect .04; .29, .88, .92 |"),
+    (WORDS, "| few-shot prompt, 16, 32, 64 of the strongest | Qwen 0.5B | dialect .19, .38, .38 |"),
+    (WORDS, "| few-shot prompt, 48 of the strongest that repeat no words | Qwen 0.5B | dialect .56 |"),
+    (WORDS, "| context, the default | Gemma | .88, .21, .08 |"),
+    (WORDS, "| context, sets of 16 drawn, 24 tokens, rank 64 | Gemma | .83, .08, .17 |"),
+    (WORDS, "| **context, sets of the 16 strongest, 24 tokens, rank 64** | Gemma | **.96, .83, .04** |"),
+    (WORDS, "| the last, rank 16 | Gemma | .83, .71, .17 |"),
+    (WORDS, "| the same as in bold | Qwen 0.5B | .81, .06, .19 |"),
+    (WORDS, "| the same, from Gemma's answers, which repeat themselves | SmolLM2 | .46, .29, .54 |"),
+    (WORDS, "| the same, demonstrations that repeat words left behind | SmolLM2 | .79, 0, .21 |"),
+    (WORDS, "| the recipient's own answers after 16 demonstrations, in place of the donor's | Gemma | .83, .83, .17 |"),
+    (WORDS, "| the same, after 32 | Qwen 0.5B | .94, 0, .06 |"),
+    (WORDS, "| vocabulary with the donor's distribution as the target, 4 rounds; 8; 12 of rank 64 | SmolLM2 | "
+     ".33, 0, .04; .79, .08, .08; .83, .04, .12 |"),
+    (WORDS, "| the same, 4 rounds | Gemma | 0, 0, .25 |"),
+    (WORDS, "| the same, 8 rounds after the context | Gemma | .08, .08, .29 |"),
+    (WORDS, "| its target at some middle layers first; at the last five | SmolLM2 | .71, .08, .08; .54, .12, .38 |"),
+    (WORDS, "| answers, 4 rounds | SmolLM2 | .29, .08, .67 |"),
+    (WORDS, "| mean state along the answers minus along plain ones, added | Gemma | 0, 0, .54; the donor's "
+     "answers become less likely |"),
     (WORDS, "| the shipped adapter as the donor | has no dialect itself (.03): the loops of an earlier look "
      "came with it and Gemma's own (.50) |"),
     (WORDS, "| gradient times variance, 3 rounds | KL 3.23 -> 1.23; opening 2.0 nats |"),

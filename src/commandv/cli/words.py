@@ -91,7 +91,9 @@ def distil(
     demonstrations: Shown,
     out: Out,
     by: Annotated[Literal["auto", "context", "vocabulary", "answers"], typer.Option(help="Which method.")] = "auto",
-    rank: Annotated[int, typer.Option(min=1, help="Of each fit.")] = 16,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of each fit; 16, and 64 where auto takes many demonstrations.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=MOST_SEED, help="Of the demonstrations' sets and of what is held out.")
     ] = 0,
