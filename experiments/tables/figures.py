@@ -44,6 +44,7 @@ BY_HAND = [
     (WORDS, "| the same, demonstrations that repeat words left behind | SmolLM2 | .79, 0, .21 |"),
     (WORDS, "| the recipient's own answers after 16 demonstrations, in place of the donor's | Gemma | .83, .83, .17 |"),
     (WORDS, "| the same, after 32 | Qwen 0.5B | .94, 0, .06 |"),
+    (WORDS, "| the same, after 16 of Gemma's | SmolLM2 | 1.00, 0, 0 |"),
     (WORDS, "| vocabulary with the donor's distribution as the target, 4 rounds; 8; 12 of rank 64 | SmolLM2 | "
      ".33, 0, .04; .79, .08, .08; .83, .04, .12 |"),
     (WORDS, "| the same, 4 rounds | Gemma | 0, 0, .25 |"),

@@ -383,14 +383,20 @@ def words(made: Pages) -> Iterator[Sentence]:
         columns = "{} [{}, {}] | {} | {} [{}, {}] | {} [{}, {}] | {}"
         row = f"| {title} | {columns} | {'{} | {}' if cost[0] else ' | '} |"
         yield Sentence("README.md", row.replace("|  |", "| |").replace("|  |", "| |"), [*figures, *cost[0], *cost[1]])
-    text = "come into Gemma by training in {}, by context in {}, openings in {} against {}; from such a donor of Gemma "
-    text += "into SmolLM2 lists in {} against {}, openings in {} against {}."
-    others = (("-> gemma-3-270m", "trained (rate 0.001)"), ("-> smollm2-135m-instruct", "trained (rate 0.004)"))
+    text = (
+        "(`--by auto`): in {}, by training in {}; lists in {} against {}. From such a donor of Gemma into SmolLM2 come "
+    )
+    text += "lists by training in {}, by context in {}, openings in {} against {}."
+    into_gemma, into_smollm = ("auto", "trained (rate 0.001)"), ("trained (rate 0.004)", "context")
     told = [
-        at(made, "docs/benchmarks/words.md", f"{into}: {name}", arm, column)[0]
-        for into, trained in others
-        for name, column in ((listed, listed), (pirate, "pirate-opening"))
-        for arm in (trained, "context")
+        at(made, "docs/benchmarks/words.md", f"-> {into}: {name}", arm, column)[0]
+        for into, name, column, arms in (
+            ("gemma-3-270m", pirate, pirate, into_gemma),
+            ("gemma-3-270m", listed, listed, into_gemma),
+            ("smollm2-135m-instruct", listed, listed, into_smollm),
+            ("smollm2-135m-instruct", pirate, "pirate-opening", into_smollm),
+        )
+        for arm in arms
     ]
     yield Sentence("README.md", text, told)
 

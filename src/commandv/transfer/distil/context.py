@@ -43,8 +43,8 @@ class Context:
     The recipient reads each prompt and the first tokens of the donor's answer alone, and after each of several sets of
     *other* prompts and answers as earlier turns. The set that makes the donor's answer likeliest counts; the wanted
     shift is the difference of the states. In one more pass each layer, from a third of the depth up, is fitted to what
-    is still missing of it with the earlier layers' interventions active. Carries openings, phrases and formats; with
-    `MANY`, into a base model, styles that last.
+    is still missing of it with the earlier layers' interventions active. Carries openings, phrases and formats, and
+    after many strong demonstrations, into a base model, styles that last.
 
     Attributes:
         tokens: k, of the answer; the adapter acts at l1+gk.
