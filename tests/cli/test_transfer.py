@@ -14,6 +14,7 @@ import commandv as cv
 import tiny
 import twin
 from command_line import fails
+from commandv.storage.files import LOCK
 
 run = command_line.run
 HERE = ("--dtype", "float32", "--template", "plain")
@@ -133,7 +134,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(run, made, tmp_path
 def test_a_place_that_another_transfer_writes_is_refused_at_once(run, made, tmp_path, monkeypatch):
     monkeypatch.setattr(cv, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "out").mkdir()
-    with filelock.FileLock(tmp_path / "out" / ".lock"):
+    with filelock.FileLock(tmp_path / "out" / LOCK):
         ran = run("transfer", *pair(made), "--task", "json", "-o", tmp_path / "out")
     fails(ran, "another process is writing there", "choose another directory", code=2)
 
