@@ -54,6 +54,12 @@ def require_seed(seed: int) -> None:
         raise InputError(f"seed={seed!s:.40}: expected a whole number from 0 to 2^32 - 1")
 
 
+def require_positive(**counts: int | None) -> None:
+    """Raise `InputError` for a count below 1; None stands for none asked for."""
+    if wrong := [f"{name}={value}" for name, value in counts.items() if value is not None and value < 1]:
+        raise InputError(f"{', '.join(wrong)}: expected 1 or more")
+
+
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return " (did you mean X?)" for a name that is nearly one of those known, else ""; X has `prefix` before it."""
     names = {one.lower(): one for one in known}

@@ -28,6 +28,15 @@ def require_numbers(tensor: Tensor, what: str) -> None:
         )
 
 
+def require_shapes(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `InputError` unless tensors have the shapes that are expected, and hold numbers."""
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise InputError(f"{what}: {name} is of shape {tuple(tensor.shape)}, expected {expected[name]}")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{what}: {name} holds NaN or infinity; the file or its training is broken")
+
+
 class Spec(pydantic.BaseModel):
     """What a file says of an edit beside its tensors; a kind that needs more has a model of its own."""
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commandv.adapters.edit import require_shapes
 from commandv.arguments import checked
-from commandv.errors import InputError, require_known
+from commandv.errors import require_known
 
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"cos": torch.cos, "relu": torch.relu}
 
@@ -47,11 +48,7 @@ class Network:
     def __post_init__(self) -> None:
         require_known("activation of a converter", self.activation, HIDDEN)
         expected = shapes(self.d_x, self.d_y, len(self.shift), self.linear is not None)
-        for name, value in self.tensors().items():
-            if tuple(value.shape) != expected[name]:
-                raise InputError(f"converter: {name} has shape {tuple(value.shape)}, expected {expected[name]}")
-            if not torch.isfinite(value).all():
-                raise InputError(f"converter: {name} holds NaN or infinity; the file or its training is broken")
+        require_shapes("converter", self.tensors(), expected)
 
     @property
     def d_x(self) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from commandv.arguments import checked
-from commandv.errors import CommandVError, InputError, WorkerError
+from commandv.errors import CommandVError, InputError, WorkerError, require_positive
 from commandv.executors.address import WAIT, connected
 from commandv.executors.executor import (
     Do,
@@ -69,8 +69,7 @@ class Ray:
     patience: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise InputError(f"workers={self.workers}: expected 1 or more")
+        require_positive(workers=self.workers)
         if not (0 < self.cpus < math.inf and 0 <= (self.gpus or 0) < math.inf):
             raise InputError(f"cpus={self.cpus}, gpus={self.gpus}: expected more than 0 cpus and no fewer than 0 gpus")
 

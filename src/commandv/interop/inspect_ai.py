@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import commandv as cv
-from commandv.errors import InputError
+from commandv.errors import InputError, require_positive
 
 try:
     import anyio
@@ -129,8 +129,7 @@ class CommandVAPI(ModelAPI):
         # being refused; accepting would load the model once more, and without the arguments it was given.
         if base_url or api_key:
             raise InputError(f"commandv/{model_name} runs in this process; it takes no base_url and no api_key")
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: expected 1 or more")
+        require_positive(batch_size=batch_size)
         self.lm = lm or cv.load_model(
             model_name,
             dtype=dtype,

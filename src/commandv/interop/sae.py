@@ -21,6 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from commandv.adapters.adapter import Adapter
+from commandv.adapters.edit import require_shapes
 from commandv.adapters.kinds import steering_vector
 from commandv.errors import FormatError, InputError, MismatchError, require_known
 from commandv.models.identity import ModelRef
@@ -64,12 +65,7 @@ class SAE:
             raise InputError(f"a {self.architecture} SAE of {self.n_features} features with k={self.k}")
         d, n = self.d_model, self.n_features
         expected = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
-        for name, tensor in self.tensors().items():
-            if tuple(tensor.shape) != expected[name]:
-                raise InputError(f"SAE of width {d} with {n} features: {name} is {tuple(tensor.shape)}, "
-                                 f"expected {expected[name]}")  # fmt: skip
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"SAE: {name} holds NaN or infinity")
+        require_shapes(f"SAE of width {d} with {n} features", self.tensors(), expected)
 
     @property
     def d_model(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from commandv.arguments import checked
-from commandv.errors import InputError
+from commandv.errors import InputError, require_positive
 from commandv.models.lm import LM
 from commandv.models.running import own_pass
 from commandv.models.template import MARK, render, stop_tokens
@@ -82,8 +82,7 @@ def encode(lm: LM, prompt: str, response: str = "", *, max_length: int | None = 
     Raises:
         InputError: empty prompt, a prompt longer than the context, or a `max_length` too small for the template.
     """
-    if max_length is not None and max_length < 1:
-        raise InputError(f"max_length={max_length}: expected 1 or more")
+    require_positive(max_length=max_length)
     encoded = _encode(lm, prompt, response, turns)
     limit = min((n for n in (max_length, lm.context_length) if n is not None), default=None)
     if limit is None or len(encoded.ids) <= limit:

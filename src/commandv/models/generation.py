@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from commandv.arguments import checked
-from commandv.errors import InputError
+from commandv.errors import InputError, require_positive
 from commandv.models.encoding import Turns, encode, pad, pad_token
 from commandv.models.finite import Finite
 from commandv.models.live import attached
@@ -58,8 +58,7 @@ def generate(
     """
     texts = as_prompts(prompts).texts
     sampling = Sampling(temperature, top_p, seed)
-    if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens}, batch_size={batch_size}: expected 1 or more")
+    require_positive(max_new_tokens=max_new_tokens, batch_size=batch_size)
     rows = [encode(lm, text, max_length=max_length, turns=turns).ids for text in texts]
     longest = max(map(len, rows)) + max_new_tokens
     if lm.context_length is not None and longest > lm.context_length:
@@ -122,8 +121,7 @@ def batches(lengths: Sequence[int], batch_size: int, *, alike: Sequence[int] | N
 
     Rows of one batch share their value of `alike`: lengths, where nothing may be padded.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}: expected 1 or more")
+    require_positive(batch_size=batch_size)
     kinds = alike or [0] * len(lengths)
     order = sorted(range(len(lengths)), key=lambda i: (-kinds[i], -lengths[i]))
     for _, same in itertools.groupby(order, key=lambda i: kinds[i]):

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from commandv.errors import FormatError, InputError
+from commandv.errors import FormatError, InputError, require_positive
 from commandv.models.encoding import Batch, Encoded, encode, pad, run_blocks
 from commandv.models.generation import batches
 from commandv.models.live import reading
@@ -63,8 +63,7 @@ class Wanted:
                 f"padding={padding!r}, places={places!r}, rows_per_text={rows_per_text}: expected 'left' or 'right', "
                 f"one of {get_args(Places)}, and 1 or more"
             )
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: expected 1 or more")
+        require_positive(batch_size=batch_size)
         used = [ends] if text is None else [ends, text]
         hashes = [one.hash for one in used]
         hashed = digest(hashes, [places, rows_per_text] if text is not None else [])

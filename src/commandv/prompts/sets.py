@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from commandv.arguments import checked
-from commandv.errors import InputError, did_you_mean
+from commandv.errors import InputError, did_you_mean, require_positive
 from commandv.storage.files import digest
 from commandv.storage.reading import first_line, no_such_file, parse_json, read_text
 
@@ -156,8 +156,7 @@ def load_prompts(source: str | Path, *, column: str | None = None, limit: int | 
         InputError: unknown name, missing file, malformed row (with its line number), no prompts, or a limit below 1.
     """
     source = str(source)
-    if limit is not None and limit < 1:
-        raise InputError(f"limit={limit}: expected 1 or more")
+    require_positive(limit=limit)
     require_source(source)
     here = source.startswith("builtin:") or os.path.isfile(source)
     prompts = []

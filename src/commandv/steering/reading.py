@@ -46,8 +46,6 @@ def _states(
     lm: LM, encoded: Sequence[Encoded], positions: Positions, batch_size: int, *, skip_first: bool = False
 ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
     """Yield what `states` yields, of token ids; with `skip_first`, `all` is without the first token."""
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}: expected 1 or more")
     alike = [one.n_prompt for one in encoded] if lm.recurrent else None  # prompts are padded at their left
     for members in batches([len(one.ids) for one in encoded], batch_size, alike=alike):
         batch, n_prompt = pad_replies(lm, [encoded[i] for i in members])

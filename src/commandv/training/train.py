@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from commandv.adapters.adapter import Adapter, Intervention
 from commandv.adapters.kinds import KINDS, Kind
 from commandv.arguments import checked
-from commandv.errors import InputError, require_seed
+from commandv.errors import InputError, require_positive, require_seed
 from commandv.models.encoding import pad
 from commandv.models.layers import LayerChoice, choose_layers, every_other
 from commandv.models.lm import LM
@@ -55,8 +55,7 @@ class ReFT:
     activation: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"rank={self.rank}: expected 1 or more")
+        require_positive(rank=self.rank)
 
 
 def _spec(kind: Kind) -> type[ReFT]:
@@ -95,8 +94,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
-        if self.epochs < 1 or self.batch_size < 1 or self.max_response < 1:
-            raise InputError("epochs, batch_size and max_response: expected 1 or more")
+        require_positive(epochs=self.epochs, batch_size=self.batch_size, max_response=self.max_response)
         if not (0 <= self.held_out < 1 and 0 <= self.warmup < 1 and 0 < self.learning_rate < math.inf):
             raise InputError("held_out and warmup: expected shares from 0 to below 1; learning_rate: a number above 0")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from commandv.adapters.adapter import Adapter
 from commandv.arguments import checked
-from commandv.errors import InputError, MismatchError, require_seed
+from commandv.errors import InputError, MismatchError, require_positive, require_seed
 from commandv.evaluation.arms import ARMS, AUTO, methods
 from commandv.evaluation.catalogue import load_task
 from commandv.evaluation.graders import refusal
@@ -75,11 +75,7 @@ class TransferSettings:
         require_seed(self.seed)
         if not self.layers or not self.scales or min(self.scales) <= 0:
             raise InputError(f"layers={self.layers}, scales={self.scales}: expected one or more, scales above 0")
-        if min(self.n_dev, self.n_test, self.n_asked, self.batch_size) < 1:
-            raise InputError(
-                f"n_dev={self.n_dev}, n_test={self.n_test}, n_asked={self.n_asked}, batch_size={self.batch_size}: "
-                "expected 1 or more"
-            )
+        require_positive(n_dev=self.n_dev, n_test=self.n_test, n_asked=self.n_asked, batch_size=self.batch_size)
         for name in ("budget", "most_loops"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise InputError(f"{name}={value}: expected 0 or more, or None for no limit")

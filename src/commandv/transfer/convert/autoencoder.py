@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from commandv.adapters.network import Network
 from commandv.arguments import checked
-from commandv.errors import InputError, require_seed
+from commandv.errors import InputError, require_positive, require_seed
 from commandv.storage.files import digest
 from commandv.training.loop import Descent, Learned
 from commandv.transfer.convert.fitters import Groups, check_pairs
@@ -68,10 +68,8 @@ class Autoencoder:
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
-        for name in ("hidden", "epochs", "batch_size", "accumulate", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: expected 1 or more")
+        counts = ("hidden", "epochs", "batch_size", "accumulate", "patience")
+        require_positive(**{name: getattr(self, name) for name in counts})
         if not (np.isfinite(self.learning_rate) and self.learning_rate > 0 and 0 <= self.validation < 1):
             raise InputError("learning_rate: expected above 0; validation: a share from 0 to below 1")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from commandv.arguments import checked
-from commandv.errors import InputError
+from commandv.errors import InputError, require_positive
 from commandv.transfer.convert.factor import EXACT_RTOL, Cholesky, Factor, Solver, Spectral
 from commandv.transfer.convert.kept import Kept
 from commandv.transfer.convert.linear import Converter, Dense, Solved
@@ -180,8 +180,7 @@ class ReducedRank:
     ridge: Ridge = Ridge()
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"rank={self.rank}: expected 1 or more")
+        require_positive(rank=self.rank)
 
     def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit; see `Fitter`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from commandv.adapters.network import Network
 from commandv.arguments import checked
-from commandv.errors import InputError, require_seed
+from commandv.errors import InputError, require_positive, require_seed
 from commandv.transfer.convert.factor import Factor, Solver
 from commandv.transfer.convert.fitters import Ridge
 from commandv.transfer.convert.kept import Kept
@@ -58,8 +58,7 @@ class FourierRidge:
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
-        if self.features < 1:
-            raise InputError(f"features={self.features}: expected 1 or more")
+        require_positive(features=self.features)
         for name in ("bandwidth", "strength"):
             value = getattr(self, name)
             if value is not None and not (np.isfinite(value) and value > 0):
