@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from commandv.arguments import checked
-from commandv.errors import InputError, require_positive
+from commandv.errors import InputError
 from commandv.evaluation.reasoning import final_answer, is_right
 from commandv.prompts.sets import Prompt, PromptSet
 
@@ -47,7 +47,8 @@ def arithmetic_prompts(
     Raises:
         InputError: a level that does not exist or has too few different problems, or no problems asked for.
     """
-    require_positive(n_dev=n_dev, n_test=n_test, levels=len(levels))
+    if n_dev < 1 or n_test < 1 or not levels:
+        raise InputError(f"n_dev={n_dev}, n_test={n_test}, {len(levels)} levels: expected 1 or more of each")
     for operations, depth in levels:
         if depth < 0 or operations < depth + 1:
             raise InputError(f"level ({operations}, {depth}): expected depth 0 or more, and more operations than that")

@@ -181,6 +181,10 @@ class Link:
 
     def _matched(self, match: Matcher, layers: list[int]) -> list[LayerPair]:
         """Return what a matcher, which may be the user's, makes of some layers, after checking that it is possible."""
+        if beyond := [layer for layer in layers if layer >= self.donor.n_layers]:
+            raise InputError(
+                f"it acts on donor layers {beyond}; none is matched, for the donor has 0 .. {self.donor.n_layers - 1}"
+            )
         found = match(self.donor, self.recipient, layers)
         known = isinstance(found, list) and all(isinstance(pair, LayerPair) for pair in found)
         if not known or not all(
