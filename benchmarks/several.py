@@ -44,7 +44,7 @@ class Row(NamedTuple):
 SETS = [(), ("list",), ("pirate",), ("refusal",), ("list", "pirate"), ("pirate", "list"), ("list", "refusal"),
         ("pirate", "refusal"), ("list", "pirate", "refusal")]  # fmt: skip
 ROWS = [Row(model, way, names, scale)
-        for model in MODELS for way in WAYS for names in SETS
+        for way in WAYS for model in MODELS for names in SETS
         for scale in ((1.0, 0.6) if names == ("list", "pirate") else (1.0,))]  # fmt: skip
 
 

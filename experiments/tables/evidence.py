@@ -23,7 +23,7 @@ from experiments.organisms.tasks import TASKS
 from experiments.tables.figures import made, whole, write
 from experiments.tables.pages import ROOT, RUNS
 
-FOLDERS = ("small", "steering")
+FOLDERS = ("small", "steering", "family")
 
 
 class Work(pydantic.BaseModel):
@@ -38,6 +38,11 @@ class Work(pydantic.BaseModel):
 def studies() -> dict[str, Path]:
     """Return the files of the studies that can be run on the packaged models."""
     return {file.stem: file for folder in FOLDERS for file in sorted((ROOT / "studies" / folder).glob("*.yaml"))}
+
+
+def lacking(model: str) -> bool:
+    """Tell whether a model is a file of a family that was not fetched."""
+    return Path(model).suffix == ".gguf" and not Path(model).exists()
 
 
 def work(study: Study, run: Path) -> Work:
@@ -64,6 +69,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("commandv").setLevel(logging.ERROR if options.dry_run else logging.INFO)
     chosen = {name: load_study(known[name]) for name in options.names or known}
+    for name in [name for name, study in chosen.items() if any(lacking(spec.id) for spec in study.models.values())]:
+        print(f"{name}: its models are not here; make family fetches them")
+        del chosen[name]
     rows = [work(study, RUNS / name) for name, study in chosen.items()]
     for row in rows:
         hours = "hours unknown" if row.hours is None else f"{row.hours:.2f} h"

@@ -118,17 +118,38 @@ def studies(made: Pages) -> Iterator[Sentence]:
             *sorted(value("refusal", way, "direct") for way in (there, back)),
         ],
     )
-    over = functools.partial(value, "over-refusal")
+    over, attacks = functools.partial(value, "over-refusal"), 2  # the third table is of harmful requests
     yield Sentence(
         page,
-        "({} of benign look-alikes answered, {} unmodified, none with the random adapter, {} with the donor's texts as "
-        "a vector) and into the twin ({}), not from Gemma to SmolLM2, where a random adapter does more ({}) than the "
-        "paste ({})",
+        "crosses from SmolLM2 to Gemma ({} of benign look-alikes answered, {} unmodified) and into the twin ({}), not "
+        "from Gemma to SmolLM2 ({})",
+        [*(over(there, arm) for arm in ("pasted", "unmodified")), over(twin, "pasted"), over(back, "pasted")],
+    )
+    yield Sentence(
+        page,
+        "Into Gemma a random adapter of full strength ({}) and the donor's texts as a vector ({}) do more, and whatever "
+        "ends the refusal of look-alikes ends that of harmful requests: {} of them are answered with the paste, {} with "
+        "training on the donor's answers. Words are the most selective: the vocabulary has {} of look-alikes answered "
+        "and {} of harmful requests in Gemma, {} and {} in SmolLM2",
         [
-            *(over(there, arm) for arm in ("pasted", "unmodified", "text-bridge")),
-            over(twin, "pasted"),
-            over(back, "random"),
-            over(back, "pasted"),
+            *(over(there, arm) for arm in ("random", "text-bridge")),
+            *(over(there, arm, nth=attacks) for arm in ("pasted", "donor-answers")),
+            *(over(way, "vocabulary", nth=n) for way in (there, back) for n in (0, attacks)),
+        ],
+    )
+    qwen = functools.partial(value, "qwen", "selective, large → small")
+    order = ("unmodified", "pasted", "context", "donor-answers")
+    yield Sentence(
+        page,
+        "of harmful requests 0.5B answers {} unmodified, {} pasted, {} by context, {} after training on the donor's "
+        "answers. Over-refusal does not end: of look-alikes it refuses {} unmodified, {} pasted, {} by context, {} after "
+        "training, the donor itself {}. The vocabulary alone lowers both a little, to {} and {}; a few-shot prompt ends "
+        "over-refusal ({}) and has {} of harmful requests answered",
+        [
+            *(qwen(arm, nth=2) for arm in order),
+            *(qwen(arm) for arm in (*order, "donor")),
+            *(qwen("vocabulary", nth=n) for n in (2, 0)),
+            *(qwen("few-shot", nth=n) for n in (0, 2)),
         ],
     )
     chain = functools.partial(value, "auto-cot")
