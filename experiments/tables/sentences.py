@@ -19,7 +19,7 @@ from experiments.tables.cells import Pages, Sentence, at, numbers, shown, whole_
 from experiments.tables.pages import RUNS
 from experiments.tables.vectors import CONCEPTS
 
-MAPPERS, VECTORS, SAE = (f"docs/benchmarks/{name}.md" for name in ("mappers", "vectors", "sae"))
+MAPPERS, SEVERAL, VECTORS, SAE = (f"docs/benchmarks/{name}.md" for name in ("mappers", "several", "vectors", "sae"))
 WAYS = ("gemma-3-270m -> smollm2-135m-instruct", "smollm2-135m-instruct -> gemma-3-270m")
 
 
@@ -127,10 +127,10 @@ def studies(made: Pages) -> Iterator[Sentence]:
     )
     yield Sentence(
         page,
-        "Into Gemma a random adapter of full strength ({}) and the donor's texts as a vector ({}) do more, and whatever "
-        "ends the refusal of look-alikes ends that of harmful requests: {} of them are answered with the paste, {} with "
-        "training on the donor's answers. Words are the most selective: the vocabulary has {} of look-alikes answered "
-        "and {} of harmful requests in Gemma, {} and {} in SmolLM2",
+        "Into Gemma a random adapter of full strength ({}) and the donor's texts as a vector ({}) do more, and "
+        "whatever ends the refusal of look-alikes ends that of harmful requests: {} of them are answered with the "
+        "paste, {} with training on the donor's answers. Words are the most selective: the vocabulary has {} of "
+        "look-alikes answered and {} of harmful requests in Gemma, {} and {} in SmolLM2",
         [
             *(over(there, arm) for arm in ("random", "text-bridge")),
             *(over(there, arm, nth=attacks) for arm in ("pasted", "donor-answers")),
@@ -142,9 +142,9 @@ def studies(made: Pages) -> Iterator[Sentence]:
     yield Sentence(
         page,
         "of harmful requests 0.5B answers {} unmodified, {} pasted, {} by context, {} after training on the donor's "
-        "answers. Over-refusal does not end: of look-alikes it refuses {} unmodified, {} pasted, {} by context, {} after "
-        "training, the donor itself {}. The vocabulary alone lowers both a little, to {} and {}; a few-shot prompt ends "
-        "over-refusal ({}) and has {} of harmful requests answered",
+        "answers. Over-refusal does not end: of look-alikes it refuses {} unmodified, {} pasted, {} by context, {} "
+        "after training, the donor itself {}. The vocabulary alone lowers both a little, to {} and {}; a few-shot "
+        "prompt ends over-refusal ({}) and has {} of harmful requests answered",
         [
             *(qwen(arm, nth=2) for arm in order),
             *(qwen(arm) for arm in (*order, "donor")),
@@ -216,6 +216,17 @@ def methods(made: Pages) -> Iterator[Sentence]:
         page, found = f"docs/methods/{name}.md", [*two(row, WAYS[0]), *two(row, WAYS[1])]
         yield Sentence(page, "Gemma -> SmolLM2 {} and {}, SmolLM2 -> Gemma {} and {}", found)
         yield Sentence(page, "the list {} and {}", lists(row))
+    carrying = "docs/methods/carrying-adapters.md"
+    text = (
+        "the list into SmolLM2 and into Gemma, on development prompts, {} and {} by ridge, {} and {} by Fourier "
+        "features, {} and {} by an autoencoder; written by last-token rows {} and {}"
+    )
+    rows = ("ridge", "Fourier ridge", "autoencoder, longer", "ridge, written by last-token rows")
+    yield Sentence(carrying, text, [one for row in rows for one in lists(row)])
+    one, both = "smollm2-135m-instruct: adapters of its own", ("list", "pirate's opening")
+    alone = [at(made, SEVERAL, one, row, column)[0] for row, column in zip(("list", "pirate"), both, strict=True)]
+    together = [at(made, SEVERAL, one, "list + pirate", column)[0] for column in both]
+    yield Sentence(carrying, "of SmolLM2, {} and {} alone, are {} and {} together", [*alone, *together])
     held = [at(made, MAPPERS, way, row, "held", digits=1)[0] for row in ("Fourier ridge", "ridge") for way in WAYS]
     held[2:] = [f"0{one}" for one in held[2:]]
     yield Sentence("docs/methods/fourier-ridge.md", "{} and {} MB held where ridge holds {} and {}", held)
