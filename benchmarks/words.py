@@ -23,6 +23,7 @@ from commandv.evaluation.arms import DEMONSTRATIONS, practised
 from commandv.prompts.sets import Prompt, PromptSet
 from commandv.storage.files import cache_dir
 from commandv.training.train import DiReFT, TrainSettings, train
+from commandv.transfer.distil.context import MANY, demonstration_sets
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "words.jsonl", HERE.parent / "docs" / "benchmarks" / "words.md"
@@ -31,8 +32,9 @@ SMOLLM, GEMMA, QWEN = "smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.
 FILES = {QWEN: cache_dir() / "family" / f"{QWEN}-q4_k_m.gguf"}  # of `make family`
 PAIRS = ((SMOLLM, GEMMA), (GEMMA, SMOLLM), (SMOLLM, QWEN))
 BEHAVIOURS = {"numbered-list": ("numbered-list",), "pirate": ("pirate-opening", "pirate")}
-ARMS = ("donor", "unmodified", "few-shot", "context", "auto", "vocabulary", "trained")
+ARMS = ("donor", "unmodified", "few-shot", "many-shot", "context", "auto", "vocabulary", "trained")
 BASE = (GEMMA,)  # recipients without a chat template; into the others "auto" is the context
+OF_BASE = ("many-shot", "auto")
 ASKED, TESTED, SEED = 128, 64, 0
 DONOR = DiReFT(rank=8, layers="last_half", positions="l1+g48")  # along the whole answer: a style has to last
 DONOR_SETTINGS = TrainSettings(epochs=3, max_response=40, seed=SEED)
@@ -50,7 +52,7 @@ def cells() -> Iterator[Cell]:
 
 def arms(recipient: str) -> tuple[str, ...]:
     """Return the arms that differ."""
-    return tuple(arm for arm in ARMS if arm != "auto" or recipient in BASE)
+    return tuple(arm for arm in ARMS if arm not in OF_BASE or recipient in BASE)
 
 
 def model(name: str) -> cv.LM:
@@ -78,6 +80,8 @@ def made(lm: cv.LM, donor: str, behaviour: str, arm: str) -> Made:
         return Made(cv.load_adapter(str(KEPT / f"{behaviour}@{donor}")))
     if arm == "few-shot":
         return Made(turns=tuple(pairs[:DEMONSTRATIONS]))
+    if arm == "many-shot":  # what "auto" is fitted to
+        return Made(turns=tuple(pairs[i] for i in demonstration_sets(shown, MANY.sets, MANY.size, None)[0]))
     if arm == "trained":
         answers = PromptSet(tuple(Prompt(*one) for one in pairs), "answers of the donor")
         return Made(practised(lm, answers, seed=SEED, name=behaviour))
@@ -166,7 +170,7 @@ def _told(arm: str, row: dict[str, Any], names: tuple[str, ...]) -> str:
     cells = [_share(row["labels"][name]) for name in names] + [_share(row["loops"])]
     kl = price_scores({name: values for name, values in row["kl"].items() if values})
     cells.append(" / ".join(f"{kl[name].value:.2f}" for name in KL if name in kl))
-    free = arm in ("donor", "unmodified", "few-shot")
+    free = arm in ("donor", "unmodified", "few-shot", "many-shot")
     cells += [f"{row['words']:.0f}", "" if free else f"{row['seconds']:.0f}", "" if free else f"{row['peak_gb']:.1f}"]
     by = f" (rate {row['by']})" if arm == "trained" else ""
     return f"| {arm}{by} | {' | '.join(cells)} | {row['tokens'] or ''} |"
@@ -183,11 +187,11 @@ Strict graders, {TESTED} test prompts, answers of 48 tokens, greedy, default set
 intervals over prompts. The donors are DiReFT adapters of rank 8 on the last half of the layers that act along the whole
 answer (l1+g48), trained on the built-in examples; they answered {ASKED} task-agnostic prompts. "trained" is a DiReFT of
 the same form trained on these answers, its learning rate the best of three on held-out answers. "few-shot" has
-{DEMONSTRATIONS} of them as earlier turns. `by="auto"` is the context of many strong demonstrations into Gemma, a base
-model, and the context into the others. KL is from the unmodified model, in nats, at
-the first token of benign replies and after it. Seconds are CPU seconds of one thread for making the adapter, from the
-demonstrations on (choosing a learning rate included); GB is the peak of a process that holds the recipient and makes
-it. Made by `python benchmarks/words.py`."""
+{DEMONSTRATIONS} of them as earlier turns, "many-shot" the {MANY.size} strongest. `by="auto"` is the context of many
+strong demonstrations into Gemma, a base model, and the context into the others. KL is from the unmodified model, in
+nats, at the first token of benign replies and after it. Seconds are CPU seconds of one thread for making the adapter,
+from the demonstrations on (choosing a learning rate included); GB is the peak of a process that holds the recipient
+and makes it. Made by `python benchmarks/words.py`."""
 
 
 if __name__ == "__main__":

@@ -416,20 +416,25 @@ def words(made: Pages) -> Iterator[Sentence]:
         row = f"| {title} | {columns} | {'{} | {}' if cost[0] else ' | '} |"
         yield Sentence("README.md", row.replace("|  |", "| |").replace("|  |", "| |"), [*figures, *cost[0], *cost[1]])
     text = (
-        "(`--by auto`): in {}, by training in {}; lists in {} against {}. From such a donor of Gemma into SmolLM2 come "
+        "(`--by auto`): in {}, by training in {}; lists in {} against {}. **A prompt of these sixteen brings** a "
+        "dialect in {} and lists in {}, for {} to {} tokens a request. From such a donor of Gemma into SmolLM2 come "
+        "lists by training in {}, by context in {}, openings in {} against {}."
     )
-    text += "lists by training in {}, by context in {}, openings in {} against {}."
-    into_gemma, into_smollm = ("auto", "trained (rate 0.001)"), ("trained (rate 0.004)", "context")
-    told = [
-        at(made, "docs/benchmarks/words.md", f"-> {into}: {name}", arm, column)[0]
-        for into, name, column, arms in (
-            ("gemma-3-270m", pirate, pirate, into_gemma),
-            ("gemma-3-270m", listed, listed, into_gemma),
-            ("smollm2-135m-instruct", listed, listed, into_smollm),
-            ("smollm2-135m-instruct", pirate, "pirate-opening", into_smollm),
-        )
-        for arm in arms
-    ]
+    into_gemma, into_smollm, many = (
+        ("auto", "trained (rate 0.001)"),
+        ("trained (rate 0.004)", "context"),
+        ("many-shot",),
+    )
+
+    def into(recipient: str, name: str, column: str, arms: tuple[str, ...], digits: int = 2) -> list[str]:
+        section = f"-> {recipient}: {name}"
+        return [at(made, "docs/benchmarks/words.md", section, arm, column, digits=digits)[0] for arm in arms]
+
+    gemma, smollm = "gemma-3-270m", "smollm2-135m-instruct"
+    told = into(gemma, pirate, pirate, into_gemma) + into(gemma, listed, listed, into_gemma)
+    told += into(gemma, pirate, pirate, many) + into(gemma, listed, listed, many)
+    told += sorted(into(gemma, name, "tokens a request", many, 0)[0] for name in (listed, pirate))
+    told += into(smollm, listed, listed, into_smollm) + into(smollm, pirate, "pirate-opening", into_smollm)
     yield Sentence("README.md", text, told)
 
 
