@@ -7,7 +7,7 @@ import torch
 
 import commandv as cv
 import tiny
-from commandv.errors import InputError
+from commandv.errors import CommandVError, InputError
 from commandv.models.encoding import encode
 from commandv.profiles.work import read_rows
 from commandv.prompts.sets import Prompt, PromptSet
@@ -249,3 +249,17 @@ def test_a_constant_dimension_tells_a_probe_nothing():
     _, reading = planted()
     positive, negative = (torch.nn.functional.pad(side[0], (0, 1), value=3.0) for side in reading.rows)
     assert fit_probe(positive, negative).weight[-1] == 0
+
+
+@pytest.mark.parametrize(
+    "states",
+    [torch.ones(32), torch.ones(()), torch.ones(4, 31), torch.ones(4, 32, dtype=torch.int64), torch.ones(2, 2, 2),
+     torch.ones(4, 32).to_sparse(), torch.full((4, 32), float("nan")), torch.ones(0, 32)],
+    ids=["one", "a number", "width", "whole", "stack", "sparse", "NaN", "none"],
+)  # fmt: skip
+def test_states_that_a_probe_cannot_read(states):
+    good = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(CommandVError):
+        fit_probe(states, good)
+    with pytest.raises(CommandVError):
+        cv.auc(cv.Probe(torch.ones(32), 0.0), good, states)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import commandv as cv
+from commandv.errors import InputError
 from commandv.mapping import fit_mapper
 from made_up import D_DONOR, adapter_of, both, same_tensors
 from rows import normal
@@ -114,3 +115,24 @@ def test_options_of_a_fitter_of_one_s_own_are_recorded_and_tell_its_fits_apart()
     assert pasted.provenance["layers"][0]["read"]["rows"] < len(donor)
     other = dataclasses.replace(link, fit=KernelFit(strength=1.0)).paste(adapter_of(4))
     assert not same_tensors(other, pasted)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"fit": lambda x, y: None}, r"the fitter <lambda> returned a NoneType, expected a converter"),
+        ({"fit": lambda x, y: x}, r"returned a Tensor, expected a converter"),
+        ({"fit": "ridge"}, r"fit is a str 'ridge', expected"),
+        (
+            {"match": lambda donor, recipient, layers: None},
+            r"the matcher made None of the layers .*: expected a list of",
+        ),
+        ({"match": lambda donor, recipient, layers: [(0, 0)]}, r"expected a list of LayerPair"),
+        ({"match": lambda donor, recipient, layers: [cv.LayerPair(layers[0], 999)]}, r"with recipient layers 0 \.\."),
+        ({"match": lambda donor, recipient, layers: [cv.LayerPair(99, 0)]}, r"of the layers .*of these"),
+    ],
+)
+def test_what_an_own_part_returns_is_looked_at(own, message):
+    donor, recipient = both()
+    with pytest.raises(InputError, match=message):
+        cv.paste(adapter_of(0, 1), donor, recipient, **own)

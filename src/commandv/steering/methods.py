@@ -156,6 +156,8 @@ def auc(one: Probe, positive: Tensor, negative: Tensor) -> float:
     shapes = [tuple(states.shape) for states in (positive, negative)]
     if any(len(shape) != 2 or not shape[0] for shape in shapes):
         raise InputError(f"auc of states of the shapes {shapes}: expected some of each, [n, d_model]")
+    for states in (positive, negative):
+        require_numbers(states, "states of a probe")
     from sklearn.metrics import roc_auc_score
 
     scores = torch.cat([one.scores(positive), one.scores(negative)]).numpy()
