@@ -119,3 +119,10 @@ def test_places_that_the_system_takes_for_no_path(name, lm, tmp_path):
     ):
         with pytest.raises(CommandVError):
             write(tmp_path / name)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_the_first_so_many_prompts_are_one_or_more(limit, lm):
+    task = cv.Task("t", cv.PromptSet((cv.Prompt("a"),)), cv.PromptSet((cv.Prompt("b"),)), evaluation.ByText("x", bool))
+    with pytest.raises(InputError, match=f"limit={limit}: expected 1 or more"):
+        cv.measure(lm, task, limit=limit)

@@ -107,6 +107,8 @@ def answered(
 ) -> list[str]:
     """Generate an answer to each prompt of a split; arguments as in `measure`."""
     require_own(lm, "measuring")
+    if limit is not None and limit < 1:  # -1 would leave out the last prompt
+        raise InputError(f"limit={limit}: expected 1 or more")
     prompts = task.prompts(split)[:limit]
     with attach(lm, adapter, scale=scale) if adapter else contextlib.nullcontext():
         return generate(lm, prompts, max_new_tokens=task.max_new_tokens, batch_size=batch_size, turns=turns)
