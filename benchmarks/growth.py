@@ -124,7 +124,7 @@ def rehearsal() -> str:
     )
     lines = [
         "## A rehearsal at true width\n",
-        f"`commandv rehearse` on {kept['device']}, {kept['threads']} thread, {kept['prompts']} prompts and as many "
+        f"`commandv rehearse` on {kept['device']}, threads: {kept['threads']}, {kept['prompts']} prompts and as many "
         f"passages ({kept['rows']['end']} last-token rows, {kept['rows']['text']} text rows), random weights: "
         f"{models}; whole vocabularies, the tokenizer of {kept['tokenizer']}. The process took "
         f"{kept['most_memory'] / 1e9:.1f} GB at most. *Full depth* and *70B* (both models of width 8,192 with 80 "
