@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import gguf_model
 import real
 import studied
 import studying
@@ -196,6 +197,18 @@ def test_plan_counts_the_work(content, tmp_path):
     # 4 test prompts for every arm and the donor, 2 development prompts for the two that are tuned.
     assert counted.answers == 2 * (4 * (counted.arms + 1) + 2 * 2)
     assert counted.seconds is not None
+
+
+def test_a_plan_may_leave_models_unconverted(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMMANDV_CACHE", str(tmp_path / "cache"))
+    content["models"]["one"] = {
+        "id": str(gguf_model.write(tmp_path / "one.gguf", gguf_model.tensors(tiny.tiny_model())))
+    }
+    study = written(content, tmp_path / "s.yaml")
+    assert plan(study, convert=False).seconds is None
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert plan(study).seconds is not None
+    assert plan(study, convert=False).seconds is not None
 
 
 @pytest.mark.real

@@ -103,6 +103,28 @@ def _of_kind(context: typer.Context, source: str, kind: Kind) -> str:
     return source
 
 
+def of_adapters_place(context: typer.Context, place: Path) -> Path:
+    """Return where an adapter may be written; told before anything else is looked at."""
+    from commandv.storage.kinds import ADAPTER
+
+    return _free_for(context, place, ADAPTER)
+
+
+def of_demonstrations_place(context: typer.Context, place: Path) -> Path:
+    """Return where demonstrations may be written; told before anything else is looked at."""
+    from commandv.storage.kinds import DEMONSTRATIONS
+
+    return _free_for(context, place, DEMONSTRATIONS)
+
+
+def _free_for(context: typer.Context, place: Path, kind: Kind) -> Path:
+    from commandv.storage.directories import require_place
+
+    if not context.resilient_parsing:
+        require_place(place, kind)
+    return place
+
+
 def of_repo(context: typer.Context, repo: str) -> str:
     """Return what has the form of a hub id."""
     from commandv.storage.hub import require_repo_id

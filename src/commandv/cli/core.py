@@ -14,6 +14,7 @@ from commandv.cli.options import (
     GENERAL,
     TEXT,
     AdapterFile,
+    AdaptersPlace,
     Anything,
     Attached,
     BatchSize,
@@ -21,7 +22,6 @@ from commandv.cli.options import (
     Loading,
     MaxNewTokens,
     Model,
-    Out,
     PromptsOption,
     Reading,
     ReadRows,
@@ -106,7 +106,7 @@ def train(
         str,
         typer.Argument(callback=of_prompts, help="{prompt, response} examples: a .jsonl / .csv file or builtin:NAME."),
     ],
-    out: Out,
+    out: AdaptersPlace,
     kind: Annotated[
         Kind,
         typer.Option(help="Kind of the ReFT family."),
@@ -127,12 +127,9 @@ def train(
     """Train an adapter of the ReFT family on examples."""
     import commandv as cv
     from commandv.prompts.sets import require_replies
-    from commandv.storage.directories import require_place
-    from commandv.storage.kinds import ADAPTER
 
     require_positions(positions)
     require_layers(layers, model)
-    require_place(out, ADAPTER)
     rows = cv.load_prompts(examples)
     require_replies(rows)
 
@@ -159,7 +156,7 @@ def paste(
     recipient: Annotated[
         str, typer.Argument(callback=of_profile, help="Profile of the recipient: a directory, or on the hub.")
     ],
-    out: Out,
+    out: AdaptersPlace,
     reading: Reading,
     fit: Annotated[
         Fitter,
@@ -183,12 +180,9 @@ def paste(
 ) -> None:
     """Carry a donor's adapter into a recipient, and measure the converters on prompts they have not seen."""
     import commandv as cv
-    from commandv.storage.directories import require_place
-    from commandv.storage.kinds import ADAPTER
 
     require_layers(layers)
     require_match(match)
-    require_place(out, ADAPTER)
     reading.check(adapter, scale=scale)
 
     from commandv.transfer.convert.table import FITTERS

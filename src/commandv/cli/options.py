@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from commandv.cli.checks import of_adapter, of_anything, of_model, of_prompt_sets, require_adapter
+from commandv.cli.checks import (
+    of_adapter,
+    of_adapters_place,
+    of_anything,
+    of_demonstrations_place,
+    of_model,
+    of_prompt_sets,
+    require_adapter,
+)
 from commandv.errors import MOST_SEED
 
 if TYPE_CHECKING:
@@ -43,6 +51,12 @@ AdapterFile = Annotated[
 Attached = Annotated[str | None, typer.Option("--adapter", "-a", callback=of_adapter, help="Adapter to attach.")]
 Scale = Annotated[float, typer.Option(help="Factor on the adapter's deltas.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory for the result.")]
+AdaptersPlace = Annotated[
+    Path, typer.Option("--out", "-o", callback=of_adapters_place, help="Directory for the result.")
+]
+DemonstrationsPlace = Annotated[
+    Path, typer.Option("--out", "-o", callback=of_demonstrations_place, help="Directory for the result.")
+]
 PromptsOption = Annotated[
     list[str],
     typer.Option(

@@ -9,11 +9,11 @@ import typer
 from commandv.cli.app import verb
 from commandv.cli.checks import of_prompts, require_fits, require_layers, require_positions
 from commandv.cli.options import (
+    AdaptersPlace,
     BatchSize,
     Json,
     Loading,
     Model,
-    Out,
     show,
 )
 from commandv.known import Application, Direction
@@ -29,7 +29,7 @@ def steer(
             callback=of_prompts, help="{positive, negative} lines (.jsonl); with --negative the positive prompts."
         ),
     ],
-    out: Out,
+    out: AdaptersPlace,
     negative: Annotated[
         str | None, typer.Option(callback=of_prompts, help="The negative prompts: a file or builtin:NAME.")
     ] = None,
@@ -49,15 +49,12 @@ def steer(
     """Make a steering adapter from contrasting prompts or replies."""
     import commandv as cv
     from commandv.errors import InputError
-    from commandv.storage.directories import require_place
-    from commandv.storage.kinds import ADAPTER
 
     if negative_trigger is not None and trigger is None:
         raise InputError("--negative-trigger without --trigger; give --trigger for the positive side")
     require_positions(positions, at)
     require_layers(layers, model)
     require_fits([], model, strength)
-    require_place(out, ADAPTER)
     sides = cv.load_contrast(contrast, negative, paired=paired)
     lm = how.load(model)
     both = (trigger, negative_trigger) if trigger is not None and negative_trigger is not None else trigger

@@ -122,7 +122,7 @@ def study(
     from commandv.evaluation.study.running import claim
 
     if dry_run:
-        counted = {} if problems else asdict(plan(spec, tasks=known))
+        counted = {} if problems else asdict(plan(spec, tasks=known, convert=False))
         facts = {"study": spec.name, "cells": len(spec.cells()), **counted, "not readable here": problems}
         show(facts, as_json)
         return

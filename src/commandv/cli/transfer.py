@@ -15,6 +15,7 @@ from commandv.cli.checks import of_prompts, require_fits, require_layers, requir
 from commandv.cli.options import (
     GENERAL,
     AdapterFile,
+    AdaptersPlace,
     BatchSize,
     Expect,
     ExpectFile,
@@ -55,7 +56,7 @@ def transfer(
     donor: Model,
     adapter: AdapterFile,
     recipient: Model,
-    out: Out,
+    out: AdaptersPlace,
     how: Loading,
     reading: Reading,
     task: Annotated[str | None, typer.Option(help="What is asked, and how it counts: NAME or NAME:FILE.")] = None,
@@ -114,7 +115,7 @@ def tune(
     adapter: AdapterFile,
     model: Model,
     task: Annotated[str, typer.Argument(help="What is asked, and how it counts: NAME or NAME:FILE.")],
-    out: Out,
+    out: AdaptersPlace,
     how: Loading,
     reading: Reading,
     layers: Layers = ["all_layers", "last_half", "last_third", "middle_third"],  # noqa: B006
@@ -181,11 +182,8 @@ def demo(
 
 
 def _require_adapter_and_place(reading: Reading, adapter: str, model: str, scales: list[float], out: Path) -> None:
-    from commandv.storage.directories import require_place
     from commandv.storage.files import require_free
-    from commandv.storage.kinds import ADAPTER
 
-    require_place(out, ADAPTER)
     require_free(out)
     reading.check(adapter, model=model, scale=max(scales))
 

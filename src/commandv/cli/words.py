@@ -11,12 +11,13 @@ from commandv.cli.app import verb
 from commandv.cli.checks import of_adapter, of_demonstrations, of_prompts, require_fits
 from commandv.cli.options import (
     AdapterFile,
+    AdaptersPlace,
     BatchSize,
+    DemonstrationsPlace,
     Json,
     Loading,
     MaxNewTokens,
     Model,
-    Out,
     Reading,
     Scale,
     show,
@@ -36,7 +37,7 @@ def demonstrate(
         str,
         typer.Argument(callback=_of_adapter, help="The donor's adapter, builtin:...; 'none' takes the set's replies."),
     ],
-    out: Out,
+    out: DemonstrationsPlace,
     reading: Reading,
     prompts: Annotated[
         str, typer.Argument(callback=of_prompts, help="What to ask: builtin:NAME or a file.")
@@ -53,10 +54,7 @@ def demonstrate(
 ) -> None:
     """Have a donor with its adapter answer prompts, and keep the answers and what the adapter changes in them."""
     import commandv as cv
-    from commandv.storage.directories import require_place
-    from commandv.storage.kinds import DEMONSTRATIONS
 
-    require_place(out, DEMONSTRATIONS)
     reading.check(None if adapter == "none" else adapter, model=model, scale=scale)
     asked = cv.load_prompts(prompts, limit=limit)
     answers = [one.response for one in asked] if adapter == "none" else None
@@ -89,7 +87,7 @@ def distil(
     model: Model,
     how: Loading,
     demonstrations: Shown,
-    out: Out,
+    out: AdaptersPlace,
     by: Annotated[Literal["auto", "context", "vocabulary", "answers"], typer.Option(help="Which method.")] = "auto",
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of each fit; 16, and 64 where auto takes many demonstrations.")
@@ -102,10 +100,7 @@ def distil(
 ) -> None:
     """Make an adapter of a model that behaves as demonstrations do, without training."""
     import commandv as cv
-    from commandv.storage.directories import require_place
-    from commandv.storage.kinds import ADAPTER
 
-    require_place(out, ADAPTER)
     shown = cv.load_demonstrations(demonstrations)
     recipient = how.load(model)
     adapter = cv.distil(recipient, shown, by=by, rank=rank, seed=seed, batch_size=batch_size)

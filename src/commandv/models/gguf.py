@@ -41,17 +41,7 @@ def converted(name: str) -> Path:
     Weights are kept in bfloat16, whose rounding (2^-9) is far below that of the quantised file. The directory's
     name ends in the hash of the GGUF file. Of a split model (`NAME-00001-of-00003.gguf`) any part may be given.
     """
-    if name in PACKAGED:
-        parts, stem = packaged_files(name), name
-        if not parts:
-            raise ModelError(f"{name}: its package is not installed; {PACKAGED[name].install}")
-    else:
-        parts, stem = _files(Path(name))
-    split = name not in PACKAGED and len(parts) > 1
-    for part in parts if split else parts[:1]:
-        _require_gguf(part)
-    key = digest([file_digest(part) for part in parts])
-    target = cache_dir() / FOLDER / f"{file_name(stem)}-{key}"
+    parts, split, target = _conversion(name)
 
     def make() -> Path:
         log.info("converting %s to safetensors, once (about a minute)", name)
@@ -62,6 +52,26 @@ def converted(name: str) -> Path:
         return target
 
     return kept(target, CONFIG, lambda: _whole(target), make)
+
+
+def is_converted(name: str) -> bool:
+    """Tell whether `converted` would find its work done."""
+    return os.path.exists(_conversion(name)[2] / CONFIG)
+
+
+def _conversion(name: str) -> tuple[list[Path], bool, Path]:
+    """Return a model's files, whether they are parts of one, and the directory of its conversion."""
+    if name in PACKAGED:
+        parts, stem = packaged_files(name), name
+        if not parts:
+            raise ModelError(f"{name}: its package is not installed; {PACKAGED[name].install}")
+    else:
+        parts, stem = _files(Path(name))
+    split = name not in PACKAGED and len(parts) > 1
+    for part in parts if split else parts[:1]:
+        _require_gguf(part)
+    key = digest([file_digest(part) for part in parts])
+    return parts, split, cache_dir() / FOLDER / f"{file_name(stem)}-{key}"
 
 
 def _whole(target: Path) -> Path:

@@ -7,13 +7,14 @@ from typing import Any
 
 import transformers
 
-from commandv.errors import CommandVError, InputError
+from commandv.errors import CommandVError, InputError, ModelError
 from commandv.evaluation.study.parts import ModelSpec
 from commandv.evaluation.study.schema import Study
 from commandv.evaluation.study.shapes import altered, config_of, random_model, weight_bytes
-from commandv.models.gguf import converted
+from commandv.models.gguf import converted, is_converted
 from commandv.models.lm import LM
 from commandv.models.load import load_model, resolve_dtype, wrap_model
+from commandv.models.names import PACKAGED
 
 KEPT = 3  # models in memory at a time
 STAND_IN = "smollm2-135m-instruct"  # lends its tokenizer to rehearsals
@@ -58,12 +59,15 @@ class ModelSource:
         sizes = sorted(_bytes(spec) for spec in self.specs.values())
         return sum(sizes[-2:])
 
-    def parameters(self, name: str) -> int:
+    def parameters(self, name: str, *, convert: bool = True) -> int:
         """Return how many parameters a model has; its weights are not loaded.
 
         Raises:
-            ModelError: its configuration is not to be had.
+            ModelError: its configuration is not to be had; without `convert`, not before a conversion.
         """
+        own = self.specs[name].id
+        if not convert and (own in PACKAGED or own.endswith(".gguf")) and not is_converted(own):
+            raise ModelError(f"{own} is converted at its first use")
         if self.rehearsal is not None:
             return sum(parameter.numel() for parameter in self[name].model.parameters())
         return weight_bytes(config_of(self.specs[name])) // 2

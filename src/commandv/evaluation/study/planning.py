@@ -56,6 +56,8 @@ def plan(
     models: ModelSource | None = None,
     tasks: Mapping[str, Task] = NO_TASKS,
     cells: Sequence[CellSpec] | None = None,
+    *,
+    convert: bool = True,
 ) -> Plan:
     """Count a study's work, or that of some of its cells.
 
@@ -64,6 +66,7 @@ def plan(
         models: of the study, where they are not those of its file; their sizes give the duration on this machine.
         tasks: known besides the built-in ones.
         cells: count these; None for all.
+        convert: models of GGUF files that are not converted yet, which takes a minute; else no duration is told.
     """
     wanted = study.cells() if cells is None else cells
     arms = study.arms()
@@ -100,16 +103,16 @@ def plan(
     n_rows = len(study.profile_prompts()) + (len(load_prompts(study.text)) if study.text else 0)
     for name in {name for spec in wanted for name in spec[:2]}:
         tokens[name] += n_rows * PROMPT_TOKENS
-    seconds = _seconds(tokens, models or ModelSource(study))
+    seconds = _seconds(tokens, models or ModelSource(study), convert=convert)
     return Plan(len(wanted), len(to_train), len(study.models), n_arms, answers, tokens, seconds)
 
 
-def _seconds(tokens: dict[str, int], models: ModelSource) -> float | None:
+def _seconds(tokens: dict[str, int], models: ModelSource, *, convert: bool) -> float | None:
     """Return the expected duration; None when a model's size is not known here."""
     rate, total = _flops_per_second(), 0.0
     for name, count in tokens.items():
         try:
-            size = models.parameters(name)
+            size = models.parameters(name, convert=convert)
         except CommandVError as error:
             log.warning("how long it takes cannot be told without the size of %s: %s", name, error)
             return None
