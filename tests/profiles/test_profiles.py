@@ -199,6 +199,7 @@ def _truncate(file):
         (lambda path: _edit(path, format="commandv-adapter"), "expected a commandv-profile"),
         (lambda path: _edit(path, layers=[0, 1, 9]), "damaged"),
         (lambda path: _edit(path, model={"id": "a", "wings": 2}), "damaged"),
+        (lambda path: _edit(path, centred=True), "says 'centred', which this version does not know"),
         (lambda path: data_file(path, "keys").unlink(), "damaged"),
         (lambda path: _truncate(data_file(path, "keys")), "damaged"),
         (lambda path: _truncate(data_file(path, "layer-002")), "damaged"),

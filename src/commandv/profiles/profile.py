@@ -17,7 +17,7 @@ from torch import Tensor
 from commandv.arguments import checked
 from commandv.errors import FormatError, InputError, MismatchError
 from commandv.models.identity import ModelRef
-from commandv.storage.directories import read_artefact, write_artefact
+from commandv.storage.directories import CONFIG, read_artefact, write_artefact
 from commandv.storage.files import digest
 from commandv.storage.hub import opened
 from commandv.storage.kinds import PROFILE
@@ -170,6 +170,13 @@ def write_profile(
     write_artefact(target, PROFILE, config, itertools.chain([first], rest))
 
 
+# All that a profile's config.json may say; what is for the record alone has no part in reading it.
+KEYS = {
+    *("format", "format_version", "files", "model", "prompts", "rows", "layers"),
+    *("dtype", "max_length", "identity", "sets", "places", "rows_per_text"),
+}
+
+
 @checked
 def load_profile(source: str | Path, *, revision: str | None = None) -> Profile:
     """Open a profile: a directory, or a data set on the hub; the activations stay on disk, memory-mapped.
@@ -188,6 +195,11 @@ def load_profile(source: str | Path, *, revision: str | None = None) -> Profile:
 def _read(path: Path) -> Profile:
 
     def build(config: dict[str, Any], files: dict[str, Path]) -> Profile:
+        if foreign := sorted(config.keys() - KEYS):
+            raise FormatError(
+                f"{path}: {CONFIG} says {', '.join(map(repr, foreign))}, which this version does not know and "
+                "which may change what the rows mean; open it with the commandv that wrote it, or profile again"
+            )
         try:
             keys = read_safetensors(files["keys"]).content["keys"].numpy()
             rows = Layers(config["layers"], lambda layer: _mapped(files[f"layer-{layer:03d}"]))
