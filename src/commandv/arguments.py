@@ -1,4 +1,8 @@
-"""What public functions are given: another type than they take is told before anything is done with it."""
+"""What public functions are given: another type than they take is told before anything is done with it.
+
+By hand, because checkers of annotations (typeguard, beartype) refuse what serves here: NumPy's numbers where numbers
+are asked for, generators and arrays where lists are; and pydantic would convert.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +39,9 @@ _LISTS = (list, tuple, collections.abc.Sequence)
 def checked(made: T) -> T:
     """Have a public function, or the constructor of a class, refuse arguments of other types than it states.
 
-    Whole numbers are numbers, those of NumPy too, and truth values are none; what can be gone
-    through will do for a list or a tuple. Values are for
-    the function itself to check. A call that Python itself refuses (an argument too many, an unknown name) stays a
-    TypeError.
+    Whole numbers are numbers, those of NumPy too, and truth values are none; what can be gone through will do for a
+    list or a tuple. Values are for the function itself to check. A call that Python itself refuses (an argument too
+    many, an unknown name) stays a TypeError.
 
     Raises:
         InputError: when called, for an argument of another type: which, what it is, and where to get the right one.
