@@ -180,7 +180,7 @@ def test_pulling_does_not_destroy(hub, adapter, tmp_path):
 
 
 def test_what_is_no_artefact(hub, tmp_path):
-    with pytest.raises(InputError, match="a dict: expected an adapter"):
+    with pytest.raises(InputError, match="artefact is a dict, expected Adapter or Profile or Demonstrations"):
         cv.push({}, "anna/x")
     with pytest.raises(FormatError, match="no such file"):
         cv.push(tmp_path / "nothing", "anna/x")

@@ -16,7 +16,7 @@ from commandv.transfer.convert.factor import Cholesky, Factor, Spectral
 from commandv.transfer.convert.fitters import Affine, Pinv, ReducedRank, Ridge, fitted, fitter_settings
 from commandv.transfer.convert.fourier import FourierRidge
 from commandv.transfer.convert.kept import Kept
-from commandv.transfer.convert.linear import AffineMap
+from commandv.transfer.convert.linear import AffineMap, Dense
 from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.fidelity import r2
 from rows import SHAPES, normal, related, relative
@@ -172,18 +172,23 @@ def test_a_function_is_given_what_it_names_and_no_more():
     x, y = related(10, 6, 5)
     groups, kept = np.arange(10), Kept()
 
+    seen, made = {}, Dense(torch.zeros(6, 5), torch.zeros(5))
+
     def plain(x, y):
-        return ()
+        return made
 
     def grouped(x, y, groups):
-        return (groups,)
+        seen["grouped"] = (groups,)
+        return made
 
     def anything(x, y, **more):
-        return (more["groups"], more["kept"])
+        seen["anything"] = (more["groups"], more["kept"])
+        return made
 
-    assert fitted(plain, x, y, groups, kept) == ()
-    assert fitted(grouped, x, y, groups, kept)[0] is groups
-    assert [a is b for a, b in zip(fitted(anything, x, y, groups, kept), (groups, kept), strict=True)] == [True, True]
+    for fit in (plain, grouped, anything):
+        assert fitted(fit, x, y, groups, kept) is made
+    assert seen["grouped"][0] is groups
+    assert [a is b for a, b in zip(seen["anything"], (groups, kept), strict=True)] == [True, True]
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_ridge_refuses_strengths_that_are_none(strength):
 
 
 def test_ridge_refuses_an_unknown_rule_and_reduced_rank_no_rank():
-    with pytest.raises(InputError, match="'loo' or 'gcv'"):
+    with pytest.raises(InputError, match="select is a str 'aic', expected one of 'loo', 'gcv'"):
         Ridge(select="aic")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="rank=0"):
         ReducedRank(rank=0)

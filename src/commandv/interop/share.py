@@ -198,10 +198,7 @@ def _on_disk(artefact: Artefact | str | Path, scratch: Path) -> tuple[Path, Arte
 
 
 def _how(artefact: Artefact) -> _Shared:
-    for how in _SHARED:
-        if isinstance(artefact, how.type):
-            return how
-    raise InputError(f"a {type(artefact).__name__}: expected an adapter, a profile, demonstrations, or a path to one")
+    return next(how for how in _SHARED if isinstance(artefact, how.type))
 
 
 def _stale(there: Listed, how: _Shared, names: list[str], repo_id: str, *, private: bool) -> list[str]:

@@ -132,8 +132,6 @@ class Ridge:
     def __post_init__(self) -> None:
         if self.strength is not None and not (np.isfinite(self.strength) and self.strength > 0):
             raise InputError(f"strength={self.strength}: expected a positive number, or None to choose it per layer")
-        if self.select not in ("loo", "gcv"):
-            raise InputError(f"select={self.select!r}: expected 'loo' or 'gcv'")
 
     def __call__(self, x: Tensor, y: Tensor, *, groups: Groups = None, kept: Kept | None = None) -> Converter:
         """Fit; see `Fitter`."""
