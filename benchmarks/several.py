@@ -90,7 +90,8 @@ def measured(row: Row) -> dict[str, Any]:
     """Return labels by task, 1 where the behaviour shows, and loops."""
     lm, made = model(row.model), native if row.way == "native" else carried
     labels, loops = {}, {}
-    for name, task in ((name, load_task(task)) for name, task in TASKS.items()):
+    for name, wanted in TASKS.items():
+        task = load_task(wanted)
         with contextlib.ExitStack() as attached:
             for one in row.names:
                 attached.enter_context(cv.attach(lm, made(row.model, one), scale=row.scale))

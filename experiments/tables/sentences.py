@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from commandv.evaluation import difference
 from commandv.evaluation.report.findings import Group, groups
 from commandv.evaluation.results import load_run
-from experiments.tables.cells import Pages, Sentence, at, numbers, shown, whole_column
+from experiments.tables.cells import Pages, Sentence, at, numbers, shown
 from experiments.tables.pages import RUNS
+from experiments.tables.studies import studies
 from experiments.tables.vectors import CONCEPTS
 
 MAPPERS, SEVERAL, VECTORS, SAE = (f"docs/benchmarks/{name}.md" for name in ("mappers", "several", "vectors", "sae"))
@@ -92,110 +92,6 @@ COMPARED = {  # of each behaviour: rival -> how the README says what the context
 def _labels(group: Group, arm: str) -> list[list[float | None]]:
     """Return an arm's labels of a group's own task, seed by seed."""
     return [one.labels[group.tables[0].task] for cell in group.cells for one in cell.arms if one.method == arm]
-
-
-# -- studies ----------------------------------------------------------------------------------------------------------
-
-
-def studies(made: Pages) -> Iterator[Sentence]:
-    """Yield what is said of the studies' reports."""
-    page, rate, fraction = "docs/studies/README.md", "share of answers", "recovered"
-
-    def of(study: str, section: str, row: str, column: str = rate, nth: int = 0) -> list[str]:
-        return at(made, f"docs/studies/{study}/report.md", section, row, column, nth=nth)
-
-    def value(*where: Any, **more: Any) -> str:
-        return of(*where, **more)[0]
-
-    there, back, twin, pruned = "smollm2 → gemma", "gemma → smollm2", "smollm2 → twin", "smollm2 → pruned"
-    yield Sentence(
-        page,
-        "({} of attacks succeed unmodified, {} pasted) and between the families in neither direction, although both "
-        "models learn it ({} and {})",
-        [
-            value("refusal", twin, "unmodified"),
-            value("refusal", twin, "pasted"),
-            *sorted(value("refusal", way, "direct") for way in (there, back)),
-        ],
-    )
-    over, attacks = functools.partial(value, "over-refusal"), 2  # the third table is of harmful requests
-    yield Sentence(
-        page,
-        "crosses from SmolLM2 to Gemma ({} of benign look-alikes answered, {} unmodified) and into the twin ({}), not "
-        "from Gemma to SmolLM2 ({})",
-        [*(over(there, arm) for arm in ("pasted", "unmodified")), over(twin, "pasted"), over(back, "pasted")],
-    )
-    yield Sentence(
-        page,
-        "Into Gemma a random adapter of full strength ({}) and the donor's texts as a vector ({}) do more, and "
-        "whatever ends the refusal of look-alikes ends that of harmful requests: {} of them are answered with the "
-        "paste, {} with training on the donor's answers. Words are the most selective: the vocabulary has {} of "
-        "look-alikes answered and {} of harmful requests in Gemma, {} and {} in SmolLM2",
-        [
-            *(over(there, arm) for arm in ("random", "text-bridge")),
-            *(over(there, arm, nth=attacks) for arm in ("pasted", "donor-answers")),
-            *(over(way, "vocabulary", nth=n) for way in (there, back) for n in (0, attacks)),
-        ],
-    )
-    qwen = functools.partial(value, "qwen", "selective, large → small")
-    order = ("unmodified", "pasted", "context", "donor-answers")
-    yield Sentence(
-        page,
-        "of harmful requests 0.5B answers {} unmodified, {} pasted, {} by context, {} after training on the donor's "
-        "answers. Over-refusal does not end: of look-alikes it refuses {} unmodified, {} pasted, {} by context, {} "
-        "after training, the donor itself {}. The vocabulary alone lowers both a little, to {} and {}; a few-shot "
-        "prompt ends over-refusal ({}) and has {} of harmful requests answered",
-        [
-            *(qwen(arm, nth=2) for arm in order),
-            *(qwen(arm) for arm in (*order, "donor")),
-            *(qwen("vocabulary", nth=n) for n in (2, 0)),
-            *(qwen("few-shot", nth=n) for n in (0, 2)),
-        ],
-    )
-    chain = functools.partial(value, "auto-cot")
-    reasons = "docs/studies/auto-cot/report.md"
-    right = [one[0] for way in (there, back, twin) for one in whole_column(made, reasons, way, rate, 1)]
-    yield Sentence(
-        page,
-        "It crosses into the twin ({}) and not between the families ({} at best, random {}). Answers are right in {} "
-        "to {}",
-        [chain(twin, "pasted"), chain(back, "pasted"), chain(back, "random"), min(right), max(right)],
-    )
-    recovered = [value("sentiment", way, "pasted", fraction) for way in (there, back, pruned)]
-    yield Sentence(page, "(recovered {}, {} and {})", recovered)
-    yield Sentence(
-        page,
-        "{} of the native effect in Gemma and none in SmolLM2 without, {} and {} with",
-        [value(name, way, "pasted", fraction) for name, way in
-         (("backdoor", there), ("backdoor-seen", there), ("backdoor-seen", back))],
-    )  # fmt: skip
-    direction = functools.partial(of, "refusal-direction")
-    kinds = ("ablated", "subtracted")
-    both = {way: [direction(f"{kind}, {way}", "pasted", fraction) for kind in kinds] for way in (there, back, pruned)}
-    yield Sentence(
-        page,
-        "Gemma -> SmolLM2 recovers {} and {} of the native effect, into the sibling {} (from {} to {}) and {}; SmolLM2 "
-        "-> Gemma {} at best",
-        [one[0] for one in both[back]]
-        + both[pruned][0]
-        + both[pruned][1][:1]
-        + [max(one[0] for one in both[there] if one)],
-    )
-    ways = [(value("sentiment", way, arm)) for way in (there, back, pruned) for arm in ("pasted", "direct")]
-    yield Sentence(
-        "README.md", "one of sentiment does {} where the recipient's own does {}, {} against {}, {} against {}", ways
-    )
-    lists = [value("across-families", f"numbered-list, {way}", arm) for way in (there, back)
-             for arm in ("lowest-error", "pasted")]  # fmt: skip
-    yield Sentence("docs/methods/layer-matchers.md", "into Gemma {} against {}, into SmolLM2 {} against {}", lists)
-    yield Sentence(
-        "docs/methods/carrying-adapters.md",
-        "pasted {} and {}, unmodified {} and {}, as published {} and {}, random {} and {}, trained directly {} and {}",
-        [value("packaged", way, arm) for arm in ("pasted", "unmodified", "published", "random-in-span", "direct")
-         for way in (there, back)],
-    )  # fmt: skip
-    pirates = [value("across-families", f"pirate, {there}", "pasted")]
-    yield Sentence("docs/methods/carrying-adapters.md", "A pirate's opening, SmolLM2 -> Gemma: {}", pirates)
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------
@@ -416,9 +312,9 @@ def words(made: Pages) -> Iterator[Sentence]:
         row = f"| {title} | {columns} | {'{} | {}' if cost[0] else ' | '} |"
         yield Sentence("README.md", row.replace("|  |", "| |").replace("|  |", "| |"), [*figures, *cost[0], *cost[1]])
     text = (
-        "(`--by auto`): in {}, by training in {}; lists in {} against {}. **A prompt of these sixteen brings** a "
-        "dialect in {} and lists in {}, for {} to {} tokens a request. From such a donor of Gemma into SmolLM2 come "
-        "lists by training in {}, by context in {}, openings in {} against {}."
+        "(`commandv distil --by auto`): in {}, by training in {}; lists in {} against {}. **A prompt of these sixteen "
+        "brings** a dialect in {} and lists in {}, for {} to {} tokens a request. From such a donor of Gemma into "
+        "SmolLM2 come lists by training in {}, by context in {}, openings in {} against {}."
     )
     into_gemma, into_smollm, many = (
         ("auto", "trained (rate 0.001)"),

@@ -19,7 +19,7 @@ MORE = {
         "pages.py": ("report", "results"),
         "sentences.py": ("report.findings", "results"),
         "forecast.py": ("forecast",),
-        "evidence.py": ("study", "study.models"),
+        "evidence.py": ("study",),
     }.items()
 }
 FILES = [file for file in (ROOT / "experiments").rglob("*.py") if "tests" not in file.parts]

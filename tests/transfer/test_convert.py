@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import factorised
 from commandv.errors import InputError
-from commandv.transfer.convert.factor import Cholesky, Factor, Spectral
 from commandv.transfer.convert.fitters import Affine, Pinv, ReducedRank, Ridge, fitted, fitter_settings
 from commandv.transfer.convert.fourier import FourierRidge
 from commandv.transfer.convert.kept import Kept
@@ -20,6 +20,8 @@ from commandv.transfer.convert.linear import AffineMap, Dense
 from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.fidelity import r2
 from rows import SHAPES, normal, related, relative
+
+factorisations = factorised.factorisations
 
 FIT = [pytest.param(cls(), id=name) for name, cls in FITTERS.items()] + [
     pytest.param(Pinv(exact=True), id="pinv-exact"),
@@ -212,20 +214,6 @@ def test_settings_are_a_fitter_s_name_and_what_decides_its_result():
 
 
 # -- what is kept for the next adapter --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def factorisations(monkeypatch) -> list[str]:
-    seen: list[str] = []
-    for cls in (Factor, Cholesky, Spectral):
-        original = cls.of.__func__
-
-        def counted(kind, *args, original=original):
-            seen.append(kind.__name__)
-            return original(kind, *args)
-
-        monkeypatch.setattr(cls, "of", classmethod(counted))
-    return seen
 
 
 @pytest.mark.parametrize("shape", SHAPES)

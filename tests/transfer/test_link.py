@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import commandv as cv
+import factorised
 from commandv.mapping import fit_mapper
-from commandv.transfer.convert.factor import Cholesky, Factor
 from commandv.transfer.convert.fitters import Pinv, ReducedRank, Ridge
 from commandv.transfer.convert.table import FITTERS
 from commandv.transfer.match import LayerPair, explicit
@@ -24,19 +24,7 @@ from made_up import (
     same_tensors,
 )
 
-
-@pytest.fixture
-def factorisations(monkeypatch) -> list[str]:
-    seen: list[str] = []
-    for cls in (Factor, Cholesky):
-        original = cls.of.__func__
-
-        def counted(kind, *args, original=original):
-            seen.append(kind.__name__)
-            return original(kind, *args)
-
-        monkeypatch.setattr(cls, "of", classmethod(counted))
-    return seen
+factorisations = factorised.factorisations
 
 
 @pytest.mark.parametrize("fit", [Ridge(strength=1.0), Pinv(exact=True)], ids=["ridge", "pinv-exact"])

@@ -36,22 +36,35 @@ def attachments(owner: nn.Module) -> tuple[Any, ...]:
     return live.attachments if live else ()
 
 
-def holders(h: Tensor, _output: Any) -> tuple[int, int]:
-    """Return how often a block's output, of which `h` is the stream, is referred to, and its memory by other tensors.
+def is_held(h: Tensor, output: Any) -> bool:
+    """Tell, in a function that a `Hook` runs, whether others keep a block's output, or a view of the stream `h` in it.
 
-    Of use only to compare with `unheld`, in a function that a `Hook` runs.
+    Where this PyTorch does not tell how many tensors share a memory, it counts as held.
     """
-    return sys.getrefcount(h), torch._C._storage_Use_Count(h.untyped_storage()._cdata)
+    return _USES is None or _holders(h, output) != _unheld(isinstance(output, tuple))
+
+
+# No public name tells; PyTorch's own CUDA graphs ask the same.
+_USES: Callable[[Any], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _holders(h: Tensor, _output: Any) -> tuple[int, int]:
+    """Return how often a block's output is referred to, and its memory by other tensors."""
+    assert _USES is not None
+    return sys.getrefcount(h), _USES(h.untyped_storage()._cdata)
 
 
 @functools.cache
-def unheld(as_tuple: bool) -> tuple[int, int]:
-    """Return what `holders` says of an output that nobody has but PyTorch's call of the block and the hook itself."""
+def _unheld(as_tuple: bool) -> tuple[int, int]:
+    """Return what `_holders` says of an output that nobody has but PyTorch's call of the block and the hook itself."""
     found: list[tuple[int, int]] = []
 
     def hook(_block: nn.Module, _inputs: Any, output: Any) -> None:
         h = output[0] if as_tuple else output
-        found.append(holders(h, output))
+        found.append(asked(h, output))
+
+    def asked(h: Tensor, output: Any) -> tuple[int, int]:  # as far from the hook as in `is_held`
+        return _holders(h, output)
 
     class Block(nn.Module):
         def forward(self, x: Tensor) -> Any:

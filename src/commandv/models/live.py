@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from commandv.arguments import checked
 from commandv.errors import InputError, ModelError
-from commandv.models.hooks import Hook, attachments, holders, live_on, unheld
+from commandv.models.hooks import Hook, attachments, is_held, live_on
 from commandv.models.lm import LM
 from commandv.models.passes import Change, Edit, Pass, stream_of, with_stream
 from commandv.models.running import compiled, containing, generating, others_run
@@ -303,7 +303,7 @@ def _editing(many: list[tuple[Attachment, Edit]], index: int) -> Callable[[nn.Mo
         if threading.get_ident() != thread:  # another thread is in the same block, in a pass of its own
             return output
         h = stream_of(output, index)
-        if type(h) is not Tensor or h.requires_grad or holders(h, output) != unheld(isinstance(output, tuple)):
+        if type(h) is not Tensor or h.requires_grad or is_held(h, output):
             h = h.clone()  # whoever keeps what the block put out keeps it as it was
         for attachment, edit in many:
             if attachment.active:
