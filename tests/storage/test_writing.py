@@ -89,6 +89,18 @@ def test_what_is_no_artefact_of_the_kind_is_refused_and_left_alone(which, holds,
     assert contents(tmp_path) == before
 
 
+def test_the_lock_that_an_earlier_version_left_goes_with_the_next_save(made, tmp_path):
+    _, adapter, _ = made
+    place = cv.save(adapter, tmp_path / "a")
+    (place / ".lock").touch()
+    cv.save(adapter, place)
+    assert not (place / ".lock").exists()
+    (place / ".lock").write_text("mine")  # what holds something was never a lock
+    with pytest.raises(FormatError, match=r"no part of a commandv-adapter \(\.lock\)"):
+        cv.save(adapter, place)
+    assert (place / ".lock").read_text() == "mine"
+
+
 @pytest.mark.parametrize("which", ["save", "profile", "save_profile", "sae"])
 @pytest.mark.parametrize("name", [".lock", ".build", ".moving", ".git"])
 def test_hidden_files_of_the_user_are_files_too(which, name, made, tmp_path):

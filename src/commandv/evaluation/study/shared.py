@@ -216,7 +216,9 @@ class Shared:
         def make() -> Adapter:
             log.info("training %s on %s, seed %d", behaviour, name, seed)
             save(train(lm, examples, kind, settings, name=behaviour, checkpoint=checkpoint), path)
-            remove(checkpoint)
             return load_adapter(path)
 
-        return kept(path, CONFIG, lambda: load_adapter(path), make, kind=ADAPTER)
+        found = kept(path, CONFIG, lambda: load_adapter(path), make, kind=ADAPTER)
+        if checkpoint.exists():  # of this training, or of one that was killed once it was saved
+            remove(checkpoint)
+        return found
