@@ -39,7 +39,7 @@ from commandv.storage.foreign import BUILD, MOVING, undo
 from commandv.storage.reading import MOST_CONFIG, parse_json, read_json
 
 CONFIG = "config.json"
-FORMER_LOCK = ".lock"  # of earlier versions, which a killed one left empty beside what it had written
+FORMER_LOCK = ".lock"  # of earlier versions; a killed one left it behind
 VERSION = 2  # of directories of ours; 1 had data files of fixed names without hashes
 PARTS = ".parts"  # of long work, in the directory that will hold its result
 _PART = re.compile(r"part-\d{5}-[0-9a-f]{16}-[0-9a-f]{12}\.safetensors")
@@ -69,15 +69,7 @@ class Kind(NamedTuple):
         if file.name == PARTS and not file.is_symlink() and file.is_dir():
             return all(_PART.fullmatch(one.name) or is_temporary(one.name, _PART) for one in file.iterdir())
         whole = rf"({self.parts})-[0-9a-f]{{12}}\.safetensors|config\.json"
-        ours = file.name == LOCK or (file.name == FORMER_LOCK and (file.parent / CONFIG).exists() and _is_empty(file))
-        return ours or is_temporary(file.name, whole) or self.is_data(file.name, hashed=True)
-
-
-def _is_empty(file: Path) -> bool:
-    try:
-        return file.stat().st_size == 0
-    except FileNotFoundError:  # removed this moment
-        return True
+        return file.name == LOCK or is_temporary(file.name, whole) or self.is_data(file.name, hashed=True)
 
 
 # -- directories of ours ----------------------------------------------------------------------------------------------
@@ -342,6 +334,8 @@ def kept(
         if not cache:
             raise
     with locked(target) as place:
+        if cache:  # where no file is the user's
+            (place / FORMER_LOCK).unlink(missing_ok=True)
         if (place / last).exists():  # another process may just have made it
             try:
                 return load()
